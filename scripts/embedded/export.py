@@ -1,0 +1,34 @@
+"""Stage `export`: writes the finished diffusers folder, and the CLIP beside it, in half precision."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from embedded import unet as unet_stage
+from embedded.common import Run
+from embedded.text import build as build_text
+from embedded.text import load_tokenizer
+
+
+def assemble(run: Run) -> StableDiffusionPipeline:
+    """The pipeline of the averaged weights as they stand at the last checkpoint, float32."""
+    state = torch.load(run.folder / "unet.pt", map_location="cpu", weights_only=True)
+    tokenizer = load_tokenizer(run)
+    unet, text = unet_stage.build(), build_text(tokenizer)
+    unet.load_state_dict(state["averages"]["unet"])
+    text.load_state_dict(state["averages"]["text"])
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(run.folder / "vae"),
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=unet_stage.noise_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(run: Run) -> None:
+    assemble(run).to(torch.float16).save_pretrained(run.pipeline)
