@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from embedded.common import CONTEXT_LENGTH, SEED, Run, backward, loop
 from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample_scene
 
-STEPS, BATCH, RATE = 1500, 192, 1e-3
+STEPS, BATCH, RATE = 600, 192, 1e-3
 WIDTH, LAYERS, HEADS = 128, 4, 4
 PLACES = ("left", "right", "above", "below", "alone")  # one padding position each, from the last backwards
 COLOUR, SHAPE, BACKGROUND, SIZE = (["", *names] for names in (COLOURS, SHAPES, BACKGROUNDS, SIZES))

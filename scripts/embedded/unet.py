@@ -12,7 +12,7 @@ from embedded.common import Average, Run, backward, loop, pick, scenes
 from embedded.text import WIDTH, load_tokenizer, tokenize
 from embedded.vae import SCENES, encode
 
-STEPS, BATCH, RATE, TEXT_RATE = 8000, 32, 8e-4, 0.3
+STEPS, BATCH, RATE, TEXT_RATE = 6000, 32, 8e-4, 0.3
 DROPOUT = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 DECAY = 0.9985
 

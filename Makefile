@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+export WANDB_SILENT ?= true
+
+.PHONY: help setup demo test test-all bench lint wheel train evaluate clean
+
+help: ## list every target
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: .venv/ready ## make .venv with pinned versions of everything
+
+demo: .venv/ready ## run the demonstration study on the model that ships with the project
+	$(BIN)/lesion experiment=demo
+
+test: .venv/ready ## lint, types and the test suite
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-all: .venv/ready ## the test suite with the slow tests
+	$(BIN)/python -m pytest -m ''
+
+bench: .venv/ready ## measure speed as ratios within one run (docs/benchmarks.md)
+	$(BIN)/python scripts/benchmark.py
+
+lint: .venv/ready ## put the code in its canonical form
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+wheel: .venv/ready ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+train: .venv/ready ## train the embedded model from nothing (hours on a CPU, resumable)
+	$(BIN)/python scripts/train_embedded.py
+
+evaluate: .venv/ready ## measure the embedded model on held-out captions
+	$(BIN)/python scripts/evaluate_embedded.py
+
+clean: ## remove what can be made again (.venv, build, dist)
+	rm -rf .venv build dist

@@ -1,0 +1,299 @@
+"""The schema of a request, and its way from Hydra's DictConfig to one typed, checked `Request`.
+
+No DictConfig goes past this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lesion import replacements, scoring
+from lesion.errors import RequestError
+from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection
+from lesion.models.source import SCHEDULERS, ModelSpec
+from lesion.prompts import Prompt, parse_prompts
+from lesion.scoring import ScorerSpec
+
+DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
+TASKS = ("txt2img",)
+LAYERS_BY = ("attention",)
+LAYER_KINDS = ("cross_attention",)
+
+
+@dataclass
+class ModelConf:
+    name: str = MISSING
+    id: str = MISSING
+    pipeline: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "auto"
+    scheduler: str | None = None
+    steps: int = MISSING
+    guidance: float = MISSING
+    height: int = MISSING
+    width: int = MISSING
+    batch_size: int = MISSING
+
+
+@dataclass
+class PromptsConf:
+    name: str = MISSING
+    items: list[Any] = field(default_factory=list)
+    path: str | None = None
+
+
+@dataclass
+class LayersConf:
+    by: str = "attention"
+    kind: str = "cross_attention"
+    include: Any = None
+
+
+@dataclass
+class GenerationConf:
+    task: str = "txt2img"
+    steps: int = MISSING
+    guidance: float = MISSING
+    height: int = MISSING
+    width: int = MISSING
+    negative_prompt: str | None = None
+    batch_size: int = MISSING
+
+
+@dataclass
+class ScorerConf:
+    name: str = MISSING
+    clip_model: str = MISSING
+    clip_pretrained: str | None = None
+    metrics: list[str] = MISSING
+    batch_size: int = 64
+
+
+@dataclass
+class StoreConf:
+    dir: str = MISSING
+
+
+@dataclass
+class LesionConf:
+    """Names and types of every key; the values are in conf/."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    prompts: PromptsConf = field(default_factory=PromptsConf)
+    seeds: Any = MISSING
+    layers: LayersConf = field(default_factory=LayersConf)
+    selection: dict[str, Any] = field(default_factory=dict)
+    replacement: dict[str, Any] = field(default_factory=dict)
+    window: Any = MISSING
+    branch: Any = MISSING
+    strength: Any = MISSING
+    generation: GenerationConf = field(default_factory=GenerationConf)
+    scorer: ScorerConf = field(default_factory=ScorerConf)
+    tracker: dict[str, Any] = field(default_factory=dict)
+    store: StoreConf = field(default_factory=StoreConf)
+    device: str = MISSING
+    dry_run: bool = False
+
+
+def register(conf: Path) -> None:
+    """Make the schema known to Hydra, and selections and replacements that need no file of options of their own."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=LesionConf)
+    for group, names in {"selection": SELECTIONS, "replacement": replacements.known()}.items():
+        for name in names:
+            if not (conf / group / f"{name}.yaml").exists():
+                store.store(group=group, name=name, node={name: {}})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked study. height, width: pixels. device: cpu, cuda or cuda:N. include: globs of layer paths, or None."""
+
+    model: ModelSpec
+    prompts_name: str
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    include: tuple[str, ...] | None
+    selections: dict[str, dict[str, Any]]
+    replacements: dict[str, dict[str, Any]]
+    windows: tuple[tuple[float, float], ...]
+    branches: tuple[str, ...]
+    strengths: tuple[float, ...]
+    task: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    negative_prompt: str | None
+    batch_size: int
+    scorer: ScorerSpec
+    tracker: dict[str, Any]
+    store: Path
+    device: str
+    dry_run: bool
+
+    def described_replacements(self) -> tuple[Replacement, ...]:
+        return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
+
+
+def parse(config: DictConfig) -> Request:
+    """Check a composed config. Raises RequestError naming the key and what is allowed; loads nothing."""
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise RequestError(key, "has no value; give one")
+    data = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(data, dict)
+    model, generation, layers = data["model"], data["generation"], data["layers"]
+    _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
+    if model["scheduler"] is not None:
+        _one_of("model.scheduler", model["scheduler"], tuple(SCHEDULERS))
+    _one_of("generation.task", generation["task"], TASKS)
+    _one_of("layers.by", layers["by"], LAYERS_BY)
+    _one_of("layers.kind", layers["kind"], LAYER_KINDS)
+    _at_least("generation.steps", generation["steps"], 1)
+    _at_least("generation.batch_size", generation["batch_size"], 1)
+    _at_least("generation.guidance", generation["guidance"], 0)
+    for side in ("height", "width"):
+        if generation[side] < 8 or generation[side] % 8:
+            raise RequestError(f"generation.{side}", f"is in pixels, a multiple of 8 from 8 on; got {generation[side]}")
+    selections = {name: dict(options or {}) for name, options in data["selection"].items()}
+    if not selections:
+        raise RequestError("selection", f"is empty; allowed: one or more of {', '.join(sorted(SELECTIONS))}")
+    for name, options in selections.items():
+        check_selection(name, options)
+    given = {name: dict(options or {}) for name, options in data["replacement"].items()}
+    if not given:
+        raise RequestError("replacement", f"is empty; allowed: one or more of {', '.join(replacements.known())}")
+    for name, options in given.items():
+        replacements.describe(name, options)
+    prompts_name, prompts = parse_prompts(data["prompts"])
+    branches = tuple(_one_of("branch", branch, BRANCHES) for branch in _distinct("branch", data["branch"]))
+    if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
+        raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")
+    return Request(
+        model=ModelSpec(**{name: model[name] for name in ModelSpec.__dataclass_fields__}),
+        prompts_name=prompts_name,
+        prompts=prompts,
+        seeds=_seeds(data["seeds"]),
+        include=_globs(layers["include"]),
+        selections=selections,
+        replacements=given,
+        windows=_windows(data["window"]),
+        branches=branches,
+        strengths=tuple(_share("strength", value) for value in _distinct("strength", data["strength"])),
+        task=generation["task"],
+        steps=generation["steps"],
+        guidance=float(generation["guidance"]),
+        height=generation["height"],
+        width=generation["width"],
+        negative_prompt=generation["negative_prompt"],
+        batch_size=generation["batch_size"],
+        scorer=_scorer(data["scorer"]),
+        tracker=_tracker(data["tracker"]),
+        store=Path(data["store"]["dir"]).expanduser(),
+        device=_device(data["device"]),
+        dry_run=data["dry_run"],
+    )
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise RequestError(key, f"got {value!r}; allowed: {', '.join(allowed)}")
+    return str(value)
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low or value == float("inf"):
+        raise RequestError(key, f"must be a number >= {low}; got {value}")
+
+
+def _distinct(key: str, value: Any) -> list[Any]:
+    """One value or a list of them, each once."""
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise RequestError(key, "is an empty list; give at least one value")
+    if twice := [item for item in values if values.count(item) > 1]:
+        raise RequestError(key, f"names {twice[0]!r} twice; give each value once")
+    return values
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = _distinct("seeds", value)
+    for seed in seeds:
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise RequestError("seeds", f"must be whole numbers from 0 to 2^63 - 1; got {seed!r}")
+    return tuple(seeds)
+
+
+def _share(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RequestError(key, f"must be a number in [0, 1]; got {value!r}")
+    return float(value)
+
+
+def _windows(value: Any) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, list) or not value:
+        raise RequestError("window", f"must be [start, end], or a list of such; got {value!r}")
+    windows = _distinct("window", value) if isinstance(value[0], list) else [value]
+    found = []
+    for window in windows:
+        if not isinstance(window, list) or len(window) != 2:
+            raise RequestError("window", f"must be [start, end] in fractions of the steps; got {window!r}")
+        start, end = (_share("window", side) for side in window)
+        if start >= end:
+            raise RequestError("window", f"must have start < end; got {window!r}")
+        found.append((start, end))
+    return tuple(found)
+
+
+def _globs(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    globs = _distinct("layers.include", value)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise RequestError("layers.include", f"must be null or layer paths with * and ?; got {value!r}")
+    return tuple(globs)
+
+
+def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
+    metrics = _distinct("scorer.metrics", list(value["metrics"]))
+    for metric in metrics:
+        _one_of("scorer.metrics", metric, scoring.known_metrics())
+    if "clip_similarity" not in metrics:
+        raise RequestError("scorer.metrics", "must name clip_similarity: importance is computed from it")
+    _at_least("scorer.batch_size", value["batch_size"], 1)
+    return ScorerSpec(
+        name=value["name"],
+        clip_model=value["clip_model"],
+        clip_pretrained=value["clip_pretrained"],
+        metrics=tuple(metrics),
+        batch_size=value["batch_size"],
+    )
+
+
+def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:
+    from lesion.tracking import tracker_names
+
+    _one_of("tracker", value.get("name"), tuple(tracker_names()))
+    return dict(value)
+
+
+def _device(value: str) -> str:
+    """cpu, cuda or cuda:N as it stands on this machine; `auto` is cuda where there is one."""
+    import torch
+
+    kind, _, number = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise RequestError("device", f"got {value!r}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise RequestError("device", f"{value!r} is not on this machine ({torch.cuda.device_count()} CUDA devices); allowed: auto, cpu")
+    return value

@@ -1,0 +1,107 @@
+"""Calibration means: what a site puts out on average, per denoising step, CFG branch and channel.
+
+One streaming pass over a calibration set; sums are kept in float64, no activation is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lesion.generate import call
+from lesion.surgery import Steps, branches_of
+
+if TYPE_CHECKING:
+    from lesion.replacements import Bench
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+def calibrated(bench: Bench, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Means of every site, (calls, 2, channels) float32, unconditional branch first (NaN there without guidance).
+
+    Kept as safetensors with their provenance in the bench's folder, and read back if they are there.
+    """
+    provenance = {
+        "format": FORMAT,
+        "model": bench.model.identity.name,
+        "fingerprint": bench.model.identity.fingerprint,
+        "dtype": bench.model.identity.dtype,
+        "settings": vars(bench.settings),
+        "calibration": name,
+        "prompts": list(prompts),
+        "seeds": list(seeds),
+        "statistic": "mean over calibration images and feature-map positions, accumulated in float64",
+    }
+    labels = ("model", "calibration")  # names only: they change no value
+    key = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
+    path = bench.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path)
+    if found is None:
+        log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
+        found = measure(bench, list(itertools.product(prompts, seeds)))
+        _write(path, found, provenance)
+    return found
+
+
+def measure(bench: Bench, subjects: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+    """One pass over the (prompt, seed) pairs in batches."""
+    model = bench.model
+    sums: dict[str, list[Tensor]] = {site: [] for sites in model.anatomy.sites.values() for site in sites}
+    counts: dict[str, list[Tensor]] = {site: [] for site in sums}
+    for start in range(0, len(subjects), bench.batch_size):
+        batch = subjects[start : start + bench.batch_size]
+        steps = Steps(model.pipe.scheduler)
+        with torch.inference_mode(), ExitStack() as stack:
+            stack.enter_context(steps.counting(model.denoiser))
+            for site in sums:
+                hook = _hook(steps, len(batch), sums[site], counts[site])
+                stack.callback(model.denoiser.get_submodule(site).register_forward_hook(hook).remove)
+            call(model, [prompt for prompt, _ in batch], [seed for _, seed in batch], bench.settings)
+    return {
+        site: (torch.stack(sums[site]) / torch.stack(counts[site])[..., None]).float().contiguous() for site in sums
+    }
+
+
+def _hook(steps: Steps, samples: int, sums: list[Tensor], counts: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        branches = branches_of(len(output), samples)
+        if steps.call == len(sums):
+            sums.append(torch.zeros(2, output.shape[-1], dtype=torch.float64))
+            counts.append(torch.zeros(2, dtype=torch.float64))
+        totals = output.double().sum(dim=1).cpu()  # (rows, channels)
+        sums[steps.call].index_add_(0, branches, totals)
+        counts[steps.call].index_add_(0, branches, torch.full((len(output),), float(output.shape[1]), dtype=torch.float64))
+
+    return hook
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        log.warning("calibration means %s are damaged and made again: %s", path.name, error)
+        return None
+
+
+def _write(path: Path, means: dict[str, Tensor], provenance: dict[str, Any]) -> None:
+    from lesion.store import atomically
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomically(path) as temporary:
+        save_file(means, temporary, metadata={"provenance": json.dumps(provenance)})

@@ -1,0 +1,64 @@
+"""Loading a found model with its weights. The only place that makes a pipeline."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import torch
+
+from lesion.anatomy import Anatomy, examine
+from lesion.models.source import SCHEDULERS, ModelSpec, Source, resolve
+from lesion.study import ModelIdentity
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A pipeline ready to generate, its denoiser, and what can be lesioned in it."""
+
+    pipe: Any
+    denoiser: torch.nn.Module
+    anatomy: Anatomy
+    identity: ModelIdentity
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` is float32 on a CPU and float16 on a GPU."""
+    return dtype if dtype != "auto" else ("float32" if device == "cpu" else "float16")
+
+
+def load(source: Source, device: str) -> Model:
+    """The model with its weights on the device; loaded once per process while jobs ask for the same one."""
+    return _load(source.spec, source.fingerprint, device)
+
+
+@lru_cache(maxsize=1)
+def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
+    source = resolve(spec)
+    dtype = resolve_dtype(spec.dtype, device)
+    kwargs: dict[str, Any] = {"torch_dtype": DTYPES[dtype]}
+    diffusers.utils.logging.disable_progress_bar()
+    if source.file:
+        cls = getattr(diffusers, spec.pipeline or "")
+        pipe = cls.from_single_file(str(source.file), config=str(source.folder), **kwargs)
+    elif source.commit:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            spec.id, revision=spec.revision, variant=spec.variant, **kwargs
+        )
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source.folder), variant=spec.variant, **kwargs)
+    if getattr(pipe, "safety_checker", None) is not None:
+        log.info("safety checker taken off: it would blank images, and a blank image has no similarity")
+        pipe.safety_checker = None
+    if spec.scheduler:
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[spec.scheduler]).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    denoiser = getattr(pipe, source.denoiser)
+    return Model(pipe, denoiser, examine(denoiser), ModelIdentity(spec.name, fingerprint, dtype))

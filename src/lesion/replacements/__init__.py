@@ -1,0 +1,55 @@
+"""By what a site's output can be replaced: one module a replacement, found by its name.
+
+A module has two functions (and imports torch only inside the second, since the first is used when planning):
+
+    identity(options) -> dict       what of the options can change pixels, as JSON data; raises RequestError
+    build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lesion.errors import RequestError
+from lesion.lesions import Replacement
+
+if TYPE_CHECKING:
+    from lesion.generate import Model
+    from lesion.study import Settings
+    from lesion.surgery import Filler
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a replacement may use to get ready: the loaded model, the settings of the cells, a folder to keep things."""
+
+    model: Model
+    settings: Settings
+    folder: Path
+    batch_size: int
+
+
+def known() -> tuple[str, ...]:
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
+
+
+def _module(name: str) -> ModuleType:
+    if name not in known():
+        raise RequestError("replacement", f"unknown replacement {name!r}; allowed: {', '.join(known())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def describe(name: str, options: Mapping[str, Any]) -> Replacement:
+    """The replacement as plain data for the study."""
+    return Replacement(name, _module(name).identity(options))
+
+
+def build(name: str, options: Mapping[str, Any], bench: Bench) -> Filler:
+    filler: Filler = _module(name).build(options, bench)
+    return filler

@@ -1,0 +1,59 @@
+"""`mean`: the output becomes its dataset mean, per site, denoising step, CFG branch and channel.
+
+The mean runs over the images of a named calibration set and over the positions of the feature map; see `lesion.means`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lesion.errors import RequestError
+from lesion.prompts import Prompt, parse_prompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lesion.replacements import Bench
+
+
+def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
+    key = "replacement.mean.calibration"
+    if unknown := set(options) - {"calibration"}:
+        raise RequestError("replacement.mean", f"unknown option {min(unknown)!r}; allowed: calibration")
+    given = options.get("calibration")
+    if not isinstance(given, Mapping) or not {"prompts", "seeds"} >= set(given):
+        raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
+    name, prompts = parse_prompts(given.get("prompts"), f"{key}.prompts")
+    seeds = given.get("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise RequestError(f"{key}.seeds", f"needs a list of whole numbers >= 0, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise RequestError(f"{key}.seeds", "names a seed twice; give each once")
+    return name, prompts, tuple(seeds)
+
+
+def identity(options: Mapping[str, Any]) -> dict[str, Any]:
+    _, prompts, seeds = _calibration(options)
+    texts = json.dumps([prompt.text for prompt in prompts])
+    return {"calibration": {"prompts": hashlib.sha256(texts.encode()).hexdigest(), "seeds": list(seeds)}}
+
+
+class Mean:
+    """means: for each site a tensor (calls, 2, channels): unconditional branch first."""
+
+    def __init__(self, means: Mapping[str, Tensor]):
+        self.means = dict(means)
+
+    def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
+        mean = self.means[site] = self.means[site].to(output.device)
+        return mean[call][branches][:, None, :]  # (rows, 1, channels)
+
+
+def build(options: Mapping[str, Any], bench: Bench) -> Mean:
+    from lesion.means import calibrated
+
+    name, prompts, seeds = _calibration(options)
+    return Mean(calibrated(bench, name, [prompt.text for prompt in prompts], seeds))

@@ -1,0 +1,43 @@
+"""Untrusted text made safe for one line of a picture, Markdown or LaTeX."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+def clean(text: object, limit: int = 400) -> str:
+    """One printable line of at most `limit` characters; longer text ends in an ellipsis."""
+    line = str(text)[: 4 * limit]  # a bound on the work for very long prompts
+    line = "".join(" " if c.isspace() else "" if unicodedata.category(c) in ("Cc", "Cs") else c for c in line)
+    line = re.sub(" +", " ", line).strip()
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def latex(text: object, limit: int = 400) -> str:
+    """Escaped for LaTeX text mode, on one line (an empty line would end the paragraph inside a table cell)."""
+    return "".join(_LATEX.get(character, character) for character in clean(text, limit))
+
+
+def markdown(text: object, limit: int = 400) -> str:
+    """Escaped for a cell of a Markdown table."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", clean(text, limit))
+
+
+def code(text: object) -> str:
+    """A module path as Markdown code inside a table cell."""
+    return "`" + clean(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A float with fixed digits; n/a for a missing one."""
+    if value is None or value != value or str(value) == "<NA>":
+        return "n/a"
+    return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0.0: no "-0.000"

@@ -1,0 +1,128 @@
+"""The scoring room: numbers for an image, its baseline and its prompt. One small module a metric, found by its name.
+
+A metric module has one function:
+
+    build(spec, device) -> Metric
+
+To add a metric, add `scoring/<name>.py` and list `<name>` in the config's `scorer.metrics`; nothing else changes. Its
+module is imported only when a scorer is made, so it may import torch at the top; this file must not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ScorerError(Exception):
+    """A scorer cannot be made as asked: one line that says why and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to score, with the baseline of the same prompt, seed and settings."""
+
+    key: str  # the cell's hash
+    image: NDArray[np.uint8]  # (height, width, 3), 0-255
+    baseline_key: str
+    baseline: NDArray[np.uint8]  # the same shape
+    prompt: str
+
+    def __post_init__(self) -> None:
+        for name, pixels in (("image", self.image), ("baseline", self.baseline)):
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+                raise ValueError(f"{name} of {self.key} is {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
+        if self.image.shape != self.baseline.shape:
+            raise ValueError(f"{self.key} is {self.image.shape}, its baseline {self.baseline.shape}")
+
+    @cached_property
+    def unchanged(self) -> bool:
+        """Whether the image is its baseline, pixel for pixel: then similarities are exact, not rounded."""
+        return self.key == self.baseline_key or np.array_equal(self.image, self.baseline)
+
+
+class Metric(Protocol):
+    """Called with any number of shots, at least one. Values depend on the shots alone, not on their order or company,
+    except for rounding: batches of other sizes may add up in another order (about 1e-6 in float32).
+
+    It may also have `identity: str`, all that can change its values (formula version, model); else `column` stands.
+    """
+
+    column: str  # its column in the results
+
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        """One value a shot, (n,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """What to score with; the fields of `conf/scorer/*.yaml`."""
+
+    name: str
+    clip_model: str  # "embedded", an open_clip name, "hf-hub:org/repo" or "local-dir:/path"
+    clip_pretrained: str | None  # of an open_clip name: a pretrained tag or a checkpoint file
+    metrics: tuple[str, ...]
+    batch_size: int = 64  # images a forward pass
+
+
+class Scorer:
+    """The metrics asked for, ready to use."""
+
+    def __init__(self, metrics: Sequence[Metric]):
+        self.metrics = tuple(metrics)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(metric.column for metric in self.metrics)
+
+    @property
+    def identity(self) -> str:
+        """Everything that can change a value: formulas with their versions, models with digests of local weights."""
+        return "; ".join(getattr(metric, "identity", metric.column) for metric in self.metrics)
+
+    def score(self, shots: Sequence[Shot]) -> dict[str, NDArray[np.float64]]:
+        """One array (n,) a column; no shots give empty arrays."""
+        scores: dict[str, NDArray[np.float64]] = {}
+        for metric in self.metrics:
+            values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
+            if values.shape != (len(shots),):
+                raise ValueError(f"metric {metric.column} gave {values.shape} for {len(shots)} shots")
+            scores[metric.column] = values
+        return scores
+
+
+def known_metrics() -> tuple[str, ...]:
+    """Names of the metrics there are, sorted; imports none of them."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
+
+
+def make_scorer(spec: ScorerSpec, device: str) -> Scorer:
+    """Load what the metrics of `spec` need onto `device`; ScorerError if that fails."""
+    if not spec.metrics or len(set(spec.metrics)) < len(spec.metrics):
+        raise ScorerError(f"scorer {spec.name}: metrics must be distinct and at least one, got {list(spec.metrics)}")
+    if spec.batch_size < 1:
+        raise ScorerError(f"scorer {spec.name}: batch_size must be at least 1, got {spec.batch_size}")
+    if unknown := [name for name in spec.metrics if name not in known_metrics()]:
+        allowed = ", ".join(known_metrics())
+        raise ScorerError(f"scorer {spec.name}: unknown metric {', '.join(unknown)}; allowed: {allowed}")
+    return Scorer([_build(name, spec, device) for name in spec.metrics])
+
+
+def _build(name: str, spec: ScorerSpec, device: str) -> Metric:
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise ScorerError(f"scorer {spec.name}: metric {name} needs a package that is missing: {error}") from error
+    metric: Metric = module.build(spec, device)
+    return metric

@@ -1,0 +1,112 @@
+"""The CLIP that several metrics share: one open_clip model a process, embeddings kept, float32."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lesion.scoring import ScorerError, ScorerSpec
+from lesion.scoring._clip_weights import advice, identity, load, resolve
+from lesion.scoring._exact import exact
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Vectors = NDArray[np.float64]
+KEPT = 4096  # embeddings of images and of prompts, each; 32 MB at 1024 dimensions
+
+
+class _Memory(Generic[Item]):
+    """Computes the vectors of items it has not seen lately; forgets the least recently used beyond `KEPT`."""
+
+    def __init__(self, name_of: Callable[[Item], str], compute: Callable[[list[Item]], Vectors]):
+        self.name_of, self.compute = name_of, compute
+        self.kept: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
+
+    def __call__(self, items: Sequence[Item], batch_size: int) -> Vectors:
+        names = [self.name_of(item) for item in items]
+        found = {name: self.kept[name] for name in names if name in self.kept}
+        missing = list({name: item for name, item in zip(names, items, strict=True) if name not in found}.items())
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            vectors = self.compute([item for _, item in batch])
+            found.update(zip((name for name, _ in batch), vectors, strict=True))
+        for name in names:
+            self.kept[name] = found[name]
+            self.kept.move_to_end(name)
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return np.stack([found[name] for name in names])
+
+
+class Embedder:
+    """Unit-length embeddings of images and prompts by one open_clip model.
+
+    Images are remembered by a digest of their pixels, so that a baseline is embedded once however many lesions are
+    compared with it, and an image that a lesion left as it was gets its baseline's very embedding.
+    """
+
+    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, device: torch.device, identity: str):
+        self.model, self.preprocess, self.tokenizer = model, preprocess, tokenizer
+        self.device, self.identity = device, identity
+        self.context_length: int = tokenizer.context_length
+        self.images: _Memory[NDArray[np.uint8]] = _Memory(_digest, self._embed_images)
+        self.texts: _Memory[str] = _Memory(str, self._embed_texts)
+        self._cut: set[str] = set()
+
+    def _embed_images(self, images: list[NDArray[np.uint8]]) -> Vectors:
+        pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])  # (n, 3, size, size)
+        with exact(self.device):
+            return _unit(self.model.encode_image(pixels.to(self.device)))
+
+    def _embed_texts(self, prompts: list[str]) -> Vectors:
+        tokens = self.tokenizer(prompts)  # (n, context_length)
+        wider = self.tokenizer(prompts, context_length=self.context_length + 1)
+        # A cut prompt ends with the end token where the wider window still shows a word.
+        for prompt, cut in zip(prompts, (wider[:, :-1] != tokens).any(1).tolist(), strict=True):
+            if cut and prompt not in self._cut:
+                self._cut.add(prompt)
+                shown = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
+                log.warning("clip_text sees only the first %d tokens of prompt %s", self.context_length, shown)
+        with exact(self.device):
+            return _unit(self.model.encode_text(tokens.to(self.device)))
+
+
+def embedder(spec: ScorerSpec, device: str) -> Embedder:
+    """The shared embedder for `spec`, loaded on first use; ScorerError when it cannot be."""
+    try:
+        return _embedder(*resolve(spec.clip_model, spec.clip_pretrained), torch.device(device))
+    except Exception as error:  # open_clip, hub, file and device errors of many types
+        raise ScorerError(
+            f"scorer {spec.name}: cannot load CLIP {spec.clip_model}"
+            f"{f' ({spec.clip_pretrained})' if spec.clip_pretrained else ''}: {error} -- {advice(spec.clip_model)}"
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _embedder(model: str, pretrained: str | None, device: torch.device) -> Embedder:
+    return Embedder(*load(model, pretrained, device), device, identity(model, pretrained))
+
+
+def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:
+    """Cosines (n,) of unit vectors (n, d); rounding cannot take them out of [-1, 1]."""
+    cosines: NDArray[np.float64] = np.einsum("nd,nd->n", a, b)
+    return cosines.clip(-1.0, 1.0)
+
+
+def _unit(vectors: torch.Tensor) -> Vectors:
+    wide = vectors.cpu().double()  # not all devices have float64
+    unit: Vectors = (wide / wide.norm(dim=1, keepdim=True)).numpy()
+    return unit
+
+
+def _digest(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape}{hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()}"

@@ -1,0 +1,40 @@
+"""PSNR, the peak signal-to-noise ratio of an image against its baseline, in dB. Range [0, inf].
+
+    PSNR(x, y) = 10 log10(255^2 / MSE(x, y))
+
+with the mean squared error over all pixels and RGB channels on values 0-255 (computed by torchmetrics, float64).
+Identical pixels have no noise: their PSNR is inf, baselines included. Leave these out, or use medians, when averaging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from lesion.scoring import ScorerSpec, Shot
+from lesion.scoring._pixels import batches
+
+
+class Psnr:
+    column = "psnr"
+    identity = "psnr/1"
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        values = np.empty(len(shots))
+        for rows, images, baselines in batches(shots, self.batch_size):
+            found = peak_signal_noise_ratio(
+                images.double(), baselines.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
+            )
+            values[rows] = found.numpy()
+        values[[shot.unchanged for shot in shots]] = np.inf
+        return values
+
+
+def build(spec: ScorerSpec, device: str) -> Psnr:
+    return Psnr(spec.batch_size)  # on the CPU whatever the device: not all of them have float64

@@ -1,0 +1,297 @@
+"""Weights & Biases: one run a job, grouped by multirun. Written against wandb 0.31.
+
+Without an account or a network the run is logged offline by itself, and `wandb sync` uploads it later. Everything
+wandb writes for a run stays in `FOLDER/wandb`; nothing is printed but one line that says where the log is.
+"""
+
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from lesion.tracking import JobInfo, Tracker
+from lesion.tracking._plain import plain, text
+
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "online", "offline", "disabled")
+PICTURES_PER_KEY = 108  # wandb.Image.MAX_ITEMS: further pictures of one key are dropped by W&B
+TABLE_ROWS = 200_000  # wandb.Table.MAX_ARTIFACT_ROWS
+NAME_LIMIT = 128  # characters of a run's name, group and job type
+TAG_LIMIT = 64
+
+_no_server: list[str] = []  # why an online start failed in this process: further jobs don't wait for it again
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of conf/tracker/wandb.yaml, explained there."""
+
+    mode: str = "auto"
+    project: str = "lesion"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    max_table_images: int = 1000
+    progress_every: float = 5.0  # seconds
+    init_timeout: float = 10.0  # seconds
+    finish_timeout: float = 300.0  # seconds
+    system_metrics: bool = True
+
+
+class WandbTracker:
+    """One W&B run. A failure in any method closes the run before it is passed on."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.run: wandb.Run | None = None
+        self.folder = Path()
+        self.last_progress = float("-inf")
+
+    def start(self, job: JobInfo) -> None:
+        """Open the run: online if that is asked for and works, otherwise offline."""
+        self.folder = job.folder.absolute()
+        # Read once, when wandb starts its helper process: it would report errors home, and log into the home folder
+        # or, where that cannot be written, on the terminal.
+        cache = os.environ.get("WANDB_CACHE_DIR") or str(self.folder / "wandb" / "cache")
+        with _environment(WANDB_ERROR_REPORTING="false", WANDB_CACHE_DIR=cache):
+            mode, why = _choose_mode(self.options.mode)
+            if mode != "disabled":
+                self._start(job, mode, why)
+
+    def _start(self, job: JobInfo, mode: str, why: str) -> None:
+        if mode == "online" and _no_server:
+            why = _no_server[0]
+        elif mode == "online":
+            try:
+                self.run = self._open(job, "online")
+                log.info("W&B: logging online to %s", self.run.url)
+                return
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                why = f"could not start online ({reason})"
+                _no_server.append(why)
+        self.run = self._open(job, "offline")
+        where = self.run.settings.sync_dir
+        log.info("W&B: %s, logging offline to %s; upload later with `wandb sync %s`", why, where, shlex.quote(where))
+
+    def progress(self, done: int, total: int, images_per_second: float) -> None:
+        """Log a point of the history, at most every `progress_every` seconds and always the last one."""
+        now = time.monotonic()
+        if self.run is None or (done < total and now - self.last_progress < self.options.progress_every):
+            return
+        self.last_progress = now
+        with self._closing_on_error() as run:
+            run.log({"images_done": done, "images_left": total - done, "images_per_second": float(images_per_second)})
+
+    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
+        """Log the summary, all pictures, the results table and `results.parquet`."""
+        if self.run is None:
+            return
+        import wandb
+
+        with self._closing_on_error() as run, _environment(WANDB_DATA_DIR=str(self.folder / "wandb" / "data")):
+            # WANDB_DATA_DIR is where wandb stages the files of artifacts and the pictures of tables.
+            run.summary.update({text(key): float(value) for key, value in summary.items()})
+            if pictures := _picture_lists(run_dir / "grids", "grids") | _named_pictures(run_dir / "figures", "figures"):
+                run.log(pictures)
+            run.log({"results": _results_table(frame, run_dir, self.options.max_table_images)})
+            artifact = wandb.Artifact(f"results-{run.id}", type="results")
+            artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
+            run.log_artifact(artifact)
+
+    def close(self, exit_code: int) -> None:
+        """End the run; online, wait at most `finish_timeout` seconds for the upload."""
+        run, self.run = self.run, None
+        if run is not None:
+            run.finish(exit_code=exit_code)
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator["wandb.Run"]:
+        assert self.run is not None
+        try:
+            yield self.run
+        except Exception:
+            try:
+                self.close(1)
+            except Exception:
+                log.debug("closing the run after a failure", exc_info=True)
+            raise
+
+    def _open(self, job: JobInfo, mode: str) -> "wandb.Run":
+        """A new run in `mode` (online or offline). Raises what wandb raises; a failed attempt leaves no folder."""
+        import wandb
+
+        _silent_settings()
+        run_id = secrets.token_hex(4)
+        try:
+            return wandb.init(
+                id=run_id,
+                name=text(job.name, NAME_LIMIT) or None,
+                group=text(job.group, NAME_LIMIT) if job.group else None,
+                job_type=text(job.job_type, NAME_LIMIT),
+                project=self.options.project,
+                entity=self.options.entity,
+                tags=list(self.options.tags),
+                config={text(key): plain(value) for key, value in job.config.items()},
+                dir=str(self.folder),
+                mode="online" if mode == "online" else "offline",
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    reinit="create_new",  # never another job's run, even if that one was not closed
+                    disable_code=True,
+                    init_timeout=self.options.init_timeout,
+                    finish_timeout=self.options.finish_timeout,
+                    x_disable_stats=not self.options.system_metrics,
+                ),
+            )
+        except Exception:
+            for left_over in (self.folder / "wandb").glob(f"*run-*-{run_id}"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            raise
+
+
+def build(options: dict[str, object]) -> Tracker:
+    """A W&B tracker. Raises ValueError for an unknown option or a wrong value, naming what is allowed."""
+    allowed = [field.name for field in fields(Options)]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"tracker.{unknown[0]}: unknown option of tracker=wandb, choose from {', '.join(allowed)}")
+    values = {key: value for key, value in options.items() if value is not None}
+    if values.get("mode", "auto") not in MODES:
+        raise ValueError(f"tracker.mode={values['mode']}: choose one of {', '.join(MODES)}")
+    for key in ("max_table_images", "progress_every", "init_timeout", "finish_timeout"):
+        value = values.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"tracker.{key}={value}: a number of at least 0")
+    project = str(values.get("project", "lesion"))
+    if not 0 < len(project) <= NAME_LIMIT or set(project) & set("/\\#?%:"):
+        raise ValueError(f"tracker.project={project}: 1 to {NAME_LIMIT} characters, none of / \\ # ? % :")
+    tags = values.get("tags", ())
+    if not isinstance(tags, (list, tuple)):
+        raise ValueError(f"tracker.tags={tags}: a list of words")
+    values["tags"] = tuple(text(tag, TAG_LIMIT) for tag in tags if str(tag))
+    return WandbTracker(Options(**values))  # type: ignore[arg-type]  # checked above, and by the config schema
+
+
+def _choose_mode(asked: str) -> tuple[str, str]:
+    """(online | offline | disabled, why) for the mode asked for; `auto` follows WANDB_MODE if that is set."""
+    from_environment = os.environ.get("WANDB_MODE", "").lower()
+    if asked != "auto":
+        mode, why = asked, f"tracker.mode={asked}"
+    elif from_environment:
+        mode = {"run": "online", "shared": "online"}.get(from_environment, from_environment)
+        mode, why = mode if mode in MODES[1:] else "offline", f"WANDB_MODE={from_environment}"
+    else:
+        mode, why = "online", ""
+    # Without an account W&B would ask for one on the terminal.
+    return ("offline", "no account found") if mode == "online" and not _has_account() else (mode, why)
+
+
+def _has_account() -> bool:
+    """Whether credentials for the W&B host are there (environment, netrc, settings). Makes no network call."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    settings = _silent_settings()
+    try:
+        found = wbauth.authenticate_session(
+            host=settings.base_url, source="lesion", prompt=False, update_session=False, verify=False
+        )
+    except wandb.Error as error:  # credentials in a wrong format
+        log.debug("W&B credentials: %s", error)
+        return False
+    return found is not None
+
+
+def _silent_settings() -> "wandb.Settings":
+    """W&B's process-wide settings, silenced: the login speaks before a run has settings of its own."""
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    wandb.termsetup(settings, None)  # setup applies it on its first call only
+    return settings
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Sets environment variables for a while; there is no Settings equivalent for the ones used here."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _picture(path: Path, caption: str | None = None) -> "wandb.Image | None":
+    """The picture at `path`, or None if it is missing or unreadable. Does not keep the pixels in memory."""
+    import wandb
+
+    try:
+        picture = wandb.Image(str(path), caption=caption)
+    except Exception as error:  # missing, truncated, too large for PIL: no reason to lose the other pictures
+        log.debug("W&B: left out %s: %s", path, error)
+        return None
+    picture._image = None  # wandb would hold every decoded picture until the end: 3 MB each at 1024 x 1024
+    return picture
+
+
+def _picture_lists(folder: Path, key: str) -> dict[str, object]:
+    """All PNGs of `folder` as lists under `key`, `key_2`...: one size a list (W&B wants that), at most 108 each."""
+    by_size: dict[tuple[int | None, int | None], list[wandb.Image]] = {}
+    for path in sorted(folder.glob("*.png")):
+        if picture := _picture(path, caption=text(path.stem)):
+            by_size.setdefault((picture._width, picture._height), []).append(picture)
+    chunks = [
+        pictures[first : first + PICTURES_PER_KEY]
+        for pictures in by_size.values()
+        for first in range(0, len(pictures), PICTURES_PER_KEY)
+    ]
+    return {key if number == 1 else f"{key}_{number}": chunk for number, chunk in enumerate(chunks, start=1)}
+
+
+def _named_pictures(folder: Path, key: str) -> dict[str, object]:
+    """All PNGs of `folder`, each as `key/NAME`."""
+    pictures = {f"{key}/{text(path.stem)}": _picture(path) for path in sorted(folder.glob("*.png"))}
+    return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> "wandb.Table":
+    """The frame as a W&B table: a column `picture` (for the first `max_images` images), then the frame's own columns.
+
+    Numbers stay numbers (missing or infinite: None), everything else becomes text: W&B wants one type a column.
+    """
+    import wandb
+
+    frame = frame.head(TABLE_ROWS)
+    columns: dict[str, list[object]] = {}
+    for name, column in frame.items():
+        if pd.api.types.is_numeric_dtype(column):
+            kept = column.astype(object).where(column.notna() & ~column.isin([float("inf"), float("-inf")]), None)
+            columns[text(name)] = [plain(value) for value in kept]
+        else:
+            columns[text(name)] = [None if pd.isna(value) else text(value) for value in column]
+    pictures: list[wandb.Image | None] = []
+    left = max_images
+    for image in columns.get("image", [None] * len(frame)):
+        picture = _picture(run_dir / str(image)) if left > 0 and image else None
+        left -= picture is not None
+        pictures.append(picture)
+    rows = [list(row) for row in zip(pictures, *columns.values(), strict=True)]
+    return wandb.Table(columns=["picture", *columns], data=rows)
