@@ -120,7 +120,7 @@ def by_clip(images: list[np.ndarray], scenes: list[Scene], folder: Path) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=EMBEDDED)
-    parser.add_argument("--captions", type=int, default=256, help="held-out captions, at least 200 for a figure to quote")
+    parser.add_argument("--captions", type=int, default=256, help="how many; quote figures of 200 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of captions")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)

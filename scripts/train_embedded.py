@@ -19,11 +19,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from embedded import clip, export, text, unet, vae  # noqa: E402
-from embedded.common import Paused, Run  # noqa: E402
+from embedded import clip, export, text, unet, vae
+from embedded.common import Paused, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"vae": vae.train, "tokenizer": text.train_tokenizer, "text": text.train, "unet": unet.train, "clip": clip.train, "export": export.export}
+STAGES = {
+    "vae": vae.train,
+    "tokenizer": text.train_tokenizer,
+    "text": text.train,
+    "unet": unet.train,
+    "clip": clip.train,
+    "export": export.export,
+}
 
 
 def main() -> None:
@@ -50,7 +57,9 @@ def main() -> None:
             return
         finally:
             with (run.folder / "times.txt").open("a") as log:
-                log.write(f"{name} {time.monotonic() - began:.0f} s on {run.device} ({torch.get_num_threads()} threads)\n")
+                log.write(
+                    f"{name} {time.monotonic() - began:.0f} s on {run.device} ({torch.get_num_threads()} threads)\n"
+                )
         (run.folder / f"{name}.done").touch()
 
 

@@ -18,7 +18,7 @@ from lesion import models
 from lesion.models import ModelSpec
 
 
-def byte_tokenizer(length: int = 24) -> CLIPTokenizer:
+def byte_tokenizer(length: int = 77) -> CLIPTokenizer:
     """A CLIP tokenizer without merges: every text is spelled in bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -109,3 +109,110 @@ def settings(**changes: object):  # type: ignore[no-untyped-def]
 
     base = {"task": "txt2img", "steps": 4, "guidance": 3.0, "height": 16, "width": 16, "scheduler": "DDIMScheduler"}
     return Settings(**{**base, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP folder of random weights."""
+    from test_scoring import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip")
+
+
+class Cli:
+    """Runs the console script `lesion` in this process, in a folder of its own."""
+
+    def __init__(
+        self, folder: Path, defaults: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    ):
+        self.folder, self.defaults, self.monkeypatch, self.capfd = folder, defaults, monkeypatch, capfd
+        monkeypatch.chdir(folder)
+
+    def __call__(self, *arguments: str, defaults: bool = True) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        from lesion import cli
+
+        given = {argument.split("=")[0] for argument in arguments}
+        base = [argument for argument in self.defaults if argument.split("=")[0] not in given] if defaults else []
+        flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them first
+        rest = [argument for argument in arguments if argument not in flags]
+        self.monkeypatch.setattr("sys.argv", ["lesion", *flags, *base, *rest])
+        self.capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        out, err = self.capfd.readouterr()
+        return code, out, err
+
+    def frames(self):  # type: ignore[no-untyped-def]
+        import pandas as pd
+
+        return [pd.read_parquet(path) for path in sorted(self.folder.rglob("results.parquet"))]
+
+    def newest(self) -> Path:
+        return max(self.folder.rglob("results.parquet"), key=lambda path: path.stat().st_mtime_ns).parent
+
+
+@pytest.fixture
+def cli(tiny_folder: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Cli:  # type: ignore[no-untyped-def]
+    """`lesion` on the tiny model: 2 prompts, 1 seed, 3 of 7 layers, 3 steps, without a tracker."""
+    return Cli(
+        tmp_path,
+        [
+            "model=local",
+            f"model.id={tiny_folder}",
+            f"scorer.clip_model=local-dir:{tiny_clip}",
+            "prompts=inline",
+            "prompts.items=[a red circle, two stars]",
+            "seeds=0",
+            "layers.include=[down_blocks.0.*, mid_block.*, up_blocks.1.attentions.1]",
+            "generation.steps=3",
+            "generation.height=16",
+            "generation.width=16",
+            "generation.batch_size=4",
+            "tracker=none",
+        ],
+        monkeypatch,
+        capfd,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL folder (two text encoders, added conditions) of 5 cross-attention layers."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    base = small_pipeline()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        norm_num_groups=8,
+    ).eval()
+    second = CLIPTextModelWithProjection(base.text_encoder.config).eval()
+    pipe = StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=second,
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny_sdxl"
+    pipe.save_pretrained(folder)
+    return folder

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import settings, small_pipeline, tiny_spec
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+from conftest import settings, small_pipeline, tiny_spec
 from lesion import models, replacements
 from lesion.generate import generate, to_pixels
 from lesion.lesions import Lesion, Replacement
@@ -107,8 +107,9 @@ def test_windows_branches_and_strength(tiny_model):
         site = tiny_model.anatomy.sites[layers[0]][0]
         seen = calls.setdefault(name, [])
         maps = fillers(tiny_model, lesion)
-        with torch.inference_mode(), lesioned(
-            tiny_model.denoiser, tiny_model.pipe.scheduler, tiny_model.anatomy, [lesion], maps
+        with (
+            torch.inference_mode(),
+            lesioned(tiny_model.denoiser, tiny_model.pipe.scheduler, tiny_model.anatomy, [lesion], maps),
         ):
             handle = tiny_model.denoiser.get_submodule(site).register_forward_hook(
                 lambda module, args, output: seen.append((output == 0).all(dim=(1, 2)).tolist())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from embedded.common import CONTEXT_LENGTH, SEED, Average, Run, backward, loop, pick
 from embedded.text import load_tokenizer, tokenize
-from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, Thing, is_held_out, render, sample_scene
+from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, is_held_out, render, sample_scene
 
 STEPS, GROUPS, BATCH, RATE = 2500, 12288, 28, 1.5e-3
 PER_GROUP = 4
@@ -82,8 +82,10 @@ def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
     for make in makers:
         while True:
             made = make()
-            if not is_held_out(made.caption()) and made not in [scene, *found] and len(set(made.things)) == len(
-                made.things
+            if (
+                not is_held_out(made.caption())
+                and made not in [scene, *found]
+                and len(set(made.things)) == len(made.things)
             ):
                 found.append(made)
                 break

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lesion.scenes import render, sample_scene
 
 SEED = 20261121
+DECAY_SHARE = 0.4
 CONTEXT_LENGTH = 32  # tokens; the longest caption has 18
 
 
@@ -62,9 +63,9 @@ class Average:
             a.copy_(b)
 
 
-def rate_at(step: int, total: int, warmup: int, decay_share: float = 0.4) -> float:
-    """Warm-up, plateau, then a cosine to zero over the last `decay_share` of the steps; relative to the peak."""
-    start = total * (1 - decay_share)
+def rate_at(step: int, total: int, warmup: int) -> float:
+    """Warm-up, plateau, then a cosine to zero over the last DECAY_SHARE of the steps; relative to the peak."""
+    start = total * (1 - DECAY_SHARE)
     if step < warmup:
         return (step + 1) / warmup
     if step < start:
@@ -137,7 +138,7 @@ def backward(loss: torch.Tensor, optimizer: torch.optim.Optimizer, clip: float =
 
 
 def scenes(run: Run, number: int) -> tuple[torch.Tensor, list[str]]:
-    """The training pictures, (number, 3, 64, 64) uint8, and their captions; rendered once and kept in the run folder."""
+    """The training pictures, (number, 3, 64, 64) uint8, and their captions; rendered once, kept in the run folder."""
     number = 64 if run.quick else number
     path = run.folder / f"scenes-{number}.npz"
     if not path.exists():

@@ -8,11 +8,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel
 
-from embedded.common import Average, Run, backward, loop, pick, scenes
+from embedded.common import DECAY_SHARE, Average, Run, backward, loop, pick, scenes
 from embedded.text import WIDTH, load_tokenizer, tokenize
 from embedded.vae import SCENES, encode
 
-STEPS, BATCH, RATE, TEXT_RATE = 6000, 32, 8e-4, 0.3
+STEPS, RATE, TEXT_RATE = 7000, 8e-4, 0.3
+BATCH, LAST_BATCH = 16, 32  # the larger one once the rate decays: most steps need no clean gradient
 DROPOUT = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 DECAY = 0.9985
 
@@ -79,12 +80,13 @@ def train(run: Run) -> None:
     )
 
     def step_fn(step: int, generator: torch.Generator) -> dict[str, float]:
-        rows = pick(len(latents), BATCH, generator)
+        batch = LAST_BATCH if step >= (1 - DECAY_SHARE) * STEPS else BATCH
+        rows = pick(len(latents), batch, generator)
         clean, tokens = latents[rows].float(), ids[rows]
-        dropped = torch.rand(BATCH, generator=generator) < DROPOUT
+        dropped = torch.rand(batch, generator=generator) < DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
         noise = torch.randn(clean.shape, generator=generator)
-        spread = (torch.arange(BATCH) + torch.rand((), generator=generator)) / BATCH  # stratified: less variance
+        spread = (torch.arange(batch) + torch.rand((), generator=generator)) / batch  # stratified: less variance
         times = (spread * schedule.config.num_train_timesteps).long()
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
         with run.autocast():

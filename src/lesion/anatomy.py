@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -104,7 +105,7 @@ def depth(path: str) -> tuple[int, int, tuple[int, ...]]:
     return PLACES.index(place), block, tuple(int(number) for number in re.findall(r"\.(\d+)", path))
 
 
-def _resolutions(denoiser: nn.Module) -> dict[str, int]:
+def _resolutions(denoiser: Any) -> dict[str, int]:
     """Side of the feature map inside each block, in latent pixels; empty where the model states no sample size."""
     size = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(size, int) or not hasattr(denoiser, "down_blocks"):

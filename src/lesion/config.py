@@ -279,9 +279,13 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
 
 
 def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:
-    from lesion.tracking import tracker_names
+    from lesion.tracking import make_tracker, tracker_names
 
-    _one_of("tracker", value.get("name"), tuple(tracker_names()))
+    name = _one_of("tracker", value.get("name"), tuple(tracker_names()))
+    try:
+        make_tracker(name, dict(value))
+    except ValueError as error:
+        raise RequestError("tracker", str(error)) from None
     return dict(value)
 
 
@@ -295,5 +299,6 @@ def _device(value: str) -> str:
     if kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise RequestError("device", f"{value!r} is not on this machine ({torch.cuda.device_count()} CUDA devices); allowed: auto, cpu")
+        number_there = torch.cuda.device_count()
+        raise RequestError("device", f"{value!r} is not here: this machine has {number_there}; allowed: auto, cpu")
     return value

@@ -108,7 +108,9 @@ def check_selection(name: str, options: Mapping[str, Any]) -> None:
         raise RequestError("selection", f"unknown selection {name!r}; allowed: {', '.join(sorted(SELECTIONS))}")
     allowed = list(inspect.signature(SELECTIONS[name]).parameters)[1:]
     if unknown := [option for option in options if option not in allowed]:
-        raise RequestError(f"selection.{name}", f"unknown option {unknown[0]!r}; allowed: {', '.join(allowed) or 'none'}")
+        raise RequestError(
+            f"selection.{name}", f"unknown option {unknown[0]!r}; allowed: {', '.join(allowed) or 'none'}"
+        )
 
 
 def choices(name: str, options: Mapping[str, Any], layers: Sequence[str]) -> list[Choice]:

@@ -83,7 +83,9 @@ def _hook(steps: Steps, samples: int, sums: list[Tensor], counts: list[Tensor]) 
             counts.append(torch.zeros(2, dtype=torch.float64))
         totals = output.double().sum(dim=1).cpu()  # (rows, channels)
         sums[steps.call].index_add_(0, branches, totals)
-        counts[steps.call].index_add_(0, branches, torch.full((len(output),), float(output.shape[1]), dtype=torch.float64))
+        counts[steps.call].index_add_(
+            0, branches, torch.full((len(output),), float(output.shape[1]), dtype=torch.float64)
+        )
 
     return hook
 

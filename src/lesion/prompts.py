@@ -65,6 +65,8 @@ def _prompt(entry: Any, key: str) -> Prompt:
     text = entry.get("text")
     if not isinstance(text, str) or not text.strip():
         raise RequestError(key, f"a prompt needs a non-empty text; got {text!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RequestError(key, f"prompt {text[:40]!r} has a lone surrogate, which is no text")
     aspects = entry.get("aspects") or ()
     if isinstance(aspects, str):
         aspects = [tag.strip() for tag in re.split(r"[,;|]", aspects) if tag.strip()]
@@ -110,4 +112,8 @@ def _fields(row: Any, path: Path, key: str) -> Any:
     text = row.get("text", row.get("prompt"))
     if text is None:
         raise RequestError(key, f"{path.name!r} has no `text` (or `prompt`) column")
-    return {"text": text, "aspects": row.get("aspects") or row.get("aspect"), "id": row.get("id") or row.get("prompt_id")}
+    return {
+        "text": text,
+        "aspects": row.get("aspects") or row.get("aspect"),
+        "id": row.get("id") or row.get("prompt_id"),
+    }

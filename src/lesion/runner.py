@@ -32,6 +32,8 @@ from lesion.surgery import Filler, replacement_key
 from lesion.tracking import JobInfo, Tracker, make_tracker
 
 log = logging.getLogger(__name__)
+for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
 
@@ -126,11 +128,13 @@ def run(request: Request, context: JobContext) -> None:
 def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
     """What a study would make, for `dry_run=true`."""
     size = counts.missing * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL
+    each = (counts.rows - counts.baselines) // counts.baselines
     return [
-        f"study of {study.model.name}: {len(study.prompts)} prompts x {len(study.seeds)} seeds, {len(study.layers)} layers",
+        f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
+        f"{len(study.layers)} layers",
         *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
-        f"  baselines shared: each of {counts.baselines} serves {(counts.rows - counts.baselines) // counts.baselines} lesions",
+        f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {store.folder}: {counts.stored}",
         f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk at most",
         "dry run: nothing was generated",
@@ -152,7 +156,10 @@ def _generate_missing(
         raise RequestError("model.id", "the loaded model has other layers than its config says")
     fillers = _fillers(request, model, study, store)
     began, done = time.monotonic(), 0
-    with logging_redirect_tqdm(), tqdm(total=counts.missing, unit="image", desc=study.model.name, smoothing=0.05) as bar:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=counts.missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
+    ):
         for batch in batches(study.cells(), request.batch_size, store.has):
             failures |= _make(model, batch, fillers, store)
             done += len(batch)
@@ -273,10 +280,10 @@ def _write(frame: pd.DataFrame, folder: Path, tracker: Tracker) -> int:
     written = [folder / "results.parquet", *write_report(folder, frame)]
     table = layer_table(frame)
     summary = {
-        f"{measure}/{line.replacement}/{line.layer}": float(value)
-        for line in table.itertuples()
-        for measure, value in (("importance", line.importance), ("sufficiency", line.sufficiency))
-        if np.isfinite(value)
+        f"{measure}/{line['replacement']}/{line['layer']}": float(line[measure])
+        for line in table.to_dict("records")
+        for measure in ("importance", "sufficiency")
+        if np.isfinite(line[measure])
     }
     tracker.finish(frame, folder, summary)
     print("\n".join(ranking_lines(frame)))

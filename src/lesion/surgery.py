@@ -1,7 +1,7 @@
 """Puts a batch of lesions on a live denoiser and takes them off again.
 
-Plain forward hooks on the sites, so it works under any attention processor and swaps none. Each image of a batch has its
-own lesion (or none): masks are data, and an image without a lesion keeps every bit of its output.
+Plain forward hooks on the sites, so it works under any attention processor and swaps none. Each image of a batch has
+its own lesion (or none): masks are data, and an image without a lesion keeps every bit of its output.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Steps:
 
 
 def branches_of(rows: int, samples: int) -> Tensor:
-    """The CFG branch of each row, (rows,): diffusers stacks the unconditional half first; without guidance, all COND."""
+    """The CFG branch of each row, (rows,): diffusers puts the unconditional half first; without guidance, all COND."""
     if rows == samples:
         return torch.full((rows,), COND)
     if rows == 2 * samples:
@@ -146,7 +146,9 @@ def _hook(path: str, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler
         for name in names:
             mine = weights
             if len(names) > 1:
-                mine = weights * torch.tensor([plan.replacement[row % len(plan.strength)] == name for row in range(len(output))])
+                mine = weights * torch.tensor(
+                    [plan.replacement[row % len(plan.strength)] == name for row in range(len(output))]
+                )
             values = fillers[name].fill(path, steps.call, branches.to(output.device), output)
             output = blend(output, values, mine)
         return output

@@ -46,7 +46,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """A model that exists. folder: its configs (for a hub name, the snapshot's); file: the single file, if it is one."""
+    """A model that exists. folder: its configs (of a hub name, the snapshot's). file: the single file, if it is one."""
 
     spec: ModelSpec
     folder: Path | None
@@ -103,17 +103,20 @@ class Source:
 
         Raises RequestError if the pipeline has no such component or it is no torch module.
         """
+        import diffusers
         import torch
 
         if component not in self.components:
-            raise RequestError("component", f"{self.spec.id!r} has no {component!r}; allowed: {_listed(self.components)}")
+            raise RequestError(
+                "component", f"{self.spec.id!r} has no {component!r}; allowed: {_listed(self.components)}"
+            )
         library, name = self.components[component]
         assert self.folder is not None
-        cls = getattr(importlib.import_module(library), name)
+        cls: Any = getattr(importlib.import_module(library), name)
         with torch.device("meta"):
             if library == "transformers" and hasattr(cls, "config_class"):
                 return cls(cls.config_class.from_pretrained(self.folder / component))
-            if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+            if diffusers.ModelMixin in getattr(cls, "__mro__", ()):
                 return cls.from_config(cls.load_config(self.folder / component))
         raise RequestError("component", f"{component!r} ({name}) is no neural network; choose another component")
 
@@ -123,7 +126,9 @@ class Source:
         for name in DENOISERS:
             if name in self.components:
                 return name
-        raise RequestError("model.id", f"{self.spec.id!r} has no denoiser ({' or '.join(DENOISERS)}) in model_index.json")
+        raise RequestError(
+            "model.id", f"{self.spec.id!r} has no denoiser ({' or '.join(DENOISERS)}) in model_index.json"
+        )
 
 
 def _listed(names: Any) -> str:
@@ -150,7 +155,8 @@ def resolve(spec: ModelSpec) -> Source:
         return Source(spec, path)
     if path.is_absolute() or spec.id.startswith((".", "~")) or spec.id.count("/") != 1:
         raise RequestError(
-            "model.id", f"no folder {spec.id!r}; allowed: a diffusers folder, a .safetensors file, a hub name 'org/model'"
+            "model.id",
+            f"no folder {spec.id!r}; allowed: a diffusers folder, a .safetensors file, a hub name 'org/model'",
         )
     folder = _snapshot(spec.id, spec.revision, "model.id")
     return Source(spec, folder, commit=folder.name)
@@ -162,11 +168,17 @@ def _single_file(spec: ModelSpec, path: Path) -> Source:
     if not path.is_file():
         raise RequestError("model.id", f"no file {spec.id!r}")
     if not spec.pipeline:
-        raise RequestError("model.pipeline", "a single file does not say its class; name it, e.g. StableDiffusionPipeline")
+        raise RequestError(
+            "model.pipeline", "a single file does not say its class; name it: StableDiffusionPipeline, …"
+        )
     if not hasattr(getattr(diffusers, spec.pipeline, None), "from_single_file"):
-        raise RequestError("model.pipeline", f"{spec.pipeline!r} is no diffusers pipeline that loads from a single file")
+        raise RequestError(
+            "model.pipeline", f"{spec.pipeline!r} is no diffusers pipeline that loads from a single file"
+        )
     if not spec.config:
-        raise RequestError("model.config", "a single file needs a folder or hub name with its configs, e.g. the base model's")
+        raise RequestError(
+            "model.config", "a single file needs a folder or hub name with its configs, e.g. the base model's"
+        )
     folder = Path(spec.config).expanduser()
     if not folder.is_dir():
         folder = _snapshot(spec.config, None, "model.config")

@@ -20,7 +20,7 @@ from lesion.errors import RequestError
 from lesion.lesions import Replacement
 
 if TYPE_CHECKING:
-    from lesion.generate import Model
+    from lesion.models import Model
     from lesion.study import Settings
     from lesion.surgery import Filler
 

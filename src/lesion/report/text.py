@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+import pandas as pd
+
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -38,6 +40,6 @@ def code(text: object) -> str:
 
 def number(value: object, digits: int = 3) -> str:
     """A float with fixed digits; n/a for a missing one."""
-    if value is None or value != value or str(value) == "<NA>":
+    if value is None or value is pd.NA or value != value:
         return "n/a"
     return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0.0: no "-0.000"

@@ -76,7 +76,8 @@ class Scene:
 
 
 _THING = (
-    rf"(?:(?P<size{{n}}>{'|'.join(SIZES)}) )?(?P<colour{{n}}>{'|'.join(COLOURS)}) (?P<shape{{n}}>{'|'.join(SHAPES)})(?:es|s)?"
+    rf"(?:(?P<size{{n}}>{'|'.join(SIZES)}) )?(?P<colour{{n}}>{'|'.join(COLOURS)}) "
+    rf"(?P<shape{{n}}>{'|'.join(SHAPES)})(?:es|s)?"
 )
 _LINK = "|".join([*RELATIONS.values(), "and"])
 _CAPTION = re.compile(
@@ -101,7 +102,7 @@ def parse_caption(caption: str) -> Scene | None:
 
 
 def is_held_out(caption: str) -> bool:
-    """True for the captions kept out of every training stage (one in eight, by a hash of the text, its articles aside)."""
+    """True for the captions kept out of every training stage: one in eight, by a hash of the text (articles aside)."""
     text = caption.replace("an orange", "a orange")
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
 

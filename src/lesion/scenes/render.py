@@ -47,7 +47,8 @@ def _in_star(x: NDArray[np.float64], y: NDArray[np.float64], inner: float = 0.42
     # The edge runs from the tip (1, 0) to the notch (inner cos, inner sin) in polar form.
     px, py = radius * np.cos(angle), radius * np.sin(angle)
     nx, ny = inner * np.cos(half), inner * np.sin(half)
-    return (px - 1) * ny - py * (nx - 1) <= 0
+    within: NDArray[np.bool_] = (px - 1) * ny - py * (nx - 1) <= 0
+    return within
 
 
 def coverage(shape: str, circle: Circle, size: int = IMAGE_SIZE) -> NDArray[np.float32]:
@@ -61,7 +62,8 @@ def coverage(shape: str, circle: Circle, size: int = IMAGE_SIZE) -> NDArray[np.f
         x, y = np.meshgrid((steps[cols] - cx) / radius, (steps[rows] - cy) / radius)
         fine[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1] = inside(shape, x, y)
     blocks = fine.reshape(size, SUPERSAMPLE, size, SUPERSAMPLE)
-    return blocks.mean(axis=(1, 3), dtype=np.float32)
+    share: NDArray[np.float32] = blocks.mean(axis=(1, 3), dtype=np.float32)
+    return share
 
 
 def render(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
@@ -72,7 +74,7 @@ def render(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
     things = scene.things if len(scene.things) == 2 else scene.things * scene.count
     for thing, circle in zip(things, place(scene, rng), strict=True):
         alpha = coverage(thing.shape, circle)[..., None]
-        image = image * (1 - alpha) + np.float32(COLOURS[thing.colour]) * alpha
+        image = image * (1 - alpha) + np.array(COLOURS[thing.colour], np.float32) * alpha
     return image.round().astype(np.uint8)
 
 

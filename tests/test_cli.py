@@ -1,0 +1,276 @@
+"""The whole flow through the command line, on a tiny model: results, sweeps, refusals, faults, interruption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lesion import models, runner
+from lesion.generate import generate
+
+CONTRACT = [
+    "model",
+    "prompt_id",
+    "prompt",
+    "seed",
+    "selection",
+    "replacement",
+    "layer",
+    "window_start",
+    "window_end",
+    "branch",
+    "strength",
+    "task",
+    "steps",
+    "guidance",
+    "scheduler",
+    "status",
+    "image",
+    "cell",
+    "clip_similarity",
+]
+LAYERS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.1"]
+
+
+def test_a_study_from_command_to_run_folder(cli):
+    code, out, _ = cli()
+    assert code == 0
+    folder = cli.newest()
+    frame = pd.read_parquet(folder / "results.parquet")
+    assert set(CONTRACT) <= set(frame.columns)
+    assert {"clip_text", "ssim", "psnr"} <= set(frame.columns)
+    assert len(frame) == 2 * (1 + 3 + 3)
+    baselines = frame[frame.selection == "none"]
+    assert (baselines.clip_similarity == 1.0).all()
+    assert (baselines.layer == "").all()
+    assert len(baselines) == 2
+    assert list(frame[frame.selection == "only_one"].layer.unique()) == LAYERS
+    assert (frame.status == "ok").all()
+    for name in frame.image:
+        with Image.open(folder / name) as image:
+            assert image.size == (16, 16)
+            assert "lesion" in image.text
+    for name in ("grids", "tables", "figures", "images", ".hydra"):
+        assert list((folder / name).iterdir()), name
+    assert (folder / "report.html").stat().st_size > 1000
+    assert all(layer in out for layer in LAYERS)
+    assert str(folder) in out
+
+
+def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch):
+    made = []
+
+    def counting(model, cells, fillers):
+        made.extend(cell.key for cell in cells)
+        return generate(model, cells, fillers)
+
+    monkeypatch.setattr(runner, "generate", counting)
+    assert cli()[0] == 0
+    assert len(made) == 14
+    first = pd.read_parquet(cli.newest() / "results.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+        assert cli()[0] == 0
+    pd.testing.assert_frame_equal(first, pd.read_parquet(cli.newest() / "results.parquet"))
+    assert cli("seeds=[0,1]")[0] == 0
+    assert len(made) == 28
+    assert len(set(made)) == 28
+
+
+def test_lists_in_a_job_and_a_sweep_over_jobs_are_the_same(cli, monkeypatch):
+    loads = []
+    monkeypatch.setattr(models, "load", lambda *args, load=models.load: loads.append(load(*args)) or loads[-1])
+    grid = {"selection": ["leave_one_out", "only_one"], "replacement": ["zero", "mean"]}
+    calibration = "replacement.mean.calibration.seeds=[5]"
+    lists = [f"{key}=[{','.join(names)}]" for key, names in grid.items()]
+    assert cli(*lists, calibration, "store.dir=a", "hydra.run.dir=lists")[0] == 0
+    one = pd.read_parquet(cli.folder / "lists" / "results.parquet")
+    sweeps = [f"{key}={','.join(names)}" for key, names in grid.items()]
+    assert cli("-m", *sweeps, "store.dir=b", "hydra.sweep.dir=swept", defaults=True)[0] == 0
+    frames = [pd.read_parquet(path) for path in (cli.folder / "swept").glob("*/results.parquet")]
+    assert len(frames) == 4
+    assert len({id(model) for model in loads}) == 1  # loaded once for all five jobs
+    keys = ["cell", "selection"]
+    swept = pd.concat(frames)
+    zero = one[one.replacement != "mean"]
+    found = swept[swept.replacement != "mean"].drop_duplicates(keys)
+    columns = [name for name in one.columns if name != "image"]
+    pd.testing.assert_frame_equal(
+        zero[columns].sort_values(keys).reset_index(drop=True),
+        found[columns].sort_values(keys).reset_index(drop=True),
+    )
+
+
+def test_dry_run_counts_and_makes_nothing(cli, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model"))
+    code, out, _ = cli("dry_run=true", "seeds=[0,1]")
+    assert code == 0
+    assert "baseline                                4 images" in out
+    assert "leave_one_out / zero                   12 images" in out
+    assert "to make: 28" in out
+    assert "already in the store store: 0" in out
+    assert not (cli.folder / "store").exists()
+
+
+REFUSALS = [
+    (["generation.step=3"], ["step", "steps"]),
+    (["generation.steps=many"], ["generation.steps", "Integer"]),
+    (["generation.steps=0"], ["generation.steps", ">= 1"]),
+    (["generation.height=17"], ["generation.height", "multiple of 8"]),
+    (["generation.guidance=-1"], ["generation.guidance", ">= 0"]),
+    (["generation.guidance=nan"], ["generation.guidance", ">= 0"]),
+    (["generation.task=video"], ["generation.task", "txt2img"]),
+    (["generation.batch_size=0"], ["generation.batch_size", ">= 1"]),
+    (["layers.include=[nonesuch.*]"], ["layers.include", "nonesuch", "mid_block.attentions.0"]),
+    (["layers.include=[mid_block.*]"], ["selection", "only_one", "two layers"]),
+    (["layers.by=neuron"], ["layers.by", "attention"]),
+    (["layers.kind=hat"], ["layers.kind", "cross_attention"]),
+    (["prompts.items=[]"], ["prompts", "empty"]),
+    (["prompts.items=[a, a]"], ["prompts", "twice"]),
+    (["prompts=nonesuch.txt"], ["prompts.path", "nonesuch.txt"]),
+    (["prompts=nonesuch"], ["prompts/nonesuch", "demo"]),
+    (["seeds=[0,0]"], ["seeds", "twice"]),
+    (["seeds=[]"], ["seeds", "empty"]),
+    (["seeds=-1"], ["seeds", "0 to"]),
+    (["seeds=1.5"], ["seeds", "1.5"]),
+    (["selection=most"], ["selection/most", "leave_one_out"]),
+    (["replacement=noise"], ["replacement/noise", "zero"]),
+    (["replacement=mean", "replacement.mean.calibration.seeds=[]"], ["replacement.mean.calibration.seeds"]),
+    (["window=[0.5,0.5]"], ["window", "start < end"]),
+    (["window=[0,2]"], ["window", "[0, 1]"]),
+    (["strength=2"], ["strength", "[0, 1]"]),
+    (["branch=left"], ["branch", "both, cond, uncond"]),
+    (["branch=cond", "generation.guidance=1"], ["branch", "guidance"]),
+    (["device=cuda:99"], ["device", "cuda:99", "cpu"]),
+    (["device=abacus"], ["device", "abacus"]),
+    (["model=nonesuch"], ["model/nonesuch", "embedded"]),
+    (["model.id=/nonesuch"], ["model.id", "/nonesuch"]),
+    (["model.id=org/nonesuch"], ["model.id", "org/nonesuch"]),
+    (["model.dtype=int8"], ["model.dtype", "float16"]),
+    (["model.scheduler=magic"], ["model.scheduler", "ddim"]),
+    (["scorer=nonesuch"], ["scorer/nonesuch", "embedded"]),
+    (["scorer.metrics=[clip_similarity,taste]"], ["scorer.metrics", "taste", "ssim"]),
+    (["scorer.metrics=[ssim]"], ["scorer.metrics", "clip_similarity"]),
+    (["tracker=nonesuch"], ["tracker/nonesuch", "wandb"]),
+    (["colour=red"], ["colour"]),
+    (["seeds"], ["seeds"]),
+    (["seeds=[0"], ["[0"]),
+    (["model=single_file", "model.id=x.safetensors"], ["model.id", "x.safetensors"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSALS, ids=lambda value: " ".join(value) if value else "")
+@pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "multirun"])
+def test_a_wrong_request_is_one_line_and_leaves_no_trace(cli, monkeypatch, arguments, words, mode):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model"))
+    if arguments[0].startswith("model="):
+        cli.defaults = [default for default in cli.defaults if not default.startswith("model.")]
+    if arguments[0].startswith("prompts="):
+        cli.defaults = [default for default in cli.defaults if not default.startswith("prompts.")]
+    code, out, err = cli(*mode, *arguments)
+    assert code == 2, err
+    assert err.startswith("lesion: ")
+    assert err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert out == ""
+    assert list(cli.folder.iterdir()) == []
+
+
+def test_one_wrong_job_of_a_sweep_stops_it_before_the_first(cli):
+    code, _, err = cli("-m", "generation.steps=3,0")
+    assert code == 2
+    assert "generation.steps" in err
+    assert list(cli.folder.iterdir()) == []
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
+    def failing(model, cells, fillers):
+        if any(cell.lesion and cell.lesion.layer == LAYERS[1] and cell.seed == 0 for cell in cells):
+            raise RuntimeError("planted fault")
+        return generate(model, cells, fillers)
+
+    monkeypatch.setattr(runner, "generate", failing)
+    code, _, err = cli("seeds=[0,1]")
+    assert code == 1
+    assert "4 of 28 images failed" in err
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    bad = frame[frame.status == "failed"]
+    assert set(bad.layer) == {LAYERS[1]}
+    assert len(bad) == 4
+    assert bad.reason.str.contains("RuntimeError: planted fault").all()
+    assert bad.clip_similarity.isna().all()
+    assert frame[frame.status == "ok"].clip_similarity.notna().all()
+    monkeypatch.setattr(runner, "generate", generate)
+    assert cli("seeds=[0,1]")[0] == 0
+
+
+def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
+    def poisoned(model, cells, fillers):
+        images = generate(model, cells, fillers)
+        for image, cell in zip(images, cells):
+            if cell.lesion and cell.lesion.layer == LAYERS[0] and cell.lesion.selection == "leave_one_out":
+                image[0, 0, 0] = np.nan
+            if cell.lesion and cell.lesion.layer == LAYERS[2] and cell.lesion.selection == "leave_one_out":
+                image[:] = 0
+        return images
+
+    monkeypatch.setattr(runner, "generate", poisoned)
+    code, _, _ = cli()
+    assert code == 1
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    reasons = frame[frame.status == "invalid"].groupby("layer").reason.first().to_dict()
+    assert reasons == {LAYERS[0]: "image has non-finite values", LAYERS[2]: "image is all black"}
+    assert frame[frame.status == "invalid"].clip_similarity.isna().all()
+    table = pd.read_csv(next((cli.newest() / "tables").glob("layers*.csv"))).set_index("layer")
+    assert table.n_invalid[LAYERS[0]] == 2
+    assert np.isnan(table.importance[LAYERS[0]])
+
+
+def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):
+    def failing(model, cells, fillers):
+        if any(cell.lesion is None and cell.prompt.text == "two stars" for cell in cells):
+            raise RuntimeError("planted fault")
+        return generate(model, cells, fillers)
+
+    monkeypatch.setattr(runner, "generate", failing)
+    assert cli()[0] == 1
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    assert (frame[frame.prompt == "a red circle"].status == "ok").all()
+    lesioned = frame[(frame.prompt == "two stars") & (frame.selection != "none")]
+    assert (lesioned.status == "invalid").all()
+    assert lesioned.reason.str.contains("baseline").all()
+
+
+def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch):
+    calls = []
+
+    def interrupted(model, cells, fillers):
+        calls.append(len(cells))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(model, cells, fillers)
+
+    monkeypatch.setattr(runner, "generate", interrupted)
+    code, _, err = cli()
+    assert code == 130
+    assert "same command again" in err
+    kept = len(list((cli.folder / "store").rglob("*.png")))
+    assert kept == sum(calls[:2])
+    made = []
+    monkeypatch.setattr(runner, "generate", lambda m, cells, f: made.extend(cells) or generate(m, cells, f))
+    assert cli()[0] == 0
+    assert len(made) == 14 - kept
+
+
+def test_a_damaged_image_is_noticed_and_made_again(cli):
+    assert cli()[0] == 0
+    victim = next((cli.folder / "store").rglob("*.png"))
+    whole = victim.read_bytes()
+    victim.unlink()
+    victim.write_bytes(whole[:60] + bytes(30) + whole[90:])
+    assert cli()[0] == 1
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    assert frame.reason.str.contains("damaged").sum() == 1
+    assert cli()[0] == 0

@@ -1,0 +1,164 @@
+"""Every file in conf/ composes, means what its name says, and every experiment overlay runs (on a tiny stand-in)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from lesion import replacements, scoring
+from lesion.cli import conf_dir
+from lesion.config import parse, register
+from lesion.lesions import SELECTIONS
+from lesion.models import EMBEDDED
+from lesion.prompts import parse_prompts
+from lesion.scenes import parse_caption
+from lesion.tracking import tracker_names
+
+CONF = conf_dir()
+GROUPS = ("model", "prompts", "selection", "replacement", "scorer", "tracker", "experiment", "debug")
+FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDS = {
+    "local": [f"model.id={EMBEDDED}"],
+    "single_file": ["model.id=x.safetensors", "model.pipeline=StableDiffusionPipeline", f"model.config={EMBEDDED}"],
+    "file": ["prompts.path=@FILE@"],
+    "inline": ["prompts.items=[a red circle]"],
+}
+
+
+def composed(*overrides):
+    register(CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("lesion", list(overrides))
+
+
+def test_there_is_no_folder_or_file_that_these_tests_do_not_know():
+    assert {path.name for path in CONF.iterdir()} == {*GROUPS, "lesion.yaml"}
+    assert len(FILES) == len(list(CONF.rglob("*.yaml"))) - 1
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))
+def test_every_file_composes_and_is_accepted(group, name, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    needs = [need.replace("@FILE@", str(tmp_path / "p.txt")) for need in NEEDS.get(name, [])]
+    request = parse(composed(f"{group}={name}", *needs))
+    if group == "model":
+        assert request.model.name == name
+    if group == "selection":
+        assert list(request.selections) == [name]
+    if group == "replacement":
+        assert list(request.replacements) == [name]
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))
+def test_every_knob_has_a_comment(group, name):
+    """In the groups of knobs each line that sets one says what is allowed; a file says what it is for."""
+    lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("#")
+    if group == "model":
+        bare = {"name", "id", "variant", "width", "steps", "guidance", "batch_size", "height"}
+        assert [line for line in lines if ":" in line and "#" not in line and line.split(":")[0] not in bare] == []
+
+
+def test_names_in_code_and_in_conf_agree():
+    assert {name for group, name in FILES if group == "selection"} == set(SELECTIONS)
+    assert {name for group, name in FILES if group == "replacement"} == set(replacements.known())
+    assert {name for group, name in FILES if group == "tracker"} == set(tracker_names())
+    assert "clip_similarity" in scoring.known_metrics()
+
+
+@pytest.mark.parametrize("name", [name for group, name in FILES if group == "prompts" and name not in NEEDS])
+def test_prompt_sets(name):
+    data = yaml.safe_load((CONF / "prompts" / f"{name}.yaml").read_text())
+    label, prompts = parse_prompts(data)
+    assert label == name
+    assert name == "calibration" or all(prompt.aspects for prompt in prompts)
+    if name != "natural":
+        assert [prompt.text for prompt in prompts if parse_caption(prompt.text) is None] == []
+
+
+def test_the_calibration_set_shares_no_caption_with_a_study():
+    sets = {name: yaml.safe_load((CONF / "prompts" / f"{name}.yaml").read_text()) for group, name in FILES
+            if group == "prompts" and name not in NEEDS}  # fmt: skip
+    texts = {name: {prompt.text for prompt in parse_prompts(data)[1]} for name, data in sets.items()}
+    calibration = texts.pop("calibration")
+    assert len(calibration) == 32
+    assert all(not calibration & others for others in texts.values())
+
+
+def test_the_demo_is_as_large_as_it_says():
+    request = parse(composed("experiment=demo"))
+    assert (len(request.prompts), request.seeds, request.model.id) == (4, (0, 1), "embedded")
+    assert list(request.selections) == ["leave_one_out", "only_one"]
+    assert {aspect for prompt in request.prompts for aspect in prompt.aspects} >= {
+        "colour", "shape", "size", "count", "relation", "background"
+    }  # fmt: skip
+
+
+def small(pipeline_folder: Path, clip: Path) -> list[str]:
+    """Overrides that put a tiny stand-in in the place of an experiment's model and scorer."""
+    return [
+        f"model.id={pipeline_folder}",
+        "model.variant=null",
+        "model.dtype=float32",
+        f"scorer.clip_model=local-dir:{clip}",
+        "generation.steps=2",
+        "generation.height=16",
+        "generation.width=16",
+        "tracker=none",
+        "prompts=inline",
+        "prompts.items=[a red circle]",
+    ]
+
+
+@pytest.mark.parametrize("name", [name for group, name in FILES if group == "experiment"])
+def test_every_experiment_runs(cli, name, tiny_folder, tiny_sdxl_folder, tiny_clip):
+    """On a tiny model of the same class: two steps, one prompt."""
+    cli.defaults = []
+    folder = tiny_sdxl_folder if "sdxl" in name else tiny_folder
+    code, out, err = cli(f"experiment={name}", *small(folder, tiny_clip))
+    assert code == 0, err
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").all()
+    if name == "sdxl_layers":
+        assert set(frame.selection) == {"none", "only_one", "leave_one_out", "all"}
+        assert frame.layer.nunique() - 1 == 5
+        assert frame.scheduler.unique().tolist() == ["EulerDiscreteScheduler"]
+
+
+def test_debug_smoke_runs(cli, tiny_clip):
+    cli.defaults = []
+    code, _, err = cli("debug=smoke", f"scorer.clip_model=local-dir:{tiny_clip}")
+    assert code == 0, err
+    (frame,) = cli.frames()
+    assert len(frame) == 1 + 3 + 3
+
+
+def test_sdxl_baseline_is_plain_diffusers_to_the_bit(tiny_sdxl_folder):
+    import numpy as np
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    from conftest import settings, tiny_spec
+    from lesion import models
+    from lesion.generate import generate
+    from lesion.prompts import Prompt
+    from lesion.study import Cell
+
+    model = models.load(models.resolve(tiny_spec(tiny_sdxl_folder)), "cpu")
+    for guidance in (5.0, 0.0):
+        cells = [Cell(model.identity, Prompt(t), s, settings(guidance=guidance), None) for t, s in (("a", 1), ("b", 2))]
+        pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl_folder, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        plain = pipe(
+            ["a", "b"],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)],
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            height=16,
+            width=16,
+            output_type="np",
+        ).images
+        assert np.array_equal(generate(model, cells, {}), plain)

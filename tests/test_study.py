@@ -1,0 +1,247 @@
+"""Cells, their hashes, plans and the store."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import settings
+from lesion.errors import RequestError
+from lesion.lesions import Lesion, Replacement, choices
+from lesion.plan import batches, tally
+from lesion.prompts import Prompt, parse_prompts, slug
+from lesion.store import Damaged, Store, atomically
+from lesion.study import Cell, ModelIdentity, Study, row
+
+MODEL = ModelIdentity("tiny", "f" * 32, "float32")
+LAYERS = tuple(f"down_blocks.0.attentions.{i}" for i in range(4))
+ZERO, MEAN = Replacement("zero"), Replacement("mean", {"calibration": {"seeds": [1], "prompts": "ab"}})
+
+
+def study(**changes):
+    base = {
+        "model": MODEL,
+        "settings": settings(),
+        "prompts": (Prompt("a", id="a"), Prompt("b", id="b")),
+        "seeds": (0, 1, 2),
+        "layers": LAYERS,
+        "selections": {"leave_one_out": {}, "only_one": {}},
+        "replacements": (ZERO, MEAN),
+    }
+    return Study(**{**base, **changes})
+
+
+def some_cell(lesion=None, **changes):
+    return Cell(MODEL, Prompt("a red circle"), 3, settings(**changes), lesion)
+
+
+def a_lesion(**changes):
+    base = {"selection": "leave_one_out", "layer": LAYERS[0], "layers": LAYERS[:1], "replacement": ZERO}
+    return Lesion(**{**base, **changes})
+
+
+def test_selections():
+    assert [(c.layer, c.lesioned) for c in choices("leave_one_out", {}, LAYERS)] == [(p, (p,)) for p in LAYERS]
+    for choice, path in zip(choices("only_one", {}, LAYERS), LAYERS, strict=True):
+        assert choice.layer == path
+        assert choice.lesioned == tuple(other for other in LAYERS if other != path)
+    assert [(c.layer, c.lesioned) for c in choices("all", {}, LAYERS)] == [("", LAYERS)]
+    assert choices("none", {}, LAYERS) == []
+    with pytest.raises(RequestError, match="unknown selection 'most'; allowed: all, leave_one_out, none, only_one"):
+        choices("most", {}, LAYERS)
+    with pytest.raises(RequestError, match="unknown option 'k'; allowed: none"):
+        choices("all", {"k": 1}, LAYERS)
+    with pytest.raises(RequestError, match="only_one needs at least two layers"):
+        choices("only_one", {}, LAYERS[:1])
+
+
+def test_the_grid_is_complete_and_starts_with_the_baselines():
+    cells = list(study().cells())
+    assert len(cells) == len(study()) == 6 * (1 + 2 * 2 * 4)
+    assert all(cell.lesion is None for cell in cells[:6])
+    assert all(cell.lesion is not None for cell in cells[6:])
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert {cell.baseline.key for cell in cells} == {cell.key for cell in cells[:6]}
+
+
+def test_the_hash_stays_what_it_was():
+    """A stored image must be found by later versions: these hashes may change only together with study.FORMAT."""
+    assert some_cell().key == "32d19803978ba229d1bda75453cfcb0d"
+    assert some_cell(a_lesion()).key == "1e57da91e428d8521a799110c919e63e"
+
+
+def test_the_hash_tells_apart_what_changes_pixels_and_nothing_else():
+    different = [
+        some_cell(),
+        Cell(MODEL, Prompt("a red circle "), 3, settings(), None),
+        Cell(MODEL, Prompt("a red circle"), 4, settings(), None),
+        Cell(ModelIdentity("tiny", "e" * 32, "float32"), Prompt("a red circle"), 3, settings(), None),
+        Cell(ModelIdentity("tiny", "f" * 32, "float16"), Prompt("a red circle"), 3, settings(), None),
+        *(some_cell(**change) for change in ({"steps": 5}, {"guidance": 4.0}, {"height": 24}, {"width": 24})),
+        *(some_cell(**change) for change in ({"scheduler": "X"}, {"negative_prompt": "b"}, {"negative_prompt": ""})),
+        *(some_cell(a_lesion(layers=LAYERS[i:j])) for i, j in itertools.combinations(range(5), 2)),
+        *(some_cell(a_lesion(**c)) for c in ({"replacement": MEAN}, {"window": (0.0, 0.5)}, {"branch": "cond"})),
+        some_cell(a_lesion(strength=0.5)),
+        some_cell(a_lesion(replacement=Replacement("mean", {"calibration": {"seeds": [2], "prompts": "ab"}}))),
+    ]
+    keys = [cell.key for cell in different]
+    assert len(set(keys)) == len(keys)
+    same = [
+        Cell(ModelIdentity("other name", "f" * 32, "float32"), Prompt("a red circle"), 3, settings(), None),
+        Cell(MODEL, Prompt("a red circle", ("colour",), "id"), 3, settings(), None),
+        some_cell(a_lesion(strength=0.0)),
+    ]
+    assert {cell.key for cell in same} == {some_cell().key}
+    label = a_lesion(selection="only_one", layer=LAYERS[2])
+    assert some_cell(label).key == some_cell(a_lesion()).key
+
+
+def test_the_pure_rooms_import_no_torch():
+    code = "import sys, lesion.study, lesion.plan, lesion.lesions, lesion.prompts, lesion.analysis.importance; " \
+        "sys.exit('torch' in sys.modules)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_batches_hold_every_missing_cell_once_and_no_two_kinds():
+    whole = study()
+    stored = {cell.key for cell in itertools.islice(whole.cells(), 0, None, 3)}
+    made = list(batches(whole.cells(), 8, stored.__contains__))
+    keys = [cell.key for batch in made for cell in batch]
+    assert sorted(keys) == sorted({cell.key for cell in whole.cells()} - stored)
+    assert all(len(batch) <= 8 for batch in made)
+    for batch in made:
+        assert len({(c.lesion and (c.lesion.selection, c.lesion.replacement)) for c in batch}) == 1
+    assert any(len({(c.prompt.text, c.seed) for c in batch}) > 1 for batch in made)  # prompts and seeds are mixed
+
+
+def test_a_list_in_one_job_and_a_sweep_make_the_same_batches():
+    def company(study):
+        return {tuple(cell.key for cell in batch) for batch in batches(study.cells(), 5, lambda key: False)}
+
+    swept = set()
+    for selection in ("leave_one_out", "only_one"):
+        for replacement in (ZERO, MEAN):
+            swept |= company(study(selections={selection: {}}, replacements=(replacement,)))
+    assert company(study()) == swept
+
+
+def test_tally():
+    counts = tally(study().cells(), lambda key: False)
+    assert (counts.rows, counts.baselines, counts.unique, counts.missing) == (102, 6, 102, 102)
+    assert counts.by_mode["leave_one_out / mean"] == 24
+    two = study(layers=LAYERS[:2], replacements=(ZERO,))  # leaving one of two out is keeping the other alone
+    counts = tally(two.cells(), lambda key: True)
+    assert (counts.rows, counts.unique, counts.missing) == (30, 18, 0)
+
+
+def test_rows_name_the_layer_and_its_depth():
+    record = row(some_cell(a_lesion()), LAYERS)
+    assert (record["layer"], record["layer_index"], record["selection"]) == (LAYERS[0], 0, "leave_one_out")
+    baseline = row(some_cell(), LAYERS)
+    assert (baseline["layer"], baseline["layer_index"], baseline["selection"]) == ("", -1, "none")
+
+
+def test_store_keeps_pixels_and_says_what_they_are(tmp_path):
+    store, cell = Store(tmp_path), some_cell(a_lesion())
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    assert not store.has(cell.key)
+    store.put(cell, pixels, "image is all black")
+    assert store.has(cell.key)
+    assert np.array_equal(store.get(cell.key).pixels, pixels)
+    assert store.get(cell.key).reason == "image is all black"
+    from PIL import Image
+
+    notes = Image.open(store.path(cell.key)).text["lesion"]
+    assert '"prompt": "a red circle"' in notes
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<script>\n\"'\\ \x01", "x" * 10000, "\u202eعربي", "../../etc/passwd", "\\input{x}"]
+)
+def test_store_takes_any_prompt(tmp_path, prompt):
+    import json
+
+    from PIL import Image
+
+    store, cell = Store(tmp_path), Cell(MODEL, Prompt(prompt), 0, settings(), None)
+    store.put(cell, np.zeros((8, 8, 3), np.uint8))
+    assert json.loads(Image.open(store.path(cell.key)).text["lesion"])["prompt"] == prompt
+    assert "/" not in slug(prompt)
+    assert len(slug(prompt)) < 50
+
+
+def test_store_notices_damage(tmp_path):
+    store, cell, other = Store(tmp_path), some_cell(), some_cell(a_lesion())
+    store.put(cell, np.zeros((8, 8, 3), np.uint8))
+    store.path(other.key).parent.mkdir(exist_ok=True)
+    os.link(store.path(cell.key), store.path(other.key))
+    with pytest.raises(Damaged, match="another cell"):
+        store.get(other.key)
+    whole = store.path(cell.key).read_bytes()
+    store.path(cell.key).write_bytes(whole[:-5])
+    assert not store.has(cell.key)
+    store.path(cell.key).write_bytes(whole[:40] + bytes(20) + whole[60:])
+    with pytest.raises(Damaged):
+        store.get(cell.key)
+
+
+def test_atomic_write_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "x"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomically(target) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "a cat\n\n  a dog, happy \n"),
+        ("p.csv", 'prompt,aspects,note\na cat,colour;count,1\n"a dog, happy",,2\n'),
+        ("p.jsonl", '{"text": "a cat", "aspects": ["colour", "count"]}\n{"prompt": "a dog, happy"}\n'),
+    ],
+)
+def test_prompt_files(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    label, prompts = parse_prompts({"path": str(path)})
+    assert label == "p"
+    assert [prompt.text for prompt in prompts] == ["a cat", "a dog, happy"]
+    assert prompts[0].aspects == (() if name == "p.txt" else ("colour", "count"))
+    assert prompts[0].id == slug("a cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "\n \n", "is empty"),
+        ("p.txt", "a\na\n", "'a' is given twice"),
+        ("p.csv", "words\na cat\n", "no `text`"),
+        ("p.jsonl", '{"text": "a"}\n{"text"\n', "line 2 is no valid JSON"),
+        ("p.jsonl", "3\n", "a prompt is a text or a mapping"),
+        ("p.jsonl", '{"text": "a", "id": "../b"}\n', "prompt id '../b' is not allowed"),
+        ("p.yaml", "a", "unknown ending"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(RequestError, match=message) as error:
+        parse_prompts({"path": str(path)})
+    assert str(error.value).startswith("prompts.path: ")
+
+
+def test_missing_and_unreadable_prompt_files(tmp_path):
+    with pytest.raises(RequestError, match="cannot read"):
+        parse_prompts({"path": str(tmp_path / "no.txt")})
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RequestError, match="cannot read"):
+        parse_prompts({"path": str(tmp_path / "b.txt")})
