@@ -118,7 +118,7 @@ def test_every_experiment_runs(cli, name, tiny_folder, tiny_sdxl_folder, tiny_cl
     """On a tiny model of the same class: two steps, one prompt."""
     cli.defaults = []
     folder = tiny_sdxl_folder if "sdxl" in name else tiny_folder
-    code, out, err = cli(f"experiment={name}", *small(folder, tiny_clip))
+    code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip))
     assert code == 0, err
     (frame,) = cli.frames()
     assert (frame.status == "ok").all()

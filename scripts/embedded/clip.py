@@ -23,7 +23,7 @@ from embedded.common import CONTEXT_LENGTH, SEED, Average, Run, backward, loop, 
 from embedded.text import load_tokenizer, tokenize
 from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, is_held_out, render, sample_scene
 
-STEPS, GROUPS, BATCH, RATE = 2500, 12288, 28, 1.5e-3
+STEPS, GROUPS, BATCH, RATE = 1500, 12288, 20, 1.5e-3
 PER_GROUP = 4
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
