@@ -49,15 +49,17 @@ def job(folder: Path, name: str, *overrides: str) -> tuple[float, pd.DataFrame]:
     return time.perf_counter() - began, pd.read_parquet(run_folder / "results.parquet")
 
 
+def silence(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)
+
+
 def plain_loop(pipe: Any, prompts: list[str], layers: dict[str, list[str]], device: str) -> float:
     """Images a second of the hand-written loop: a baseline and every only-one image, one call each."""
     began, made = time.perf_counter(), 0
     for prompt in prompts:
         for kept in [None, *layers]:
             handles = [
-                pipe.unet.get_submodule(site).register_forward_hook(
-                    lambda module, args, output: torch.zeros_like(output)
-                )
+                pipe.unet.get_submodule(site).register_forward_hook(silence)
                 for layer, sites in layers.items()
                 if kept and layer != kept
                 for site in sites
@@ -91,7 +93,7 @@ def speed(repeats: int, device: str) -> list[str]:
     return [
         "## Speed: a whole job against a plain loop",
         "",
-        f"Demo study, 264 images at 64x64, 20 steps, guidance 3, float32, batches of 32; {repeats} alternating repeats.",
+        f"Demo study: 264 images, 64x64, 20 steps, guidance 3, float32, batches of 32; {repeats} alternating repeats.",
         "",
         "| | images a second, median (range) |",
         "| --- | --- |",
@@ -174,8 +176,8 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `make bench` (`python scripts/benchmark.py`) on {machine(args.device)}. Machines are noisy: compare",
-        "ratios within one run, not seconds between runs.",
+        f"Written by `make bench` (`python scripts/benchmark.py`) on {machine(args.device)}.",
+        "Machines are noisy: compare ratios within one run, not seconds between runs.",
     ]
     if "speed" in parts:
         lines += ["", *speed(args.repeats, args.device)]

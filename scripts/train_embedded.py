@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from embedded import clip, export, text, unet, vae
 from embedded.common import Paused, Run
+from lesion.models import EMBEDDED
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in order)")
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "embedded", help="run folder")
+    parser.add_argument("--into", type=Path, default=EMBEDDED, help="where `export` puts the finished model")
     parser.add_argument("--minutes", type=float, default=1e9, help="pause after so many minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="three steps of everything: tests the script, not a model")
@@ -44,7 +46,7 @@ def main() -> None:
     if unknown := [stage for stage in args.stages if stage not in STAGES]:
         parser.error(f"unknown stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
     args.run.mkdir(parents=True, exist_ok=True)
-    run = Run(args.run, torch.device(args.device), time.monotonic() + 60 * args.minutes, args.quick)
+    run = Run(args.run, args.into, torch.device(args.device), time.monotonic() + 60 * args.minutes, args.quick)
     for name in args.stages or STAGES:
         if (run.folder / f"{name}.done").exists():
             print(f"{name}: already complete in {run.folder}")

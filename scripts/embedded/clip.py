@@ -139,13 +139,14 @@ def train(run: Run) -> None:
 
 def save(clip: torch.nn.Module, run: Run, vocabulary: int) -> None:
     """open_clip's `local-dir:` layout: configuration, half-precision weights and the tokenizer's files."""
-    run.clip.mkdir(parents=True, exist_ok=True)
+    folder = run.folder / "clip"
+    folder.mkdir(exist_ok=True)
     config = {"model_cfg": model_config(vocabulary), "preprocess_cfg": {"mean": MEAN, "std": STD}}
-    (run.clip / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in clip.state_dict().items()
     }
-    save_file(weights, run.clip / "open_clip_model.safetensors")
+    save_file(weights, folder / "open_clip_model.safetensors")
     for file in (run.folder / "tokenizer").iterdir():
-        shutil.copy(file, run.clip / file.name)
+        shutil.copy(file, folder / file.name)

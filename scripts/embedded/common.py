@@ -23,20 +23,13 @@ CONTEXT_LENGTH = 32  # tokens; the longest caption has 18
 
 @dataclass(frozen=True)
 class Run:
-    """Where a training run keeps its files, on which device it computes, and when it has to pause."""
+    """Where a training run keeps its files and puts the result, where it computes, and when it has to pause."""
 
     folder: Path
+    target: Path
     device: torch.device
     deadline: float  # time.monotonic() at which a stage saves and stops
     quick: bool = False  # a few steps of everything, for the test of this script
-
-    @property
-    def pipeline(self) -> Path:
-        return self.folder / "pipeline"
-
-    @property
-    def clip(self) -> Path:
-        return self.folder / "pipeline" / "clip"
 
     def steps(self, full: int) -> int:
         return 3 if self.quick else full

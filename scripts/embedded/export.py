@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
@@ -31,4 +33,5 @@ def assemble(run: Run) -> StableDiffusionPipeline:
 
 
 def export(run: Run) -> None:
-    assemble(run).to(torch.float16).save_pretrained(run.pipeline)
+    assemble(run).to(torch.float16).save_pretrained(run.target)
+    shutil.copytree(run.folder / "clip", run.target / "clip", dirs_exist_ok=True)
