@@ -113,7 +113,7 @@ def run(request: Request, context: JobContext) -> None:
     code = 1
     try:
         failures = _generate_missing(request, source, study, store, counts, tracker)
-        frame = _score(study, store, scorer, failures, context.folder)
+        frame = _score(study, store, scorer, failures, context.folder).assign(scorer=request.scorer.name)
         code = _write(frame, context.folder, tracker)
     finally:
         tracker.close(code)

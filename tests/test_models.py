@@ -1,0 +1,125 @@
+"""Finding and loading models: folders, single files, schedulers, precision, fingerprints; and the model that ships."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import Attention
+
+from conftest import settings, tiny_spec
+from lesion import models
+from lesion.anatomy import examine
+from lesion.generate import generate
+from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, resolve
+from lesion.models.loading import resolve_dtype
+from lesion.prompts import Prompt
+from lesion.study import Cell
+from single_file import write_single_file
+
+
+def one_image(model, **changes):
+    given = {"height": 64, "width": 64, "steps": 3, **changes}
+    cell = Cell(model.identity, Prompt("a red circle on a white background"), 0, settings(**given), None)
+    return generate(model, [cell], {})[0]
+
+
+def test_the_embedded_model_has_the_topology_of_sd15():
+    from test_anatomy import SD15_PATHS
+
+    unet = resolve(ModelSpec("embedded", "embedded")).skeleton("unet")
+    assert list(examine(unet).paths) == SD15_PATHS
+    assert len(unet.attn_processors) == 32
+    assert sum(isinstance(module, Attention) for module in unet.modules()) == 32
+    assert [type(block).__name__ for block in unet.down_blocks] == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    assert [type(block).__name__ for block in unet.up_blocks] == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+
+
+def test_the_embedded_model_is_plain_diffusers():
+    index = json.loads((EMBEDDED / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["safety_checker"] == [None, None]
+    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
+    assert {type(part).__name__ for part in pipe.components.values() if part is not None} == {
+        "CLIPTokenizer", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "DDIMScheduler"
+    }  # fmt: skip
+    assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) < 25e6
+    assert not [path for path in EMBEDDED.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_every_scheduler_by_name(tiny_folder):
+    for name, cls in SCHEDULERS.items():
+        source = resolve(tiny_spec(tiny_folder, scheduler=name))
+        model = models.load(source, "cpu")
+        assert type(model.pipe.scheduler).__name__ == cls == source.scheduler
+        assert np.isfinite(one_image(model, height=16, width=16, scheduler=cls)).all(), name
+
+
+def test_a_single_file_is_the_folder_it_was_made_from(tmp_path):
+    file = write_single_file(EMBEDDED, tmp_path / "one.safetensors")
+    spec = {"pipeline": "StableDiffusionPipeline", "config": str(EMBEDDED), "dtype": "float32"}
+    single = models.load(resolve(ModelSpec("one", str(file), **spec)), "cpu")
+    ours = one_image(single)
+    folder = models.load(resolve(ModelSpec("embedded", "embedded", dtype="float32")), "cpu")
+    assert np.array_equal(ours, one_image(folder))
+    assert single.anatomy.paths == folder.anatomy.paths
+    assert single.identity.fingerprint != folder.identity.fingerprint
+
+
+def test_the_fingerprint_is_of_weights_and_configs(tiny_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    original = resolve(tiny_spec(tiny_folder)).fingerprint
+    assert resolve(tiny_spec(copy)).fingerprint == original  # wherever it lies
+    (copy / "README.md").write_text("of no matter")
+    assert resolve(tiny_spec(copy)).fingerprint == original
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    changed = resolve(tiny_spec(copy)).fingerprint
+    assert changed != original
+    config = json.loads((copy / "scheduler" / "scheduler_config.json").read_text())
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "beta_end": 0.02}))
+    assert resolve(tiny_spec(copy)).fingerprint not in (original, changed)
+    assert resolve(tiny_spec(tiny_folder, scheduler="euler")).fingerprint != original
+
+
+def test_a_variant_is_found(tiny_folder, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    model = models.load(resolve(tiny_spec(tmp_path / "half", variant="fp16")), "cpu")
+    assert model.denoiser.dtype == torch.float32  # as asked, whatever the files hold
+    half = models.load(resolve(tiny_spec(tmp_path / "half", variant="fp16", dtype="bfloat16")), "cpu")
+    assert {part.dtype for part in (half.pipe.unet, half.pipe.vae, half.pipe.text_encoder)} == {torch.bfloat16}
+    assert half.identity.dtype == "bfloat16"
+
+
+def test_auto_precision():
+    assert resolve_dtype("auto", "cpu") == "float32"
+    assert resolve_dtype("auto", "cuda:1") == "float16"
+    assert resolve_dtype("bfloat16", "cpu") == "bfloat16"
+
+
+def test_a_safety_checker_is_taken_off(tiny_folder, tmp_path, monkeypatch):
+    """It would blank images; found by loading a pipeline that has one."""
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    loaded.register_modules(safety_checker=torch.nn.Identity())
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: loaded)
+    models.loading._load.cache_clear()
+    assert models.load(resolve(tiny_spec(tiny_folder)), "cpu").pipe.safety_checker is None
+    models.loading._load.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_noise_is_the_same_as_on_a_cpu():
+    spec = ModelSpec("embedded", "embedded", dtype="float32")
+    cpu = one_image(models.load(resolve(spec), "cpu"))
+    gpu = one_image(models.load(resolve(spec), "cuda"))
+    assert np.abs(cpu - gpu).mean() < 0.01
