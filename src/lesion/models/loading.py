@@ -57,7 +57,9 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
         log.info("safety checker taken off: it would blank images, and a blank image has no similarity")
         pipe.safety_checker = None
     if spec.scheduler:
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[spec.scheduler]).from_config(pipe.scheduler.config)
+        # Without Runge-Kutta steps, as in Stable Diffusion's own PNDM configs; other schedulers have no such option.
+        options = {"skip_prk_steps": True} if spec.scheduler == "pndm" else {}
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[spec.scheduler]).from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     denoiser = getattr(pipe, source.denoiser)
