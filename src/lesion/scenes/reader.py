@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from lesion.scenes.grammar import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
-from lesion.scenes.render import SIZE_BORDER, inside
+from lesion.scenes.render import SIZE_BORDER, coverage, inside
 
 SMALLEST = 40  # pixels: smaller regions are decoder noise, not objects (the smallest shape, a small star, covers 90)
 FOREGROUND = 60.0  # Euclidean RGB distance (0-441) from the background at which a pixel belongs to an object
-TEMPLATE = 24  # side of the grid on which silhouettes are compared
+TEMPLATE = 48  # pixels: side of the grid on which silhouettes are compared
+TEMPLATE_RADII = (8.0, 20.5, 0.5)  # pixels: from, to (exclusive), step
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Found:
     thing: Thing
     x: float
     y: float
-    fit: float  # intersection over union with the best silhouette, 0-1
+    fit: float  # soft intersection over union with the best silhouette, 0-1
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,33 @@ class Judgement:
 
 
 @lru_cache
-def _silhouettes() -> dict[str, NDArray[np.bool_]]:
-    """Each shape's mask in its own bounding box, (24, 24)."""
-    fine = np.linspace(-1, 1, 241)
+def _silhouettes() -> tuple[list[tuple[str, float]], NDArray[np.float32]]:
+    """Shape and radius (pixels) of each template, and the templates, (n, 48, 48): coverage, mass centred."""
+    names = [(shape, float(radius)) for shape in SHAPES for radius in np.arange(*TEMPLATE_RADII)]
+    fine = np.linspace(-1, 1, 201)
     x, y = np.meshgrid(fine, fine)
-    return {shape: _in_own_box(inside(shape, x, y)) for shape in SHAPES}
+    centres = {shape: (x[inside(shape, x, y)].mean(), y[inside(shape, x, y)].mean()) for shape in SHAPES}
+    half = TEMPLATE / 2
+    masks = [
+        coverage(shape, (half - radius * centres[shape][0], half - radius * centres[shape][1], radius), TEMPLATE)
+        for shape, radius in names
+    ]
+    return names, np.stack(masks)
 
 
-def _in_own_box(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
-    pick_r = ((np.arange(TEMPLATE) + 0.5) / TEMPLATE * box.shape[0]).astype(int)
-    pick_c = ((np.arange(TEMPLATE) + 0.5) / TEMPLATE * box.shape[1]).astype(int)
-    return box[np.ix_(pick_r, pick_c)]
+def _best_fit(cover: NDArray[np.float64]) -> tuple[str, float, float]:
+    """Shape, radius (pixels) and soft intersection over union of the template nearest to this coverage."""
+    total = cover.sum()
+    rows, cols = np.indices(cover.shape)
+    middle = (TEMPLATE - 1) / 2
+    shift = (middle - (rows * cover).sum() / total, middle - (cols * cover).sum() / total)
+    canvas = np.zeros((max(TEMPLATE, cover.shape[0]), max(TEMPLATE, cover.shape[1])))
+    canvas[: cover.shape[0], : cover.shape[1]] = cover
+    own = ndimage.shift(canvas, shift, order=1)[:TEMPLATE, :TEMPLATE]
+    names, masks = _silhouettes()
+    fits = np.minimum(masks, own).sum(axis=(1, 2)) / np.maximum(masks, own).sum(axis=(1, 2))
+    best = int(fits.argmax())
+    return *names[best], float(fits[best])
 
 
 def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int]]) -> str:
@@ -83,18 +98,18 @@ def read_image(image: NDArray[np.uint8]) -> Reading:
             continue
         core = ndimage.binary_erosion(mask)
         colour = np.median(pixels[core if core.any() else mask], axis=0)
-        own = _in_own_box(mask)
-        fits = {shape: float((own & other).sum() / (own | other).sum()) for shape, other in _silhouettes().items()}
-        shape = max(fits, key=lambda name: fits[name])
+        # How much of each pixel is object: where its colour lies between ground and object; edges are let in.
+        near = ndimage.binary_dilation(mask, iterations=2) & ((labels == index) | (labels == 0))
+        away = colour - ground
+        cover = np.where(near, ((pixels - ground) @ away / (away @ away)).clip(0, 1), 0)
+        shape, radius, fit = _best_fit(cover)
         rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        half = max(rows[-1] - rows[0] + 1, cols[-1] - cols[0] + 1) / 2
-        size = "large" if half >= SIZE_BORDER else "small"
         found.append(
             Found(
-                Thing(_nearest(colour, COLOURS), shape, size),
+                Thing(_nearest(colour, COLOURS), shape, "large" if radius >= SIZE_BORDER else "small"),
                 float(cols[0] + cols[-1] + 1) / 2,
                 float(rows[0] + rows[-1] + 1) / 2,
-                fits[shape],
+                fit,
             )
         )
     return Reading(_nearest(ground, BACKGROUNDS), tuple(found))
