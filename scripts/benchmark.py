@@ -32,6 +32,7 @@ from lesion import runner
 from lesion.cli import conf_dir
 from lesion.config import parse, register
 from lesion.models import EMBEDDED
+from lesion.scoring import _clip
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,8 @@ def job(folder: Path, name: str, *overrides: str) -> tuple[float, pd.DataFrame]:
     common = ["experiment=demo", "tracker=none", f"store.dir={folder / 'store'}"]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         request = parse(compose("lesion", [*common, *overrides]))
+    _clip._embedder.cache_clear()  # or scores of a repeat would come from memory
+    runner.scoring.make_scorer(request.scorer, request.device)
     run_folder = folder / name
     run_folder.mkdir(parents=True)
     began = time.perf_counter()
@@ -185,8 +188,9 @@ def main() -> None:
         lines += ["", *batch_effect(args.device)]
     text = "\n".join(lines) + "\n"
     print(text)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text)
+    if len(parts) == 2:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
 
 
 if __name__ == "__main__":

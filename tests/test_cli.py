@@ -83,22 +83,21 @@ def test_lists_in_a_job_and_a_sweep_over_jobs_are_the_same(cli, monkeypatch):
     loads = []
     monkeypatch.setattr(models, "load", lambda *args, load=models.load: loads.append(load(*args)) or loads[-1])
     grid = {"selection": ["leave_one_out", "only_one"], "replacement": ["zero", "mean"]}
-    calibration = "replacement.mean.calibration.seeds=[5]"
+    calibration = "calibration.seeds=[5]"
     lists = [f"{key}=[{','.join(names)}]" for key, names in grid.items()]
     assert cli(*lists, calibration, "store.dir=a", "hydra.run.dir=lists")[0] == 0
     one = pd.read_parquet(cli.folder / "lists" / "results.parquet")
     sweeps = [f"{key}={','.join(names)}" for key, names in grid.items()]
-    assert cli("-m", *sweeps, "store.dir=b", "hydra.sweep.dir=swept", defaults=True)[0] == 0
+    assert cli("-m", *sweeps, calibration, "store.dir=b", "hydra.sweep.dir=swept", defaults=True)[0] == 0
     frames = [pd.read_parquet(path) for path in (cli.folder / "swept").glob("*/results.parquet")]
     assert len(frames) == 4
     assert len({id(model) for model in loads}) == 1  # loaded once for all five jobs
     keys = ["cell", "selection"]
     swept = pd.concat(frames)
-    zero = one[one.replacement != "mean"]
-    found = swept[swept.replacement != "mean"].drop_duplicates(keys)
+    found = swept.drop_duplicates(keys)
     columns = [name for name in one.columns if name != "image"]
     pd.testing.assert_frame_equal(
-        zero[columns].sort_values(keys).reset_index(drop=True),
+        one[columns].sort_values(keys).reset_index(drop=True),
         found[columns].sort_values(keys).reset_index(drop=True),
     )
 
@@ -137,9 +136,16 @@ REFUSALS = [
     (["seeds=1.5"], ["seeds", "1.5"]),
     (["selection=most"], ["selection/most", "leave_one_out"]),
     (["replacement=noise"], ["replacement/noise", "zero"]),
-    (["replacement=mean", "replacement.mean.calibration.seeds=[]"], ["replacement.mean.calibration.seeds"]),
+    (["replacement=mean", "calibration.seeds=[]"], ["calibration.seeds"]),
     (["window=[0.5,0.5]"], ["window", "start < end"]),
     (["window=[0,2]"], ["window", "[0, 1]"]),
+    (["window=[0.4,0.5]"], ["window", "none of the 3 steps"]),
+    (["scorer.clip_model=ViT-B-33"], ["scorer.clip_model", "ViT-B-32"]),
+    (["scorer.clip_model=local-dir:/nonesuch"], ["scorer.clip_model", "/nonesuch"]),
+    (["scorer.clip_model=ViT-B-32", "scorer.clip_pretrained=nonesuch"], ["scorer.clip_pretrained", "openai"]),
+    (["store.dir=/etc/hostname/store"], ["store.dir", "/etc/hostname"]),
+    (["prompts.items=[{text: a, aspects: 5}]"], ["prompts", "aspects"]),
+    (["device=cuda:"], ["device", "cuda:N"]),
     (["strength=2"], ["strength", "[0, 1]"]),
     (["branch=left"], ["branch", "both, cond, uncond"]),
     (["branch=cond", "generation.guidance=1"], ["branch", "guidance"]),
@@ -274,3 +280,62 @@ def test_a_damaged_image_is_noticed_and_made_again(cli):
     frame = pd.read_parquet(cli.newest() / "results.parquet")
     assert frame.reason.str.contains("damaged").sum() == 1
     assert cli()[0] == 0
+
+
+def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):
+    """A layer whose cross-attention output projection is zeroed: through the whole flow, to the table.
+
+    One image a batch: in batches of several sizes float32 rounds differently, which the table calls no effect, too.
+    """
+    import torch
+    from conftest import small_pipeline
+
+    from lesion.analysis.importance import layer_table
+
+    pipe = small_pipeline()
+    with torch.no_grad():
+        for path, module in pipe.unet.named_modules():
+            if path.endswith("attn2"):
+                module.to_out[0].weight.mul_(0 if path.startswith(LAYERS[1]) else 20)
+    folder = tmp_path_factory.mktemp("planted") / "model"
+    pipe.save_pretrained(folder)
+    cli.defaults = [f"model.id={folder}" if d.startswith("model.id") else d for d in cli.defaults]
+    for size in (1, 4):
+        assert cli("selection=leave_one_out", f"generation.batch_size={size}", f"store.dir=store{size}")[0] == 0
+        table = layer_table(pd.read_parquet(cli.newest() / "results.parquet")).set_index("layer")
+        assert table.importance[LAYERS[1]] == pytest.approx(0, abs=0 if size == 1 else 1e-4)
+        assert table.effect[LAYERS[1]] == "none"
+        assert (table.importance.drop(LAYERS[1]) > 1e-4).all()
+
+
+def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli):
+    assert cli("window=[[0,0.4],[0.4,1]]", "selection=leave_one_out", "layers.include=[up_blocks.1.attentions.1]")[0] == 0
+    (frame,) = cli.frames()
+    lesioned = frame[frame.selection != "none"]
+    assert sorted(set(zip(lesioned.window_start, lesioned.window_end))) == [(0.0, 0.4), (0.4, 1.0)]
+    assert lesioned.layer_index.unique().tolist() == [6]  # depth in the model, not among the layers under study
+    assert len(list((cli.newest() / "tables").glob("layers*.csv"))) == 2
+
+
+def test_a_replacement_that_cannot_be_made_ready_costs_only_its_own_cells(cli, monkeypatch):
+    from lesion import means
+
+    monkeypatch.setattr(means, "measure", lambda *args: (_ for _ in ()).throw(RuntimeError("planted fault")))
+    code, _, _ = cli("replacement=[zero,mean]", "selection=leave_one_out")
+    assert code == 1
+    (frame,) = cli.frames()
+    assert (frame[frame.replacement != "mean"].status == "ok").all()
+    bad = frame[frame.replacement == "mean"]
+    assert (bad.status == "failed").all()
+    assert bad.reason.str.contains("planted fault").all()
+
+
+def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch):
+    from lesion.scoring import ssim
+
+    monkeypatch.setattr(ssim.Ssim, "__call__", None)
+    code, _, _ = cli()
+    assert code == 0
+    (frame,) = cli.frames()
+    assert frame.ssim.isna().sum() == len(frame)
+    assert frame.clip_similarity.notna().all()

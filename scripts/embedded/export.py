@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import torch
@@ -34,4 +35,8 @@ def assemble(run: Run) -> StableDiffusionPipeline:
 
 def export(run: Run) -> None:
     assemble(run).to(torch.float16).save_pretrained(run.target)
+    for config in run.target.glob("*/config.json"):  # where it was trained is nobody's business, and changes the hash
+        data = json.loads(config.read_text())
+        data.pop("_name_or_path", None)
+        config.write_text(json.dumps(data, indent=2) + "\n")
     shutil.copytree(run.folder / "clip", run.target / "clip", dirs_exist_ok=True)

@@ -122,7 +122,7 @@ def _with_prompt_files(arguments: list[str]) -> list[str]:
     out = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key == "prompts" and value.strip("'\"").endswith(ENDINGS) and "," not in value:
+        if key == "prompts" and all(part.strip("'\" ").endswith(ENDINGS) for part in value.split(",")):
             out += ["prompts=file", f"prompts.path={value}"]
         else:
             out.append(argument)

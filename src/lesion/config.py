@@ -98,6 +98,7 @@ class LesionConf:
     generation: GenerationConf = field(default_factory=GenerationConf)
     scorer: ScorerConf = field(default_factory=ScorerConf)
     tracker: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING
     dry_run: bool = False
@@ -185,7 +186,7 @@ def parse(config: DictConfig) -> Request:
         include=_globs(layers["include"]),
         selections=selections,
         replacements=given,
-        windows=_windows(data["window"]),
+        windows=_windows(data["window"], generation["steps"]),
         branches=branches,
         strengths=tuple(_share("strength", value) for value in _distinct("strength", data["strength"])),
         task=generation["task"],
@@ -238,7 +239,7 @@ def _share(key: str, value: Any) -> float:
     return float(value)
 
 
-def _windows(value: Any) -> tuple[tuple[float, float], ...]:
+def _windows(value: Any, steps: int) -> tuple[tuple[float, float], ...]:
     if not isinstance(value, list) or not value:
         raise RequestError("window", f"must be [start, end], or a list of such; got {value!r}")
     windows = _distinct("window", value) if isinstance(value[0], list) else [value]
@@ -249,6 +250,8 @@ def _windows(value: Any) -> tuple[tuple[float, float], ...]:
         start, end = (_share("window", side) for side in window)
         if start >= end:
             raise RequestError("window", f"must have start < end; got {window!r}")
+        if not any(start * steps - 1e-9 <= step < end * steps - 1e-9 for step in range(steps)):
+            raise RequestError("window", f"{window!r} covers none of the {steps} steps; make it wider")
         found.append((start, end))
     return tuple(found)
 
@@ -294,7 +297,7 @@ def _device(value: str) -> str:
     import torch
 
     kind, _, number = value.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (":" in value and (kind != "cuda" or not number.isdigit())):
         raise RequestError("device", f"got {value!r}; allowed: auto, cpu, cuda, cuda:N")
     if kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

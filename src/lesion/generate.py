@@ -1,4 +1,4 @@
-"""A batch of cells -> their images. With `surgery` the only code that runs a model."""
+"""A batch of cells -> their images. With `surgery` and `means` the only code that runs a model."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def make_deterministic(seed: int = 0) -> None:
     torch.cuda.manual_seed_all(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
+    torch.backends.cuda.matmul.allow_tf32 = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

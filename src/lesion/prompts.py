@@ -70,10 +70,12 @@ def _prompt(entry: Any, key: str) -> Prompt:
     aspects = entry.get("aspects") or ()
     if isinstance(aspects, str):
         aspects = [tag.strip() for tag in re.split(r"[,;|]", aspects) if tag.strip()]
+    if not isinstance(aspects, list | tuple) or not all(isinstance(tag, str) for tag in aspects):
+        raise RequestError(key, f"aspects are a list of tags, or one text with ; between them; got {aspects!r}")
     name = str(entry.get("id") or slug(text))
     if not re.fullmatch(r"[\w.-]{1,80}", name) or name.startswith("."):
         raise RequestError(key, f"prompt id {name[:80]!r} is not allowed; use up to 80 letters, digits, '.', '_', '-'")
-    return Prompt(text, tuple(str(tag) for tag in aspects), name)
+    return Prompt(text, tuple(aspects), name)
 
 
 def _read(path: Path, key: str) -> Iterable[Any]:

@@ -23,11 +23,10 @@ from lesion.anatomy import Anatomy, AnatomyError, examine
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import generate, make_deterministic, to_pixels
-from lesion.models.loading import resolve_dtype
 from lesion.plan import Tally, batches, tally
 from lesion.scoring import Scorer, Shot
 from lesion.store import Damaged, Store, atomically
-from lesion.study import Cell, ModelIdentity, Settings, Study, row
+from lesion.study import Cell, Settings, Study, row
 from lesion.surgery import Filler, replacement_key
 from lesion.tracking import JobInfo, Tracker, make_tracker
 
@@ -64,7 +63,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     source = models.resolve(request.model)
     anatomy = _anatomy(request.model, source.fingerprint)
     study = Study(
-        model=ModelIdentity(request.model.name, source.fingerprint, resolve_dtype(request.model.dtype, request.device)),
+        model=models.identity_of(source, request.device),
         settings=Settings(
             task=request.task,
             steps=request.steps,
@@ -84,7 +83,15 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         strengths=request.strengths,
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
+    scoring.check(request.scorer)
+    _check_writable(request.store)
     return source, study
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError("store.dir", f"{str(folder)!r} cannot be made: {str(there)!r} is no folder one can write to")
 
 
 def _included(paths: Sequence[str], globs: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -113,7 +120,13 @@ def run(request: Request, context: JobContext) -> None:
     code = 1
     try:
         failures = _generate_missing(request, source, study, store, counts, tracker)
-        frame = _score(study, store, scorer, failures, context.folder).assign(scorer=request.scorer.name)
+        paths = _anatomy(request.model, source.fingerprint).paths
+        frame = _score(study, paths, store, scorer, failures, context.folder)
+        frame = frame.assign(
+            scorer=request.scorer.name,
+            scorer_identity=scorer.identity,
+            protocol=frame["replacement"].map(study.protocol).fillna(""),
+        )
         code = _write(frame, context.folder, tracker)
     finally:
         tracker.close(code)
@@ -136,7 +149,7 @@ def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {store.folder}: {counts.stored}",
-        f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk at most",
+        f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
         "dry run: nothing was generated",
     ]
 
@@ -154,30 +167,40 @@ def _generate_missing(
     model = models.load(source, request.device)
     if model.anatomy.paths != _anatomy(request.model, source.fingerprint).paths:
         raise RequestError("model.id", "the loaded model has other layers than its config says")
-    fillers = _fillers(request, model, study, store)
+    fillers, broken = _fillers(request, model, study, store)
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
         tqdm(total=counts.missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
     ):
         for batch in batches(study.cells(), request.batch_size, store.has):
-            failures |= _make(model, batch, fillers, store)
+            lesion = batch[0].lesion  # a batch has one kind of lesion
+            if lesion and (why := broken.get(replacement_key(lesion))):
+                failures |= {cell.key: why for cell in batch}
+            else:
+                failures |= _make(model, batch, fillers, store)
             done += len(batch)
             bar.update(len(batch))
             tracker.progress(done, counts.missing, done / (time.monotonic() - began))
     return failures
 
 
-def _fillers(request: Request, model: models.Model, study: Study, store: Store) -> dict[str, Filler]:
-    """The replacements at work, by the key under which surgery asks for them. None is built that no lesion needs."""
+def _fillers(
+    request: Request, model: models.Model, study: Study, store: Store
+) -> tuple[dict[str, Filler], dict[str, str]]:
+    """The replacements at work, by the key under which surgery asks for them; and why some could not be built."""
     bench = replacements.Bench(model, study.settings, store.means, request.batch_size)
     fillers: dict[str, Filler] = {}
+    broken: dict[str, str] = {}
     for lesion in study.lesions():
-        key = replacement_key(lesion)
-        if key not in fillers:
-            name = lesion.replacement.name
-            fillers[key] = replacements.build(name, request.replacements[name], bench)
-    return fillers
+        key, name = replacement_key(lesion), lesion.replacement.name
+        if key not in fillers and key not in broken:
+            try:
+                fillers[key] = replacements.build(name, request.replacements[name], bench)
+            except Exception as error:  # whatever a model can raise, the other replacements go on
+                broken[key] = f"replacement {name} could not be made ready: {_brief(error)}"
+                log.error(broken[key])
+    return fillers, broken
 
 
 def _make(model: models.Model, batch: list[Cell], fillers: dict[str, Filler], store: Store) -> dict[str, str]:
@@ -190,12 +213,17 @@ def _make(model: models.Model, batch: list[Cell], fillers: dict[str, Filler], st
             return {key: why for cell in batch for key, why in _make(model, [cell], fillers, store).items()}
         log.error("%s failed: %s", _label(batch[0]), _brief(error))
         return {batch[0].key: _brief(error)}
+    failures: dict[str, str] = {}
     for cell, image in zip(batch, images, strict=True):
         pixels, reason = to_pixels(image)
         if reason:
             log.warning("%s is invalid: %s", _label(cell), reason)
-        store.put(cell, pixels, reason)
-    return {}
+        try:
+            store.put(cell, pixels, reason)
+        except OSError as error:
+            log.error("%s could not be stored: %s", _label(cell), _brief(error))
+            failures[cell.key] = _brief(error)
+    return failures
 
 
 def _brief(error: Exception) -> str:
@@ -208,7 +236,13 @@ def _label(cell: Cell) -> str:
 
 
 def _score(
-    study: Study, store: Store, scorer: Scorer, failures: dict[str, str], folder: Path, chunk: int = 256
+    study: Study,
+    paths: Sequence[str],
+    store: Store,
+    scorer: Scorer,
+    failures: dict[str, str],
+    folder: Path,
+    chunk: int = 256,
 ) -> pd.DataFrame:
     """The results frame: every cell's row with its status, picture and scores."""
     rows: list[dict[str, Any]] = []
@@ -223,7 +257,7 @@ def _score(
             shots.clear()
 
     for cell in tqdm(study.cells(), total=len(study), desc="score", unit="image"):
-        record = {**row(cell, study.layers), "status": "ok", "reason": "", "image": ""}
+        record = {**row(cell, paths), "status": "ok", "reason": "", "image": ""}
         record |= {column: float("nan") for column in scorer.columns}
         rows.append(record)
         pixels, reason = _fetch(store, cell.key, failures)
@@ -262,29 +296,30 @@ def _publish(store: Store, cell: Cell, folder: Path) -> str:
     name = "-".join([f"seed{cell.seed}", *(part for part in parts if part), cell.key[:8]]) + ".png"
     path = folder / "images" / cell.prompt.id / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    with atomically(path) as temporary:  # in its place even if an older picture of the cell is there
         try:
-            os.link(store.path(cell.key), path)
+            os.link(store.path(cell.key), temporary)
         except OSError:
-            shutil.copyfile(store.path(cell.key), path)
+            shutil.copyfile(store.path(cell.key), temporary)
     return path.relative_to(folder).as_posix()
 
 
 def _write(frame: pd.DataFrame, folder: Path, tracker: Tracker) -> int:
     """results.parquet, report and tracker; prints the ranking. The exit code: 1 if a cell is not fine."""
     from lesion.analysis.importance import layer_table
+    from lesion.analysis.settings import rows, settings
     from lesion.report import ranking_lines, write_report
 
     with atomically(folder / "results.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
     written = [folder / "results.parquet", *write_report(folder, frame)]
-    table = layer_table(frame)
-    summary = {
-        f"{measure}/{line['replacement']}/{line['layer']}": float(line[measure])
-        for line in table.to_dict("records")
-        for measure in ("importance", "sufficiency")
-        if np.isfinite(line[measure])
-    }
+    summary = {}
+    for setting in settings(frame):
+        for line in layer_table(rows(frame, setting)).to_dict("records"):
+            for measure in ("importance", "sufficiency"):
+                if np.isfinite(line[measure]):  # slug without the model: a run has one
+                    name = setting.slug.split("--", 1)[1]
+                    summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
     tracker.finish(frame, folder, summary)
     print("\n".join(ranking_lines(frame)))
     print(f"\nwritten to {folder}:")

@@ -18,11 +18,15 @@ FORMAT = 1  # raise it when the same cell would give other pixels
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """name labels the model in tables; fingerprint (a hash of configs and weights) and dtype can change pixels."""
+    """name labels the model in tables; the rest can change pixels.
+
+    fingerprint: hash of configs and weights. device: cpu or cuda, which round differently.
+    """
 
     name: str
     fingerprint: str
     dtype: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,13 @@ class Cell:
 
         An axis added later must be left out at its default value, so that old hashes stay.
         """
+        model = {"fingerprint": self.model.fingerprint, "dtype": self.model.dtype}
+        if self.model.device != "cpu":
+            model["device"] = self.model.device
         settings = {name: value for name, value in vars(self.settings).items() if value is not None}
         return {
             "format": FORMAT,
-            "model": {"fingerprint": self.model.fingerprint, "dtype": self.model.dtype},
+            "model": model,
             "prompt": self.prompt.text,
             "seed": self.seed,
             "settings": settings,
@@ -117,6 +124,16 @@ class Study:
     def subjects(self) -> Iterator[tuple[Prompt, int]]:
         return itertools.product(self.prompts, self.seeds)
 
+    @property
+    def protocol(self) -> Mapping[str, str]:
+        """For each replacement 8 hex digits: the layers under study and its calibration. Only equals compare."""
+        return {
+            replacement.name: hashlib.sha256(
+                json.dumps([dict(replacement.identity), self.layers], sort_keys=True).encode()
+            ).hexdigest()[:8]
+            for replacement in self.replacements
+        }
+
     def __len__(self) -> int:
         return len(self.prompts) * len(self.seeds) * (1 + sum(1 for _ in self.lesions()))
 
@@ -137,7 +154,10 @@ def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
 
 
 def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
-    """The cell's own columns of the results: what was asked, not what came of it."""
+    """The cell's own columns of the results: what was asked, not what came of it.
+
+    layers: every layer of the model in forward order.
+    """
     lesion, settings = cell.lesion, cell.settings
     layer = lesion.layer if lesion else ""
     window = lesion.window if lesion else (0.0, 1.0)
@@ -163,6 +183,7 @@ def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
         "scheduler": settings.scheduler,
         "negative_prompt": settings.negative_prompt or "",
         "dtype": cell.model.dtype,
+        "device": cell.model.device,
         "fingerprint": cell.model.fingerprint,
         "cell": cell.key,
     }

@@ -33,6 +33,12 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return dtype if dtype != "auto" else ("float32" if device == "cpu" else "float16")
 
 
+def identity_of(source: Source, device: str) -> ModelIdentity:
+    """What of the model can change pixels, known before a weight is loaded."""
+    dtype = resolve_dtype(source.spec.dtype, device)
+    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0])
+
+
 def load(source: Source, device: str) -> Model:
     """The model with its weights on the device; loaded once per process while jobs ask for the same one."""
     return _load(source.spec, source.fingerprint, device)
@@ -49,7 +55,7 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
         pipe = cls.from_single_file(str(source.file), config=str(source.folder), **kwargs)
     elif source.commit:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            spec.id, revision=spec.revision, variant=spec.variant, **kwargs
+            spec.id, revision=source.commit, variant=spec.variant, **kwargs
         )
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(source.folder), variant=spec.variant, **kwargs)
@@ -63,4 +69,4 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     denoiser = getattr(pipe, source.denoiser)
-    return Model(pipe, denoiser, examine(denoiser), ModelIdentity(spec.name, fingerprint, dtype))
+    return Model(pipe, denoiser, examine(denoiser), identity_of(source, device))

@@ -58,7 +58,10 @@ class Source:
         """model_index.json: component name -> [library, class]."""
         if self.folder is None:
             return {}
-        index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
+        try:
+            index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
+        except ValueError as error:
+            raise RequestError("model.id", f"model_index.json of {self.spec.id!r} is no valid JSON: {error}") from None
         return index
 
     @property
@@ -85,18 +88,18 @@ class Source:
         digest.update(json.dumps([*extra, self.commit and [self.spec.id, self.commit]]).encode())
         if self.commit is None:
             for path in self._files():
-                digest.update(f"{path.name if self.file else path.relative_to(self.folder or path)}\0".encode())
+                digest.update(f"{'' if path == self.file else path.relative_to(self.folder or path)}\0".encode())
                 digest.update(_digest(path, path.stat().st_mtime_ns, path.stat().st_size))
         return digest.hexdigest()[:32]
 
     def _files(self) -> list[Path]:
-        if self.file:
-            return [self.file]
         assert self.folder is not None
         names = [self.folder / "model_index.json"]
         for component in self.components:
             names += [path for path in (self.folder / component).rglob("*") if path.is_file()]
-        return sorted(names)
+        if self.file:  # of the folder, only configs and tokenizers are used
+            names = [path for path in names if path.suffix in (".json", ".txt", ".model")]
+        return [*sorted(names), *([self.file] if self.file else [])]
 
     def skeleton(self, component: str) -> Any:
         """The component as a torch module on the meta device: its structure without its weights.
@@ -112,12 +115,16 @@ class Source:
             )
         library, name = self.components[component]
         assert self.folder is not None
-        cls: Any = getattr(importlib.import_module(library), name)
-        with torch.device("meta"):
-            if library == "transformers" and hasattr(cls, "config_class"):
-                return cls(cls.config_class.from_pretrained(self.folder / component))
-            if diffusers.ModelMixin in getattr(cls, "__mro__", ()):
-                return cls.from_config(cls.load_config(self.folder / component))
+        try:
+            cls: Any = getattr(importlib.import_module(library), name)
+            with torch.device("meta"):
+                if library == "transformers" and hasattr(cls, "config_class"):
+                    return cls(cls.config_class.from_pretrained(self.folder / component))
+                if diffusers.ModelMixin in getattr(cls, "__mro__", ()):
+                    return cls.from_config(cls.load_config(self.folder / component))
+        except (ImportError, AttributeError, OSError, ValueError, TypeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise RequestError("model.id", f"{component} ({name}) of {self.spec.id!r} cannot be built: {why}") from None
         raise RequestError("component", f"{component!r} ({name}) is no neural network; choose another component")
 
     @property

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
-    key = "replacement.mean.calibration"
+    key = "calibration"
     if unknown := set(options) - {"calibration"}:
         raise RequestError("replacement.mean", f"unknown option {min(unknown)!r}; allowed: calibration")
     given = options.get("calibration")
@@ -28,8 +28,8 @@ def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], t
         raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
     name, prompts = parse_prompts(given.get("prompts"), f"{key}.prompts")
     seeds = given.get("seeds")
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise RequestError(f"{key}.seeds", f"needs a list of whole numbers >= 0, got {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
+        raise RequestError(f"{key}.seeds", f"needs a list of whole numbers from 0 to 2^63 - 1; got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise RequestError(f"{key}.seeds", "names a seed twice; give each once")
     return name, prompts, tuple(seeds)

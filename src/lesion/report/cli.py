@@ -73,6 +73,7 @@ def merge(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     A prompt_id that stands for different prompts gets a number for the second and later texts.
     """
     frame = pd.concat(frames, ignore_index=True)
+    _check_comparable(frame)
     texts = frame[["prompt_id", "prompt"]].drop_duplicates()
     nth = texts.groupby("prompt_id").cumcount()
     names = {
@@ -86,6 +87,24 @@ def merge(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     better = frame["status"].map(BEST).fillna(len(BEST)).sort_values(kind="stable").index
     keep = key.loc[better].drop_duplicates().index.sort_values()
     return frame.loc[keep].reset_index(drop=True)
+
+
+def _check_comparable(frame: pd.DataFrame) -> None:
+    """Refuses to average, under one name, images of different weights, precisions, scorers or protocols."""
+    lesioned = frame[frame["selection"] != "none"]
+    for name, part, group in (
+        ("fingerprint", frame, ["model"]),
+        ("dtype", frame, ["model"]),
+        ("device", frame, ["model"]),
+        ("scorer_identity", frame, ["model"]),
+        ("protocol", lesioned, ["model", "replacement"]),
+    ):
+        if name not in frame:
+            continue
+        counts = part.groupby(group)[name].nunique()
+        if (counts > 1).any():
+            who = counts[counts > 1].index[0]
+            raise Refused(f"{name} of {who!r} differs between the runs: they cannot be averaged; report them apart")
 
 
 def _alike(frame: pd.DataFrame) -> int:

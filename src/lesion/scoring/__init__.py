@@ -11,6 +11,7 @@ module is imported only when a scorer is made, so it may import torch at the top
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lesion.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 
 class ScorerError(Exception):
@@ -95,7 +100,11 @@ class Scorer:
         """One array (n,) a column; no shots give empty arrays."""
         scores: dict[str, NDArray[np.float64]] = {}
         for metric in self.metrics:
-            values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
+            try:
+                values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
+            except Exception as error:  # one metric that fails must not cost the others, nor the images
+                log.error("metric %s failed, its values are left empty: %s", metric.column, error)
+                values = np.full(len(shots), np.nan)
             if values.shape != (len(shots),):
                 raise ValueError(f"metric {metric.column} gave {values.shape} for {len(shots)} shots")
             scores[metric.column] = values
@@ -105,6 +114,18 @@ class Scorer:
 def known_metrics() -> tuple[str, ...]:
     """Names of the metrics there are, sorted; imports none of them."""
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
+
+
+def check(spec: ScorerSpec) -> None:
+    """Whether its CLIP can exist, without loading it: RequestError names the key."""
+    if any(name.startswith("clip_") for name in spec.metrics):
+        from lesion.scoring import _clip_weights
+
+        try:
+            _clip_weights.resolve(spec.clip_model, spec.clip_pretrained)
+        except (ValueError, FileNotFoundError) as error:
+            key = "scorer.clip_pretrained" if "clip_pretrained" in str(error) else "scorer.clip_model"
+            raise RequestError(key, f"{spec.clip_model!r}: {error}; {_clip_weights.advice(spec.clip_model)}") from None
 
 
 def make_scorer(spec: ScorerSpec, device: str) -> Scorer:

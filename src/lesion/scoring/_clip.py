@@ -21,7 +21,7 @@ from lesion.scoring._exact import exact
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Vectors = NDArray[np.float64]
-KEPT = 4096  # embeddings of images and of prompts, each; 32 MB at 1024 dimensions
+KEPT = 32768  # embeddings of images and of prompts, each; 128 MB at 1024 dimensions
 
 
 class _Memory(Generic[Item]):
