@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all, in order)")
     parser.add_argument("--run", type=Path, default=ROOT / "build" / "embedded", help="run folder")
     parser.add_argument("--into", type=Path, default=EMBEDDED, help="where `export` puts the finished model")
+    parser.add_argument("--start-from", type=Path, help="a finished model to train further, into a new run folder")
     parser.add_argument("--minutes", type=float, default=1e9, help="pause after so many minutes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="three steps of everything: tests the script, not a model")
@@ -47,6 +48,8 @@ def main() -> None:
         parser.error(f"unknown stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
     args.run.mkdir(parents=True, exist_ok=True)
     run = Run(args.run, args.into, torch.device(args.device), time.monotonic() + 60 * args.minutes, args.quick)
+    if args.start_from and not any(args.run.iterdir()):
+        export.start_from(args.start_from, run)
     for name in args.stages or STAGES:
         if (run.folder / f"{name}.done").exists():
             print(f"{name}: already complete in {run.folder}")

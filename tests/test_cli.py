@@ -288,8 +288,8 @@ def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):
     One image a batch: in batches of several sizes float32 rounds differently, which the table calls no effect, too.
     """
     import torch
-    from conftest import small_pipeline
 
+    from conftest import small_pipeline
     from lesion.analysis.importance import layer_table
 
     pipe = small_pipeline()
@@ -309,7 +309,9 @@ def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):
 
 
 def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli):
-    assert cli("window=[[0,0.4],[0.4,1]]", "selection=leave_one_out", "layers.include=[up_blocks.1.attentions.1]")[0] == 0
+    assert (
+        cli("window=[[0,0.4],[0.4,1]]", "selection=leave_one_out", "layers.include=[up_blocks.1.attentions.1]")[0] == 0
+    )
     (frame,) = cli.frames()
     lesioned = frame[frame.selection != "none"]
     assert sorted(set(zip(lesioned.window_start, lesioned.window_end))) == [(0.0, 0.4), (0.4, 1.0)]

@@ -24,6 +24,12 @@ def test_every_stage_runs_and_the_result_loads(tmp_path):
     assert image.shape == (64, 64, 3)
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert out.count("already complete") == 6
+    again = [*command[:2], "--quick", "--run", tmp_path / "more", "--into", tmp_path / "further", "--device", "cpu"]
+    out = subprocess.run(
+        [*again, "--start-from", tmp_path / "model"], check=True, capture_output=True, text=True
+    ).stdout
+    assert out.count("already complete") == 4
+    assert (tmp_path / "further" / "unet" / "config.json").is_file()
     evaluate = [sys.executable, SCRIPTS / "evaluate_embedded.py", "--folder", tmp_path / "model"]
     out = subprocess.run(
         [*evaluate, "--captions", "16", "--steps", "2"], check=True, capture_output=True, text=True

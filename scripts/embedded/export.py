@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from embedded import unet as unet_stage
 from embedded.common import Run
@@ -31,6 +33,18 @@ def assemble(run: Run) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def start_from(folder: Path, run: Run) -> None:
+    """Fill a new run folder from a finished model, so that the `unet` stage trains it further."""
+    for part in ("vae", "tokenizer", "text_encoder", "clip"):
+        shutil.copytree(folder / part, run.folder / part, dirs_exist_ok=True)
+    shutil.copytree(folder / "unet", run.folder / "unet_start", dirs_exist_ok=True)
+    for part in ("vae", "text_encoder"):  # stored in half precision
+        cls = AutoencoderKL if part == "vae" else CLIPTextModel
+        cls.from_pretrained(folder / part, torch_dtype=torch.float32).save_pretrained(run.folder / part)
+    for stage in ("vae", "tokenizer", "text", "clip"):
+        (run.folder / f"{stage}.done").touch()
 
 
 def export(run: Run) -> None:

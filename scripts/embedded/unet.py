@@ -68,7 +68,11 @@ def latents_of(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def train(run: Run) -> None:
     torch.manual_seed(3)
     latents, ids, empty = latents_of(run)
-    unet = build().to(run.device).train()
+    unet = build()
+    start = run.folder / "unet_start"  # see `train_embedded.py --start-from`
+    if start.exists():
+        unet = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32)
+    unet = unet.to(run.device).train()
     unet.set_attn_processor(AttnProcessor())  # faster than SDPA for training at this size on a CPU
     text = CLIPTextModel.from_pretrained(run.folder / "text_encoder", attn_implementation="eager")
     text = text.to(run.device).train()
