@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -158,7 +159,9 @@ class Cli:
 @pytest.fixture
 def cli(tiny_folder: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Cli:  # type: ignore[no-untyped-def]
     """`lesion` on the tiny model: 2 prompts, 1 seed, 3 of 7 layers, 3 steps, without a tracker."""
-    return Cli(
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield Cli(
         tmp_path,
         [
             "model=local",
@@ -177,11 +180,12 @@ def cli(tiny_folder: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.
         monkeypatch,
         capfd,
     )
+    root.handlers[:], root.level = before  # Hydra's write to streams that end with the test
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion XL folder (two text encoders, added conditions) of 5 cross-attention layers."""
+    """A Stable Diffusion XL folder (two text encoders, added conditions) of 4 cross-attention layers."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextModelWithProjection
 

@@ -296,7 +296,10 @@ def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):
     with torch.no_grad():
         for path, module in pipe.unet.named_modules():
             if path.endswith("attn2"):
-                module.to_out[0].weight.mul_(0 if path.startswith(LAYERS[1]) else 20)
+                module.to_out[0].weight.mul_(20)
+                if path.startswith(LAYERS[1]):
+                    module.to_out[0].weight.zero_()
+                    module.to_out[0].bias.zero_()
     folder = tmp_path_factory.mktemp("planted") / "model"
     pipe.save_pretrained(folder)
     cli.defaults = [f"model.id={folder}" if d.startswith("model.id") else d for d in cli.defaults]

@@ -124,7 +124,7 @@ def test_every_experiment_runs(cli, name, tiny_folder, tiny_sdxl_folder, tiny_cl
     assert (frame.status == "ok").all()
     if name == "sdxl_layers":
         assert set(frame.selection) == {"none", "only_one", "leave_one_out", "all"}
-        assert frame.layer.nunique() - 1 == 5
+        assert frame.layer.nunique() - 1 == 4
         assert frame.scheduler.unique().tolist() == ["EulerDiscreteScheduler"]
 
 
