@@ -24,6 +24,9 @@ GOALS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.xfail(
+    strict=True, reason="the weights as they are miss colour, shape, binding and relation: see their card"
+)
 def test_the_embedded_model_draws_what_held_out_captions_ask(tmp_path):
     command = [sys.executable, SCRIPTS / "evaluate_embedded.py", "--captions", "256", "--json", tmp_path / "f.json"]
     subprocess.run(command, check=True)
