@@ -15,12 +15,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
 from lesion.errors import RequestError
-from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection
-from lesion.models.source import SCHEDULERS, ModelSpec
+from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
+from lesion.models import DTYPES, ModelSpec
 from lesion.prompts import Prompt, parse_prompts
 from lesion.scoring import ScorerSpec
 
-DTYPE_NAMES = ("auto", "float32", "float16", "bfloat16")
+DTYPE_NAMES = ("auto", *DTYPES)
 TASKS = ("txt2img",)
 LAYERS_BY = ("attention",)
 LAYER_KINDS = ("cross_attention",)
@@ -153,8 +153,6 @@ def parse(config: DictConfig) -> Request:
     assert isinstance(data, dict)
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
-    if model["scheduler"] is not None:
-        _one_of("model.scheduler", model["scheduler"], tuple(SCHEDULERS))
     _one_of("generation.task", generation["task"], TASKS)
     _one_of("layers.by", layers["by"], LAYERS_BY)
     _one_of("layers.kind", layers["kind"], LAYER_KINDS)
@@ -179,7 +177,7 @@ def parse(config: DictConfig) -> Request:
     if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
         raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")
     return Request(
-        model=ModelSpec(**{name: model[name] for name in ModelSpec.__dataclass_fields__}),
+        model=ModelSpec.of(model),
         prompts_name=prompts_name,
         prompts=prompts,
         seeds=_seeds(data["seeds"]),
@@ -250,7 +248,7 @@ def _windows(value: Any, steps: int) -> tuple[tuple[float, float], ...]:
         start, end = (_share("window", side) for side in window)
         if start >= end:
             raise RequestError("window", f"must have start < end; got {window!r}")
-        if not any(start * steps - 1e-9 <= step < end * steps - 1e-9 for step in range(steps)):
+        if not any(covers((start, end), step, steps) for step in range(steps)):
             raise RequestError("window", f"{window!r} covers none of the {steps} steps; make it wider")
         found.append((start, end))
     return tuple(found)

@@ -56,6 +56,12 @@ class Lesion:
         return data
 
 
+def covers(window: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a window [start, end), in fractions of the steps, holds step number `step` (from 0) of `steps`."""
+    start, end = window
+    return start * steps - 1e-9 <= step < end * steps - 1e-9  # 0.3 * 10 is not quite 3
+
+
 @dataclass(frozen=True)
 class Choice:
     """One answer of a selection: the layer it is about ("" if about none) and the layers to lesion."""

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lesion.generate import call
+from lesion.store import atomically
 from lesion.surgery import Steps, branches_of
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, means: dict[str, Tensor], provenance: dict[str, Any]) -> None:
-    from lesion.store import atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as temporary:
         save_file(means, temporary, metadata={"provenance": json.dumps(provenance)})

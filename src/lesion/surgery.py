@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy
-from lesion.lesions import Lesion
+from lesion.lesions import Lesion, covers
 
 UNCOND, COND = 0, 1
 
@@ -83,8 +83,7 @@ class _SitePlan:
         rows = torch.zeros(len(branches))
         for row, branch in enumerate(branches.tolist()):
             index = row % samples
-            start, end = self.window[index]
-            inside = start * total - 1e-9 <= call < end * total - 1e-9
+            inside = covers(self.window[index], call, total)
             touched = self.branch[index] in ("both", "cond" if branch == COND else "uncond")
             rows[row] = self.strength[index] if inside and touched else 0.0
         return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -43,21 +44,24 @@ class ModelSpec:
     dtype: str = "auto"
     scheduler: str | None = None
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """From the `model` group of a config, which has the recommended settings besides."""
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+
 
 @dataclass(frozen=True)
 class Source:
     """A model that exists. folder: its configs (of a hub name, the snapshot's). file: the single file, if it is one."""
 
     spec: ModelSpec
-    folder: Path | None
+    folder: Path
     file: Path | None = None
     commit: str | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json: component name -> [library, class]."""
-        if self.folder is None:
-            return {}
         try:
             index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
         except ValueError as error:
@@ -88,12 +92,11 @@ class Source:
         digest.update(json.dumps([*extra, self.commit and [self.spec.id, self.commit]]).encode())
         if self.commit is None:
             for path in self._files():
-                digest.update(f"{'' if path == self.file else path.relative_to(self.folder or path)}\0".encode())
+                digest.update(f"{'' if path == self.file else path.relative_to(self.folder)}\0".encode())
                 digest.update(_digest(path, path.stat().st_mtime_ns, path.stat().st_size))
         return digest.hexdigest()[:32]
 
     def _files(self) -> list[Path]:
-        assert self.folder is not None
         names = [self.folder / "model_index.json"]
         for component in self.components:
             names += [path for path in (self.folder / component).rglob("*") if path.is_file()]
@@ -114,7 +117,6 @@ class Source:
                 "component", f"{self.spec.id!r} has no {component!r}; allowed: {_listed(self.components)}"
             )
         library, name = self.components[component]
-        assert self.folder is not None
         try:
             cls: Any = getattr(importlib.import_module(library), name)
             with torch.device("meta"):

@@ -16,7 +16,9 @@ import open_clip
 import torch
 from huggingface_hub import constants as hub
 
-EMBEDDED = Path(__file__).parents[1] / "models" / "embedded" / "clip"
+from lesion import models
+
+EMBEDDED = models.EMBEDDED / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 PARTS = (".json", ".txt", ".safetensors", ".bin", ".pth", ".pt")  # of a model folder
 
