@@ -17,7 +17,7 @@ from lesion import replacements, scoring
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.models import DTYPES, ModelSpec
-from lesion.prompts import Prompt, parse_prompts
+from lesion.prompts import Prompt, parse_prompts, parse_seeds
 from lesion.scoring import ScorerSpec
 
 DTYPE_NAMES = ("auto", *DTYPES)
@@ -180,7 +180,7 @@ def parse(config: DictConfig) -> Request:
         model=ModelSpec.of(model),
         prompts_name=prompts_name,
         prompts=prompts,
-        seeds=_seeds(data["seeds"]),
+        seeds=parse_seeds(data["seeds"] if isinstance(data["seeds"], list) else [data["seeds"]]),
         include=_globs(layers["include"]),
         selections=selections,
         replacements=given,
@@ -221,14 +221,6 @@ def _distinct(key: str, value: Any) -> list[Any]:
     if twice := [item for item in values if values.count(item) > 1]:
         raise RequestError(key, f"names {twice[0]!r} twice; give each value once")
     return values
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    seeds = _distinct("seeds", value)
-    for seed in seeds:
-        if type(seed) is not int or not 0 <= seed < 2**63:
-            raise RequestError("seeds", f"must be whole numbers from 0 to 2^63 - 1; got {seed!r}")
-    return tuple(seeds)
 
 
 def _share(key: str, value: Any) -> float:

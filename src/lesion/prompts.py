@@ -1,4 +1,4 @@
-"""Sets of prompts: from the config or from a .txt, .csv or .jsonl file."""
+"""Sets of prompts and seeds: from the config or from a .txt, .csv or .jsonl file."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def slug(text: str) -> str:
     """A short file-name-safe name for any text, the same wherever it is computed: words, then 6 hex digits."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:32].strip("-")
     return f"{words or 'prompt'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def parse_seeds(seeds: list[Any], key: str = "seeds") -> tuple[int, ...]:
+    """Different whole numbers that a generator takes, at least one; RequestError otherwise."""
+    if not seeds:
+        raise RequestError(key, "is an empty list; give at least one value")
+    for seed in seeds:
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise RequestError(key, f"must be whole numbers from 0 to 2^63 - 1; got {seed!r}")
+        if seeds.count(seed) > 1:
+            raise RequestError(key, f"names {seed!r} twice; give each value once")
+    return tuple(seeds)
 
 
 def parse_prompts(given: Any, key: str = "prompts") -> tuple[str, tuple[Prompt, ...]]:

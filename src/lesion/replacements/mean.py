@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
-from lesion.prompts import Prompt, parse_prompts
+from lesion.prompts import Prompt, parse_prompts, parse_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,9 @@ def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], t
         raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
     name, prompts = parse_prompts(given.get("prompts"), f"{key}.prompts")
     seeds = given.get("seeds")
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
-        raise RequestError(f"{key}.seeds", f"needs a list of whole numbers from 0 to 2^63 - 1; got {seeds!r}")
-    if len(set(seeds)) < len(seeds):
-        raise RequestError(f"{key}.seeds", "names a seed twice; give each once")
-    return name, prompts, tuple(seeds)
+    if not isinstance(seeds, list):
+        raise RequestError(f"{key}.seeds", f"needs a list of whole numbers; got {seeds!r}")
+    return name, prompts, parse_seeds(seeds, f"{key}.seeds")
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
