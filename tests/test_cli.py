@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lesion import models, runner
+from lesion import making, models
 from lesion.generate import generate
 
 CONTRACT = [
@@ -62,11 +62,11 @@ def test_a_study_from_command_to_run_folder(cli):
 def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch):
     made = []
 
-    def counting(model, cells, fillers):
+    def counting(model, cells, *rest):
         made.extend(cell.key for cell in cells)
-        return generate(model, cells, fillers)
+        return generate(model, cells, *rest)
 
-    monkeypatch.setattr(runner, "generate", counting)
+    monkeypatch.setattr(making, "generate", counting)
     assert cli()[0] == 0
     assert len(made) == 14
     first = pd.read_parquet(cli.newest() / "results.parquet")
@@ -192,12 +192,12 @@ def test_one_wrong_job_of_a_sweep_stops_it_before_the_first(cli):
 
 
 def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
-    def failing(model, cells, fillers):
+    def failing(model, cells, *rest):
         if any(cell.lesion and cell.lesion.layer == LAYERS[1] and cell.seed == 0 for cell in cells):
             raise RuntimeError("planted fault")
-        return generate(model, cells, fillers)
+        return generate(model, cells, *rest)
 
-    monkeypatch.setattr(runner, "generate", failing)
+    monkeypatch.setattr(making, "generate", failing)
     code, _, err = cli("seeds=[0,1]")
     assert code == 1
     assert "4 of 28 images failed" in err
@@ -208,13 +208,13 @@ def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
     assert bad.reason.str.contains("RuntimeError: planted fault").all()
     assert bad.clip_similarity.isna().all()
     assert frame[frame.status == "ok"].clip_similarity.notna().all()
-    monkeypatch.setattr(runner, "generate", generate)
+    monkeypatch.setattr(making, "generate", generate)
     assert cli("seeds=[0,1]")[0] == 0
 
 
 def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
-    def poisoned(model, cells, fillers):
-        images = generate(model, cells, fillers)
+    def poisoned(model, cells, *rest):
+        images = generate(model, cells, *rest)
         for image, cell in zip(images, cells):
             if cell.lesion and cell.lesion.layer == LAYERS[0] and cell.lesion.selection == "leave_one_out":
                 image[0, 0, 0] = np.nan
@@ -222,7 +222,7 @@ def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
                 image[:] = 0
         return images
 
-    monkeypatch.setattr(runner, "generate", poisoned)
+    monkeypatch.setattr(making, "generate", poisoned)
     code, _, _ = cli()
     assert code == 1
     frame = pd.read_parquet(cli.newest() / "results.parquet")
@@ -235,12 +235,12 @@ def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
 
 
 def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):
-    def failing(model, cells, fillers):
+    def failing(model, cells, *rest):
         if any(cell.lesion is None and cell.prompt.text == "two stars" for cell in cells):
             raise RuntimeError("planted fault")
-        return generate(model, cells, fillers)
+        return generate(model, cells, *rest)
 
-    monkeypatch.setattr(runner, "generate", failing)
+    monkeypatch.setattr(making, "generate", failing)
     assert cli()[0] == 1
     frame = pd.read_parquet(cli.newest() / "results.parquet")
     assert (frame[frame.prompt == "a red circle"].status == "ok").all()
@@ -252,20 +252,20 @@ def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch
 def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch):
     calls = []
 
-    def interrupted(model, cells, fillers):
+    def interrupted(model, cells, *rest):
         calls.append(len(cells))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(model, cells, fillers)
+        return generate(model, cells, *rest)
 
-    monkeypatch.setattr(runner, "generate", interrupted)
+    monkeypatch.setattr(making, "generate", interrupted)
     code, _, err = cli()
     assert code == 130
     assert "same command again" in err
     kept = len(list((cli.folder / "store").rglob("*.png")))
     assert kept == sum(calls[:2])
     made = []
-    monkeypatch.setattr(runner, "generate", lambda m, cells, f: made.extend(cells) or generate(m, cells, f))
+    monkeypatch.setattr(making, "generate", lambda m, cells, *rest: made.extend(cells) or generate(m, cells, *rest))
     assert cli()[0] == 0
     assert len(made) == 14 - kept
 
@@ -276,10 +276,12 @@ def test_a_damaged_image_is_noticed_and_made_again(cli):
     whole = victim.read_bytes()
     victim.unlink()
     victim.write_bytes(whole[:60] + bytes(30) + whole[90:])
-    assert cli()[0] == 1
-    frame = pd.read_parquet(cli.newest() / "results.parquet")
-    assert frame.reason.str.contains("damaged").sum() == 1
-    assert cli()[0] == 0
+    first = cli.frames()[0]
+    code, out, _ = cli()
+    assert code == 0
+    assert f"damaged and removed; it is made again ({victim.name}" in out
+    assert victim.read_bytes() == whole
+    pd.testing.assert_frame_equal(first, cli.frames()[-1])
 
 
 def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):

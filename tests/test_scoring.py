@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from scipy.ndimage import correlate
 
 import lesion.scoring
-from lesion.scoring import Scorer, ScorerError, ScorerSpec, Shot, known_metrics, make_scorer
+from lesion.scoring import Scorer, ScorerError, ScorerSpec, Shot, identities, known_metrics, make_scorer
 from lesion.scoring import _clip as clip_module
 from lesion.scoring import _clip_weights as weights_module
 
@@ -319,17 +319,16 @@ def test_identity_follows_the_weights_not_the_place(clip_folder: Path, tmp_path:
     wanted = ("clip_similarity", "ssim")
     copy = tmp_path / "elsewhere" / clip_folder.name
     write_clip(copy)
-    first = make_scorer(spec(clip_folder, *wanted), "cpu").identity
-    assert make_scorer(spec(copy, *wanted), "cpu").identity == first
-    assert "clip_similarity/1" in first
-    assert "ssim/1" in first
-    assert str(clip_folder) not in first
-    clip_module._embedder.cache_clear()
+    first = identities(spec(clip_folder, *wanted))
+    assert identities(spec(copy, *wanted)) == first
+    assert first["clip_similarity"].startswith("clip_similarity/1 (")
+    assert first["ssim"] == "ssim/1"
+    assert str(clip_folder) not in str(first)
     file = copy / "open_clip_model.safetensors"
     from safetensors.torch import load_file
 
     save_file({k: v * 2 if "text_projection" in k else v for k, v in load_file(file).items()}, file)
-    assert make_scorer(spec(copy, *wanted), "cpu").identity != first
+    assert identities(spec(copy, *wanted))["clip_similarity"] != first["clip_similarity"]
 
 
 def test_lpips_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,6 +400,7 @@ def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
         "class Brightness:\n"
         "    column = 'brightness'\n"
         "    def __call__(self, shots): return np.array([shot.image.mean() for shot in shots])\n"
+        "def identity(spec): return 'brightness/1'\n"
         "def build(spec, device): return Brightness()\n"
     )
     monkeypatch.setattr(lesion.scoring, "__path__", [*lesion.scoring.__path__, str(tmp_path)])
@@ -411,7 +411,8 @@ def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert scorer.columns == ("brightness", "psnr")
     given = shots(2)
     assert scorer.score(given)["brightness"].tolist() == [shot.image.mean() for shot in given]
-    assert scorer.identity == "brightness; psnr/1"
+    assert scorer.score(given, only=["brightness"]).keys() == {"brightness"}
+    assert identities(spec("unused", "brightness", "psnr")) == {"brightness": "brightness/1", "psnr": "psnr/1"}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,12 +70,114 @@ def test_the_grid_is_complete_and_starts_with_the_baselines():
     assert all(cell.lesion is not None for cell in cells[6:])
     assert len({cell.key for cell in cells}) == len(cells)
     assert {cell.baseline.key for cell in cells} == {cell.key for cell in cells[:6]}
+    kinds = [
+        kind for kind, _ in itertools.groupby(cells[6:], lambda c: (c.lesion.selection, c.lesion.replacement.name))
+    ]
+    assert kinds == list(itertools.product(("leave_one_out", "only_one"), ("zero", "mean")))
+    subjects = [(prompt, seed) for prompt in "ab" for seed in (0, 1, 2)]
+    assert [(c.prompt.text, c.seed, c.lesion.layer) for c in cells[6:30]] == [
+        (*subject, layer) for subject in subjects for layer in LAYERS
+    ]
+
+
+def test_the_length_counts_every_axis_without_walking_the_cells():
+    axes = {"windows": ((0.0, 0.5), (0.5, 1.0)), "branches": ("both", "cond"), "strengths": (0.5, 1.0)}
+    for changes in (
+        axes,
+        {"selections": {}},
+        {"selections": {"none": {}, "all": {}}},
+        {"replacements": ()},
+        {"strengths": (0.0,)},
+    ):
+        assert len(study(**changes)) == sum(1 for _ in study(**changes).cells())
+    assert len(study(seeds=range(10**12))) == 2 * 10**12 * 17
+    with pytest.raises(RequestError, match="only_one needs at least two layers"):
+        len(study(layers=LAYERS[:1], replacements=()))
+
+
+def test_the_plan_goes_kind_by_kind_and_within_a_kind_lesion_by_lesion():
+    whole = study()
+    plan = list(whole.in_plan_order())
+    assert {cell.key: cell for cell in plan} == {cell.key: cell for cell in whole.cells()}
+    assert len(plan) == len(whole)
+    subjects = [(prompt, seed) for prompt in "ab" for seed in (0, 1, 2)]
+    runs = [(lesion, [(c.prompt.text, c.seed) for c in run]) for lesion, run in itertools.groupby(plan, lesion_of)]
+    assert [lesion for lesion, _ in runs] == [None, *whole.lesions()]
+    assert all(run == subjects for _, run in runs)
+
+
+def lesion_of(cell):
+    return cell.lesion
+
+
+def test_the_plan_holds_each_image_once():
+    twice = study(
+        prompts=(Prompt("a", id="a"), Prompt("b", id="b"), Prompt("a", id="c")),
+        seeds=(1, 1),
+        layers=LAYERS[:2],  # leaving one of two out is keeping the other alone
+        strengths=(0.0, 1.0),  # a lesion of strength 0 is the baseline
+        replacements=(ZERO, Replacement("zero")),
+    )
+    keys = [cell.key for cell in twice.in_plan_order()]
+    assert len(keys) == len(set(keys)) == 2 * (1 + 2)
+    assert set(keys) == {cell.key for cell in twice.cells()}
+    assert next(twice.in_plan_order()).prompt.id == "a"
 
 
 def test_the_hash_stays_what_it_was():
     """A stored image must be found by later versions: these hashes may change only together with study.FORMAT."""
-    assert some_cell().key == "32d19803978ba229d1bda75453cfcb0d"
-    assert some_cell(a_lesion()).key == "1e57da91e428d8521a799110c919e63e"
+    assert some_cell().key == "5d5d00d02cb87f8e590da5a3bac32227"
+    assert some_cell(a_lesion()).key == "e7e38d4548d8ea96aef33eb66f78d9ac"
+
+
+def key_by_the_book(identity):
+    """The recipe in `Cell.key`, from the identity's JSON alone."""
+
+    def sha256(text):
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def digest(data):
+        return sha256(json.dumps(data, sort_keys=True, ensure_ascii=False))
+
+    data = json.loads(json.dumps(identity, ensure_ascii=False))
+    prompt, seed, lesion = data.pop("prompt"), data.pop("seed"), data.pop("lesion")
+    return sha256("\n".join([digest(data), sha256(prompt), str(seed), digest(lesion)]))[:32]
+
+
+ODD_PROMPTS = ("", "a\n0", "a\n", "é", "e\u0301", "\U0001f600", "\ud83d\ude00", "\udc80", "\\udc80", '"', "null", "\0")
+
+
+def test_the_hash_follows_from_the_identity_by_its_recipe():
+    model = ModelIdentity("tiny", "f" * 32, "float16", "cuda")
+    whole = study(
+        model=model,
+        settings=settings(negative_prompt="ugly ü"),
+        prompts=tuple(Prompt(text, id=str(i)) for i, text in enumerate(ODD_PROMPTS)),
+        seeds=(0, 2**63 - 1),
+        replacements=(ZERO, MEAN, Replacement("mean", {"words": "ü"})),
+        strengths=(0.0, 0.5, 1.0),
+        windows=((0.0, 1.0), (0.25, 0.5)),
+        branches=("both", "uncond"),
+    )
+    subset = list(itertools.chain(itertools.islice(whole.cells(), 24), itertools.islice(whole.cells(), 24, None, 7)))
+    for cell in subset:  # keys that the study composed, and those of cells made alone
+        alone = Cell(cell.model, cell.prompt, cell.seed, cell.settings, cell.lesion)
+        assert cell.key == alone.key == key_by_the_book(cell.identity())
+
+
+def test_the_hash_tells_any_two_prompts_apart():
+    cells = [Cell(MODEL, Prompt(text), seed, settings(), None) for text in ODD_PROMPTS for seed in (0, 1, 10)]
+    assert len({cell.key for cell in cells}) == len(cells)
+
+
+def test_asking_for_the_hash_changes_no_data():
+    cell = some_cell(a_lesion(strength=0.5))
+    before = cell.identity(), dict(vars(cell.settings))
+    assert cell.key
+    assert (cell.identity(), vars(cell.settings)) == before
+    assert cell == some_cell(a_lesion(strength=0.5))
+    assert replace(cell, seed=4).key != cell.key
+    assert replace(cell, lesion=replace(cell.lesion, strength=1.0)).key == some_cell(a_lesion()).key
 
 
 def test_the_hash_tells_apart_what_changes_pixels_and_nothing_else():
@@ -110,18 +215,50 @@ def test_the_pure_rooms_import_no_torch():
 def test_batches_hold_every_missing_cell_once_and_no_two_kinds():
     whole = study()
     stored = {cell.key for cell in itertools.islice(whole.cells(), 0, None, 3)}
-    made = list(batches(whole.cells(), 8, stored.__contains__))
-    keys = [cell.key for batch in made for cell in batch]
-    assert sorted(keys) == sorted({cell.key for cell in whole.cells()} - stored)
-    assert all(len(batch) <= 8 for batch in made)
-    for batch in made:
-        assert len({(c.lesion and (c.lesion.selection, c.lesion.replacement)) for c in batch}) == 1
-    assert any(len({(c.prompt.text, c.seed) for c in batch}) > 1 for batch in made)  # prompts and seeds are mixed
+    for cells in (whole, whole.cells(), [*whole.cells(), *whole.cells()]):
+        made = list(batches(cells, 8, stored.__contains__))
+        keys = [cell.key for batch in made for cell in batch]
+        assert sorted(keys) == sorted({cell.key for cell in whole.cells()} - stored)
+        assert all(len(batch) <= 8 for batch in made)
+        for batch in made:
+            assert len({(c.lesion and (c.lesion.selection, c.lesion.replacement)) for c in batch}) == 1
+        assert any(len({(c.prompt.text, c.seed) for c in batch}) > 1 for batch in made)  # prompts and seeds are mixed
+
+
+def test_a_study_is_batched_so_that_most_batches_hold_one_lesion():
+    large = study(seeds=range(48))  # 96 subjects, 6 full batches a lesion
+    made = list(batches(large, 16, lambda key: False))
+    assert len(made) == len(large) / 16
+    assert all(len(set(map(lesion_of, batch))) == 1 for batch in made)
+    uneven = list(batches(large, 20, lambda key: False))
+    assert sum(len(set(map(lesion_of, batch))) == 1 for batch in uneven) >= len(uneven) * 0.75
+    assert max(len(set(map(lesion_of, batch))) for batch in uneven) == 2
+
+
+def test_the_size_of_a_batch_can_be_asked_for_anew():
+    sizes = iter([4, 1, 2, 3, *[100] * 20])
+    made = list(batches(study(), lambda: next(sizes), lambda key: False))
+    assert [len(batch) for batch in made] == [4, 1, 1, 3, 21, 24, 24, 24]  # the third ends with the 6 baselines
+    current = 8
+    plan = batches(study(), lambda: current, lambda key: False)
+    next(plan), next(plan)
+    current = 3  # shrinks while the second batch is at work
+    assert len(next(plan)) == 3
+    for wrong in (0, lambda: -1):
+        with pytest.raises(ValueError, match="at least one"):
+            list(batches(study(), wrong, lambda key: False))
+
+
+def test_batches_are_planned_as_they_are_asked_for():
+    asked = []
+    plan = batches(study(seeds=range(1000)), 4, lambda key: bool(asked.append(key)))
+    keys = [cell.key for batch in (next(plan), next(plan)) for cell in batch]
+    assert asked == keys
 
 
 def test_a_list_in_one_job_and_a_sweep_make_the_same_batches():
     def company(study):
-        return {tuple(cell.key for cell in batch) for batch in batches(study.cells(), 5, lambda key: False)}
+        return {tuple(cell.key for cell in batch) for batch in batches(study, 5, lambda key: False)}
 
     swept = set()
     for selection in ("leave_one_out", "only_one"):
@@ -137,6 +274,22 @@ def test_tally():
     two = study(layers=LAYERS[:2], replacements=(ZERO,))  # leaving one of two out is keeping the other alone
     counts = tally(two.cells(), lambda key: True)
     assert (counts.rows, counts.unique, counts.missing) == (30, 18, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layers": LAYERS[:2]}, {"strengths": (0.0, 1.0)}, {"selections": {"none": {}}}, {"seeds": (1, 1)}],
+    ids=str,
+)
+def test_a_study_and_its_cells_are_counted_alike(changes):
+    whole = study(**changes)
+    assert list(whole.keys()) == [cell.key for cell in whole.in_plan_order()]
+    stored = set(itertools.islice(whole.keys(), 0, None, 3))
+    by_study, by_cells = tally(whole, stored.__contains__), tally(iter(list(whole.cells())), stored.__contains__)
+    assert by_study == by_cells
+    assert list(by_study.by_mode) == list(by_cells.by_mode)
+    assert by_study.rows == len(whole) == sum(by_study.by_mode.values())
+    assert by_study.stored == len(stored)
 
 
 def test_rows_name_the_layer_and_its_depth():

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from conftest import settings, small_pipeline, tiny_spec
 from lesion import models, replacements
-from lesion.generate import generate, to_pixels
+from lesion.generate import call, generate, generators, to_pixels
 from lesion.lesions import Lesion, Replacement
 from lesion.models import loading
 from lesion.prompts import Prompt
@@ -114,9 +114,7 @@ def test_windows_branches_and_strength(tiny_model):
             handle = tiny_model.denoiser.get_submodule(site).register_forward_hook(
                 lambda module, args, output: seen.append((output == 0).all(dim=(1, 2)).tolist())
             )
-            from lesion.generate import call
-
-            call(tiny_model, [subject[0]], [subject[1]], settings())
+            call(tiny_model, [subject[0]], generators([subject[1]]), settings())
         handle.remove()
         return seen
 

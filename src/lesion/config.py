@@ -40,7 +40,7 @@ class ModelConf:
     guidance: float = MISSING
     height: int = MISSING
     width: int = MISSING
-    batch_size: int = MISSING
+    batch_size: Any = MISSING
 
 
 @dataclass
@@ -65,7 +65,7 @@ class GenerationConf:
     height: int = MISSING
     width: int = MISSING
     negative_prompt: str | None = None
-    batch_size: int = MISSING
+    batch_size: Any = MISSING
 
 
 @dataclass
@@ -116,7 +116,9 @@ def register(conf: Path) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """One checked study. height, width: pixels. device: cpu, cuda or cuda:N. include: globs of layer paths, or None."""
+    """One checked study. height, width: pixels. device: cpu, cuda or cuda:N. include: globs of layer paths, or None.
+    batch_size: None for as many as memory allows.
+    """
 
     model: ModelSpec
     prompts_name: str
@@ -134,7 +136,7 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None
-    batch_size: int
+    batch_size: int | None
     scorer: ScorerSpec
     tracker: dict[str, Any]
     store: Path
@@ -157,7 +159,6 @@ def parse(config: DictConfig) -> Request:
     _one_of("layers.by", layers["by"], LAYERS_BY)
     _one_of("layers.kind", layers["kind"], LAYER_KINDS)
     _at_least("generation.steps", generation["steps"], 1)
-    _at_least("generation.batch_size", generation["batch_size"], 1)
     _at_least("generation.guidance", generation["guidance"], 0)
     for side in ("height", "width"):
         if generation[side] < 8 or generation[side] % 8:
@@ -193,7 +194,7 @@ def parse(config: DictConfig) -> Request:
         height=generation["height"],
         width=generation["width"],
         negative_prompt=generation["negative_prompt"],
-        batch_size=generation["batch_size"],
+        batch_size=_batch_size(generation["batch_size"]),
         scorer=_scorer(data["scorer"]),
         tracker=_tracker(data["tracker"]),
         store=Path(data["store"]["dir"]).expanduser(),
@@ -206,6 +207,14 @@ def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise RequestError(key, f"got {value!r}; allowed: {', '.join(allowed)}")
     return str(value)
+
+
+def _batch_size(value: Any) -> int | None:
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RequestError("generation.batch_size", f"must be auto or a whole number >= 1; got {value!r}")
+    return value
 
 
 def _at_least(key: str, value: float, low: float) -> None:

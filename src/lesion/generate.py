@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lesion.models import Model
+from lesion.reuse import text_projected_once
+from lesion.states import Enough, State, States, calls_of, first_step, going_on, recording
 from lesion.study import Cell, Settings
 from lesion.surgery import Filler, lesioned
 
@@ -31,32 +34,88 @@ def make_deterministic(seed: int = 0) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def call(model: Model, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> NDArray[np.float32]:
-    """The plain pipeline call: (n, height, width, 3) float in [0, 1].
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator an image, seeded with its seed, so that noise depends on neither device nor batch."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
-    Noise: one CPU generator an image, seeded with its seed, so it depends on neither device nor batch.
-    """
-    images = model.pipe(
-        prompt=list(prompts),
-        negative_prompt=None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
-        height=settings.height,
-        width=settings.width,
-        output_type="np",
-    ).images
+
+def call(
+    model: Model, prompts: Sequence[str], noise: Sequence[torch.Generator], settings: Settings
+) -> NDArray[np.float32]:
+    """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
+    sites = [site for layer in model.anatomy.sites.values() for site in layer]
+    with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
+        images = model.pipe(
+            prompt=list(prompts),
+            negative_prompt=None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts),
+            generator=list(noise),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            height=settings.height,
+            width=settings.width,
+            output_type="np",
+        ).images
     return np.asarray(images)
 
 
-def generate(model: Model, cells: Sequence[Cell], fillers: Mapping[str, Filler]) -> NDArray[np.float32]:
+def generate(
+    model: Model,
+    cells: Sequence[Cell],
+    fillers: Mapping[str, Filler],
+    states: States | None = None,
+    windows: Sequence[tuple[float, float]] = (),
+) -> NDArray[np.float32]:
     """The images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
 
-    fillers: the replacements at work, by `surgery.replacement_key`.
+    fillers: the replacements at work, by `surgery.replacement_key`. states: where half-made baselines are kept, from
+    which lesions that begin late go on; None: every image is made from its noise. windows: those of the study, for
+    which a baseline leaves its state.
     """
+    prompts, settings = [cell.prompt.text for cell in cells], cells[0].settings
+    noise = generators([cell.seed for cell in cells])
     lesions = [cell.lesion for cell in cells]
-    with torch.inference_mode(), lesioned(model.denoiser, model.pipe.scheduler, model.anatomy, lesions, fillers):
-        return call(model, [cell.prompt.text for cell in cells], [cell.seed for cell in cells], cells[0].settings)
+    scheduler, late = model.pipe.scheduler, any(start > 0 for start, _ in windows)
+    found: Mapping[int, list[State]] = {}
+    with torch.inference_mode(), ExitStack() as stack:
+        if states and states.usable:
+            if late and not any(lesions):
+                found = stack.enter_context(recording(scheduler, noise, windows))
+            elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
+                stack.enter_context(going_on(scheduler, model.denoiser, noise, kept, start))
+        stack.enter_context(lesioned(model.denoiser, scheduler, model.anatomy, lesions, fillers))
+        images = call(model, prompts, noise, settings)
+    if states:
+        for step, batch in found.items():
+            for cell, state in zip(cells, batch, strict=True):
+                states.put(cell.key, step, state)
+    return images
+
+
+def _start(model: Model, cells: Sequence[Cell]) -> int:
+    """The denoiser call at which the first lesion of a batch begins; 0 also where that cannot be told."""
+    total = calls_of(model.pipe.scheduler, cells[0].settings.steps)
+    if total is None:
+        return 0
+    return min(first_step(cell.lesion.window, total) if cell.lesion else 0 for cell in cells)
+
+
+def _states(model: Model, cells: Sequence[Cell], states: States, start: int) -> list[State] | None:
+    """The states of the cells' baselines after `start` calls: read, or made by running the baselines that far."""
+    baselines = {cell.baseline.key: cell.baseline for cell in cells}
+    found = {key: states.get(key, start) for key in baselines}
+    missing = [cell for key, cell in baselines.items() if found[key] is None]
+    if missing:
+        noise = generators([cell.seed for cell in missing])
+        total = calls_of(model.pipe.scheduler, missing[0].settings.steps) or 1
+        with suppress(Enough), recording(model.pipe.scheduler, noise, [(start / total, 1.0)], stop=True) as made:
+            call(model, [cell.prompt.text for cell in missing], noise, missing[0].settings)
+        if start not in made:
+            states.usable = False
+            return None
+        for cell, new in zip(missing, made[start], strict=True):
+            states.put(cell.key, start, new)
+            found[cell.key] = new
+    return [state for cell in cells if (state := found[cell.baseline.key])]
 
 
 def to_pixels(image: NDArray[np.float32]) -> tuple[NDArray[np.uint8], str]:

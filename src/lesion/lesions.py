@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lesion.errors import RequestError
 
 BRANCHES = ("both", "cond", "uncond")
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256, 64 hex digits, of JSON data written with sorted keys, in UTF-8 that lets lone surrogates pass."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,11 @@ class Lesion:
         if self.strength != 1.0:
             data["strength"] = self.strength
         return data
+
+    @cached_property
+    def digest(self) -> str:
+        """`digest_of` its identity; at strength 0, where it does nothing, that of no lesion (None)."""
+        return digest_of(self.identity() if self.strength else None)
 
 
 def covers(window: tuple[float, float], step: int, steps: int) -> bool:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lesion.generate import call
+from lesion.generate import call, generators
 from lesion.store import atomically
 from lesion.surgery import Steps, branches_of
 
@@ -70,7 +70,7 @@ def measure(bench: Bench, subjects: Sequence[tuple[str, int]]) -> dict[str, Tens
             for site in sums:
                 hook = _hook(steps, len(batch), sums[site], counts[site])
                 stack.callback(model.denoiser.get_submodule(site).register_forward_hook(hook).remove)
-            call(model, [prompt for prompt, _ in batch], [seed for _, seed in batch], bench.settings)
+            call(model, [prompt for prompt, _ in batch], generators([seed for _, seed in batch]), bench.settings)
     return {
         site: (torch.stack(sums[site]) / torch.stack(counts[site])[..., None]).float().contiguous() for site in sums
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lesion import models, replacements, scoring
+from lesion import models, scoring
 from lesion.anatomy import Anatomy, AnatomyError, examine
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
-from lesion.generate import generate, make_deterministic, to_pixels
-from lesion.plan import Tally, batches, tally
-from lesion.scoring import Scorer, Shot
-from lesion.store import Damaged, Store, atomically
-from lesion.study import Cell, Settings, Study, row
-from lesion.surgery import Filler, replacement_key
+from lesion.generate import make_deterministic
+from lesion.making import Maker
+from lesion.plan import Tally, tally
+from lesion.results import Results
+from lesion.store import Store, atomically
+from lesion.study import Settings, Study
 from lesion.tracking import JobInfo, Tracker, make_tracker
 
 log = logging.getLogger(__name__)
@@ -107,26 +106,20 @@ def run(request: Request, context: JobContext) -> None:
     """Run one study and write its run folder. Raises RequestError before, StudyFailed after all that could be made."""
     source, study = survey(request)
     store = Store(request.store)
-    counts = tally(study.cells(), store.has)
+    counts = tally(study, store.known().__contains__)
     if request.dry_run:
         print("\n".join(plan_lines(study, counts, store)))
         return
-    try:
-        scorer = scoring.make_scorer(request.scorer, request.device)
-    except scoring.ScorerError as error:
-        raise RequestError("scorer", str(error).removeprefix("scorer ")) from None
+    results = Results(study, store, request.scorer, request.device)
+    if counts.missing:
+        _ = results.scorer  # a scorer that cannot be loaded is refused before anything is made
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
     code = 1
     try:
-        failures = _generate_missing(request, source, study, store, counts, tracker)
+        failures = _complete(request, source, study, store, results, counts, tracker)
         paths = _anatomy(request.model, source.fingerprint).paths
-        frame = _score(study, paths, store, scorer, failures, context.folder)
-        frame = frame.assign(
-            scorer=request.scorer.name,
-            scorer_identity=scorer.identity,
-            protocol=frame["replacement"].map(study.protocol).fillna(""),
-        )
+        frame = results.frame(paths, failures, context.folder)
         code = _write(frame, context.folder, tracker)
     finally:
         tracker.close(code)
@@ -136,6 +129,14 @@ def run(request: Request, context: JobContext) -> None:
             f"{len(bad)} of {len(frame)} images failed or are invalid, the first because: {bad['reason'].iloc[0]} "
             f"(all are named in {context.folder / 'results.parquet'}); the rest is complete"
         )
+
+
+def results(request: Request) -> pd.DataFrame:
+    """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
+    source, study = survey(request)
+    found = Results(study, Store(request.store), request.scorer, request.device)
+    found.complete({})
+    return found.frame(_anatomy(request.model, source.fingerprint).paths, {})
 
 
 def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
@@ -154,154 +155,60 @@ def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
     ]
 
 
-def _generate_missing(
-    request: Request, source: models.Source, study: Study, store: Store, counts: Tally, tracker: Tracker
+def _complete(
+    request: Request,
+    source: models.Source,
+    study: Study,
+    store: Store,
+    results: Results,
+    counts: Tally,
+    tracker: Tracker,
+) -> dict[str, str]:
+    """Make and score all that is missing, twice where a stored image turns out damaged; reasons for what failed."""
+    failures: dict[str, str] = {}
+    damaged: set[str] = set()
+    for _ in range(2):
+        if counts.missing or damaged:
+            missing = len(damaged) or counts.missing
+            log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, store.folder)
+            failures |= _generate(request, source, study, store, results, missing, tracker)
+        else:
+            log.info("all %d images are in the store %s", counts.unique, store.folder)
+        damaged = results.complete(failures)
+        if not damaged:
+            return failures
+    return failures | dict.fromkeys(damaged, "the stored image is damaged, also after it was made anew")
+
+
+def _generate(
+    request: Request,
+    source: models.Source,
+    study: Study,
+    store: Store,
+    results: Results,
+    missing: int,
+    tracker: Tracker,
 ) -> dict[str, str]:
     """Make what the store lacks. Returns the reason for each cell that could not be made."""
-    failures: dict[str, str] = {}
-    if not counts.missing:
-        log.info("all %d images are in the store %s", counts.unique, store.folder)
-        return failures
-    log.info("%d images to make, %d already in the store %s", counts.missing, counts.stored, store.folder)
     make_deterministic()
     model = models.load(source, request.device)
     if model.anatomy.paths != _anatomy(request.model, source.fingerprint).paths:
         raise RequestError("model.id", "the loaded model has other layers than its config says")
-    fillers, broken = _fillers(request, model, study, store)
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
-        tqdm(total=counts.missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
+        tqdm(total=missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
     ):
-        for batch in batches(study.cells(), request.batch_size, store.has):
-            lesion = batch[0].lesion  # a batch has one kind of lesion
-            if lesion and (why := broken.get(replacement_key(lesion))):
-                failures |= {cell.key: why for cell in batch}
-            else:
-                failures |= _make(model, batch, fillers, store)
-            done += len(batch)
-            bar.update(len(batch))
-            tracker.progress(done, counts.missing, done / (time.monotonic() - began))
-    return failures
 
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(more)
+            tracker.progress(done, missing, done / (time.monotonic() - began))
 
-def _fillers(
-    request: Request, model: models.Model, study: Study, store: Store
-) -> tuple[dict[str, Filler], dict[str, str]]:
-    """The replacements at work, by the key under which surgery asks for them; and why some could not be built."""
-    bench = replacements.Bench(model, study.settings, store.means, request.batch_size)
-    fillers: dict[str, Filler] = {}
-    broken: dict[str, str] = {}
-    for lesion in study.lesions():
-        key, name = replacement_key(lesion), lesion.replacement.name
-        if key not in fillers and key not in broken:
-            try:
-                fillers[key] = replacements.build(name, request.replacements[name], bench)
-            except Exception as error:  # whatever a model can raise, the other replacements go on
-                broken[key] = f"replacement {name} could not be made ready: {_brief(error)}"
-                log.error(broken[key])
-    return fillers, broken
-
-
-def _make(model: models.Model, batch: list[Cell], fillers: dict[str, Filler], store: Store) -> dict[str, str]:
-    """Generate and store a batch; if it fails, each cell alone, so that one bad cell costs only itself."""
-    try:
-        images = generate(model, batch, fillers)
-    except Exception as error:  # whatever a model can raise, the other cells go on
-        if len(batch) > 1:
-            log.warning("a batch of %d failed (%s); its images are made one at a time", len(batch), _brief(error))
-            return {key: why for cell in batch for key, why in _make(model, [cell], fillers, store).items()}
-        log.error("%s failed: %s", _label(batch[0]), _brief(error))
-        return {batch[0].key: _brief(error)}
-    failures: dict[str, str] = {}
-    for cell, image in zip(batch, images, strict=True):
-        pixels, reason = to_pixels(image)
-        if reason:
-            log.warning("%s is invalid: %s", _label(cell), reason)
-        try:
-            store.put(cell, pixels, reason)
-        except OSError as error:
-            log.error("%s could not be stored: %s", _label(cell), _brief(error))
-            failures[cell.key] = _brief(error)
-    return failures
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _label(cell: Cell) -> str:
-    lesion = f"{cell.lesion.selection} {cell.lesion.layer}".strip() if cell.lesion else "baseline"
-    return f"{cell.prompt.id} seed {cell.seed} {lesion}"
-
-
-def _score(
-    study: Study,
-    paths: Sequence[str],
-    store: Store,
-    scorer: Scorer,
-    failures: dict[str, str],
-    folder: Path,
-    chunk: int = 256,
-) -> pd.DataFrame:
-    """The results frame: every cell's row with its status, picture and scores."""
-    rows: list[dict[str, Any]] = []
-    shots: list[tuple[int, Shot]] = []
-    baseline_of = lru_cache(maxsize=64)(lambda key: _fetch(store, key, failures))  # a lesion follows its neighbours
-
-    def flush() -> None:
-        if shots:
-            for column, values in scorer.score([shot for _, shot in shots]).items():
-                for (index, _), value in zip(shots, values, strict=True):
-                    rows[index][column] = float(value)
-            shots.clear()
-
-    for cell in tqdm(study.cells(), total=len(study), desc="score", unit="image"):
-        record = {**row(cell, paths), "status": "ok", "reason": "", "image": ""}
-        record |= {column: float("nan") for column in scorer.columns}
-        rows.append(record)
-        pixels, reason = _fetch(store, cell.key, failures)
-        if pixels is not None:
-            record["image"] = _publish(store, cell, folder)
-        if reason:
-            record["status"], record["reason"] = ("invalid" if pixels is not None else "failed"), reason
-            continue
-        key = cell.baseline.key
-        baseline, why = baseline_of(key)
-        if why:
-            record["status"], record["reason"] = "invalid", f"its baseline cannot be compared with: {why}"
-            continue
-        shots.append((len(rows) - 1, Shot(cell.key, pixels, key, baseline, cell.prompt.text)))
-        if len(shots) == chunk:
-            flush()
-    flush()
-    return pd.DataFrame(rows)
-
-
-def _fetch(store: Store, key: str, failures: dict[str, str]) -> tuple[Any, str]:
-    """Pixels (None if there are none) and what is wrong with them ("" if nothing)."""
-    if key in failures:
-        return None, failures[key]
-    try:
-        stored = store.get(key)
-    except Damaged as error:
-        store.discard(key)
-        return None, f"the stored image was damaged and is removed; run again to make it anew ({error})"
-    return stored.pixels, stored.reason
-
-
-def _publish(store: Store, cell: Cell, folder: Path) -> str:
-    """The cell's picture in the run folder, as a link to the store where the disk can: its relative path."""
-    parts = [cell.lesion.selection, cell.lesion.replacement.name, cell.lesion.layer] if cell.lesion else ["baseline"]
-    name = "-".join([f"seed{cell.seed}", *(part for part in parts if part), cell.key[:8]]) + ".png"
-    path = folder / "images" / cell.prompt.id / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(path) as temporary:  # in its place even if an older picture of the cell is there
-        try:
-            os.link(store.path(cell.key), temporary)
-        except OSError:
-            shutil.copyfile(store.path(cell.key), temporary)
-    return path.relative_to(folder).as_posix()
+        maker = Maker(request, model, study, store, results.made)
+        maker.run(progress)
+    return maker.failures
 
 
 def _write(frame: pd.DataFrame, folder: Path, tracker: Tracker) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lesion.lesions import Lesion, Replacement, choices
+from lesion.lesions import Choice, Lesion, Replacement, choices, digest_of
 from lesion.prompts import Prompt
 
-FORMAT = 1  # raise it when the same cell would give other pixels
+FORMAT = 2  # raise it when the same cell would give other pixels or another key
+NO_LESION = digest_of(None)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,34 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """The cell's hash, 32 hex digits."""
-        text = json.dumps(self.identity(), sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """The cell's hash: the first 32 hex digits of the SHA-256 of four parts, joined by newlines.
+
+        1. `digest_of` the identity without its prompt, seed and lesion;
+        2. the SHA-256, in hex, of the prompt in UTF-8 (lone surrogates pass);
+        3. the seed in decimal;
+        4. `digest_of` the identity's lesion.
+
+        No part holds a newline, so two identities have one key only if SHA-256 collides. All but the seed is shared by
+        many cells of a study, which hashes those parts once.
+        """
+        return _key(_subject(_context(self.identity()), self.prompt), self.seed, self.lesion)
 
     @property
     def baseline(self) -> Cell:
         return self if self.lesion is None else Cell(self.model, self.prompt, self.seed, self.settings, None)
+
+
+def _context(identity: Mapping[str, Any]) -> str:
+    return digest_of({name: part for name, part in identity.items() if name not in ("prompt", "seed", "lesion")})
+
+
+def _subject(context: str, prompt: Prompt) -> str:
+    return f"{context}\n{hashlib.sha256(prompt.text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _key(subject: str, seed: int, lesion: Lesion | None) -> str:
+    text = f"{subject}\n{seed}\n{lesion.digest if lesion else NO_LESION}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -103,54 +124,86 @@ class Study:
     branches: tuple[str, ...] = ("both",)
     strengths: tuple[float, ...] = (1.0,)
 
+    @cached_property
+    def _choices(self) -> dict[str, list[Choice]]:
+        return {name: choices(name, options, self.layers) for name, options in self.selections.items()}
+
     def lesions(self) -> Iterator[Lesion]:
         """Every lesion of the grid, those of one kind (same selection, replacement, …) next to each other."""
-        for name, options in self.selections.items():
-            picked = choices(name, options, self.layers)
+        for name, picked in self._choices.items():
             for kind in itertools.product(self.replacements, self.windows, self.branches, self.strengths):
                 for choice in picked:
                     yield Lesion(name, choice.layer, choice.lesioned, *kind)
 
     def cells(self) -> Iterator[Cell]:
-        """Baselines first, then kind by kind, and within a kind by prompt and seed."""
-        for prompt, seed in self.subjects():
-            yield Cell(self.model, prompt, seed, self.settings, None)
-        for _, lesions in itertools.groupby(self.lesions(), kind_of):
-            group = list(lesions)
-            for prompt, seed in self.subjects():
-                for lesion in group:
-                    yield Cell(self.model, prompt, seed, self.settings, lesion)
+        """The order of the results: baselines first, then kind by kind, and within a kind by prompt and seed."""
+        for _, group in itertools.groupby(itertools.chain([None], self.lesions()), kind_of):
+            lesions = list(group)
+            for prompt in self.prompts:
+                subject = _subject(self.context, prompt)
+                for seed in self.seeds:
+                    for lesion in lesions:
+                        yield self._cell(prompt, seed, lesion, _key(subject, seed, lesion))
 
-    def subjects(self) -> Iterator[tuple[Prompt, int]]:
-        return itertools.product(self.prompts, self.seeds)
+    def in_plan_order(self) -> Iterator[Cell]:
+        """The order of making: baselines first, then kind by kind, within a kind lesion by lesion, each over all
+        prompts and seeds, so that most batches hold one lesion. Cells with the same key come once.
+        """
+        for prompt, seed, lesion, key in self._planned():
+            yield self._cell(prompt, seed, lesion, key)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of `in_plan_order()`, without the cost of its cells."""
+        for _, _, _, key in self._planned():
+            yield key
+
+    def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
+        # Two cells of a study have one key if their prompts' texts, seeds and lesions' digests are equal: to make these
+        # unique takes far less memory than to remember every key.
+        prompts: dict[str, Prompt] = {}
+        for prompt in self.prompts:
+            prompts.setdefault(prompt.text, prompt)
+        seeds = dict.fromkeys(self.seeds)
+        done: set[str] = set()
+        for lesion in itertools.chain([None], self.lesions()):
+            digest = lesion.digest if lesion else NO_LESION
+            if digest in done:
+                continue
+            done.add(digest)
+            for prompt in prompts.values():
+                subject = _subject(self.context, prompt)
+                for seed in seeds:
+                    yield prompt, seed, lesion, _key(subject, seed, lesion)
+
+    @cached_property
+    def context(self) -> str:
+        """Digest, 64 hex digits, of what all its cells share: model and settings."""
+        return _context(Cell(self.model, Prompt(""), 0, self.settings, None).identity())
+
+    def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str) -> Cell:
+        cell = Cell(self.model, prompt, seed, self.settings, lesion)
+        cell.__dict__["key"] = key  # fills the cached property
+        return cell
 
     @property
     def protocol(self) -> Mapping[str, str]:
         """For each replacement 8 hex digits: the layers under study and its calibration. Only equals compare."""
         return {
-            replacement.name: hashlib.sha256(
-                json.dumps([dict(replacement.identity), self.layers], sort_keys=True).encode()
-            ).hexdigest()[:8]
+            replacement.name: digest_of([dict(replacement.identity), self.layers])[:8]
             for replacement in self.replacements
         }
 
     def __len__(self) -> int:
-        return len(self.prompts) * len(self.seeds) * (1 + sum(1 for _ in self.lesions()))
+        kinds = len(self.replacements) * len(self.windows) * len(self.branches) * len(self.strengths)
+        lesions = kinds * sum(len(picked) for picked in self._choices.values())
+        return len(self.prompts) * len(self.seeds) * (1 + lesions)
 
 
 def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
     """What cells that share a batch have in common: everything of the lesion but its layers."""
     if lesion is None:
         return ()
-    identity = json.dumps(dict(lesion.replacement.identity), sort_keys=True)
-    return (
-        lesion.selection,
-        lesion.replacement.name,
-        identity,
-        lesion.window,
-        lesion.branch,
-        lesion.strength,
-    )
+    return (lesion.selection, lesion.replacement, lesion.window, lesion.branch, lesion.strength)
 
 
 def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:

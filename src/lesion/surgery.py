@@ -1,12 +1,13 @@
 """Puts a batch of lesions on a live denoiser and takes them off again.
 
 Plain forward hooks on the sites, so it works under any attention processor and swaps none. Each image of a batch has
-its own lesion (or none): masks are data, and an image without a lesion keeps every bit of its output.
+its own lesion (or none): masks are data, and an image without a lesion keeps every bit of its output. A site that is
+replaced in every row of the batch is not computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -15,12 +16,17 @@ from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy
 from lesion.lesions import Lesion, covers
+from lesion.reuse import forward_replaced
 
 UNCOND, COND = 0, 1
 
 
 class Filler(Protocol):
-    """A replacement at work: what a site's output becomes."""
+    """A replacement at work: what a site's output becomes.
+
+    A filler that reads the values of `output`, not only its shape, dtype and device, has an attribute
+    `reads_output = True`; without it a site that is replaced in every row is not computed.
+    """
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         """Values broadcastable to `output`, (rows, tokens, channels), for rows of the given CFG branches (0, 1)."""
@@ -121,38 +127,61 @@ def lesioned(
     with ExitStack() as stack:
         stack.enter_context(steps.counting(denoiser))
         for path, plan in plans.items():
-            hook = _hook(path, plan, steps, fillers)
-            stack.callback(denoiser.get_submodule(path).register_forward_hook(hook).remove)
+            module, fitting = denoiser.get_submodule(path), _Fitting(path, plan, steps, fillers)
+            if _keeps_shape(module):
+                stack.enter_context(forward_replaced(module, fitting.spared))
+            stack.callback(module.register_forward_hook(fitting.hook).remove)
         yield
 
 
-def _hook(path: str, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler]) -> Any:
-    memory: dict[tuple[int, int], Tensor] = {}
-    all_steps = all(window == (0.0, 1.0) for window in plan.window)
-    names = [name for name in dict.fromkeys(plan.replacement) if name]
+class _Fitting:
+    """The lesions of a batch at one site: blends in their values, and spares the site where nothing of it is left."""
 
-    def weights_at(rows: int) -> tuple[Tensor, Tensor]:
-        branches = branches_of(rows, len(plan.strength))
-        key = (rows, 0 if all_steps else steps.call)
-        if key not in memory:
-            memory[key] = plan.weights(steps.call, steps.total, branches)
-        return memory[key], branches
+    def __init__(self, path: str, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler]):
+        self.path, self.plan, self.steps, self.fillers = path, plan, steps, fillers
+        self.names = [name for name in dict.fromkeys(plan.replacement) if name]
+        self.all_steps = all(window == (0.0, 1.0) for window in plan.window)
+        self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
+        self.memory: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        weights, branches = weights_at(len(output))
-        if not bool(weights.any()):
+    def weights(self, rows: int) -> tuple[Tensor, bool, bool]:
+        """Of the present call: weights (rows,), whether any is not 0, whether all are 1."""
+        key = (rows, 0 if self.all_steps else self.steps.call)
+        if key not in self.memory:
+            found = self.plan.weights(self.steps.call, self.steps.total, branches_of(rows, len(self.plan.strength)))
+            self.memory[key] = found, bool(found.any()), bool((found == 1).all())
+        return self.memory[key]
+
+    def spared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, or its input where every row will be replaced: it only lends its shape to the replacement."""
+
+        def maybe(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self.needed and self.weights(len(hidden_states))[2]:
+                return hidden_states
+            return forward(hidden_states, *args, **kwargs)
+
+        return maybe
+
+    def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        weights, some, _ = self.weights(len(output))
+        if not some:
             return None
-        for name in names:
+        branches = branches_of(len(output), len(self.plan.strength)).to(output.device)
+        for name in self.names:
             mine = weights
-            if len(names) > 1:
+            if len(self.names) > 1:
+                samples = len(self.plan.strength)
                 mine = weights * torch.tensor(
-                    [plan.replacement[row % len(plan.strength)] == name for row in range(len(output))]
+                    [self.plan.replacement[row % samples] == name for row in range(len(output))]
                 )
-            values = fillers[name].fill(path, steps.call, branches.to(output.device), output)
+            values = self.fillers[name].fill(self.path, self.steps.call, branches, output)
             output = blend(output, values, mine)
         return output
 
-    return hook
+
+def _keeps_shape(module: nn.Module) -> bool:
+    """Whether a site puts out what it takes in: the shape of its hidden states."""
+    return getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)
 
 
 def blend(output: Tensor, values: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from lesion.anatomy import Anatomy, examine
 from lesion.models.source import SCHEDULERS, ModelSpec, Source, resolve
+from lesion.reuse import TextMemory
 from lesion.study import ModelIdentity
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Model:
     denoiser: torch.nn.Module
     anatomy: Anatomy
     identity: ModelIdentity
+    texts: TextMemory = field(default_factory=TextMemory)
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

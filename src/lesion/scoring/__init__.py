@@ -1,7 +1,8 @@
 """The scoring room: numbers for an image, its baseline and its prompt. One small module a metric, found by its name.
 
-A metric module has one function:
+A metric module has two functions:
 
+    identity(spec) -> str           all that can change its values (formula version, model), without loading anything
     build(spec, device) -> Metric
 
 To add a metric, add `scoring/<name>.py` and list `<name>` in the config's `scorer.metrics`; nothing else changes. Its
@@ -13,9 +14,10 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -59,11 +61,9 @@ class Shot:
 class Metric(Protocol):
     """Called with any number of shots, at least one. Values depend on the shots alone, not on their order or company,
     except for rounding: batches of other sizes may add up in another order (about 1e-6 in float32).
-
-    It may also have `identity: str`, all that can change its values (formula version, model); else `column` stands.
     """
 
-    column: str  # its column in the results
+    column: str  # its column in the results: the metric's name
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         """One value a shot, (n,)."""
@@ -91,15 +91,12 @@ class Scorer:
     def columns(self) -> tuple[str, ...]:
         return tuple(metric.column for metric in self.metrics)
 
-    @property
-    def identity(self) -> str:
-        """Everything that can change a value: formulas with their versions, models with digests of local weights."""
-        return "; ".join(getattr(metric, "identity", metric.column) for metric in self.metrics)
-
-    def score(self, shots: Sequence[Shot]) -> dict[str, NDArray[np.float64]]:
-        """One array (n,) a column; no shots give empty arrays."""
+    def score(self, shots: Sequence[Shot], only: Collection[str] | None = None) -> dict[str, NDArray[np.float64]]:
+        """One array (n,) a column, of all columns or `only` these; no shots give empty arrays."""
         scores: dict[str, NDArray[np.float64]] = {}
         for metric in self.metrics:
+            if only is not None and metric.column not in only:
+                continue
             try:
                 values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
             except Exception as error:  # one metric that fails must not cost the others, nor the images
@@ -128,6 +125,14 @@ def check(spec: ScorerSpec) -> None:
             raise RequestError(key, f"{spec.clip_model!r}: {error}; {_clip_weights.advice(spec.clip_model)}") from None
 
 
+def identities(spec: ScorerSpec) -> dict[str, str]:
+    """For each metric everything that can change a value: its formula's version, its model with a digest of weights.
+
+    Loads nothing. Raises ScorerError where a package is missing.
+    """
+    return {name: str(_module(name, spec).identity(spec)) for name in spec.metrics}
+
+
 def make_scorer(spec: ScorerSpec, device: str) -> Scorer:
     """Load what the metrics of `spec` need onto `device`; ScorerError if that fails."""
     if not spec.metrics or len(set(spec.metrics)) < len(spec.metrics):
@@ -141,9 +146,12 @@ def make_scorer(spec: ScorerSpec, device: str) -> Scorer:
 
 
 def _build(name: str, spec: ScorerSpec, device: str) -> Metric:
+    metric: Metric = _module(name, spec).build(spec, device)
+    return metric
+
+
+def _module(name: str, spec: ScorerSpec) -> ModuleType:
     try:
-        module = importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         raise ScorerError(f"scorer {spec.name}: metric {name} needs a package that is missing: {error}") from error
-    metric: Metric = module.build(spec, device)
-    return metric

@@ -54,9 +54,9 @@ class Embedder:
     compared with it, and an image that a lesion left as it was gets its baseline's very embedding.
     """
 
-    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, device: torch.device, identity: str):
+    def __init__(self, model: Any, preprocess: Any, tokenizer: Any, device: torch.device):
         self.model, self.preprocess, self.tokenizer = model, preprocess, tokenizer
-        self.device, self.identity = device, identity
+        self.device = device
         self.context_length: int = tokenizer.context_length
         self.images: _Memory[NDArray[np.uint8]] = _Memory(_digest, self._embed_images)
         self.texts: _Memory[str] = _Memory(str, self._embed_texts)
@@ -91,9 +91,14 @@ def embedder(spec: ScorerSpec, device: str) -> Embedder:
         ) from error
 
 
+def clip_identity(spec: ScorerSpec) -> str:
+    """All of its CLIP that can change a value, known without loading it; ValueError, FileNotFoundError from resolve."""
+    return identity(*resolve(spec.clip_model, spec.clip_pretrained))
+
+
 @lru_cache(maxsize=4)
 def _embedder(model: str, pretrained: str | None, device: torch.device) -> Embedder:
-    return Embedder(*load(model, pretrained, device), device, identity(model, pretrained))
+    return Embedder(*load(model, pretrained, device), device)
 
 
 def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._clip import Embedder, cosine, embedder
+from lesion.scoring._clip import Embedder, clip_identity, cosine, embedder
 
 
 class ClipSimilarity:
@@ -23,13 +23,16 @@ class ClipSimilarity:
 
     def __init__(self, clip: Embedder, batch_size: int):
         self.clip, self.batch_size = clip, batch_size
-        self.identity = f"clip_similarity/1 ({clip.identity})"
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         embedded = self.clip.images([s.image for s in shots] + [s.baseline for s in shots], self.batch_size)
         values = cosine(embedded[: len(shots)], embedded[len(shots) :])
         values[[shot.unchanged for shot in shots]] = 1.0
         return values
+
+
+def identity(spec: ScorerSpec) -> str:
+    return f"clip_similarity/1 ({clip_identity(spec)})"
 
 
 def build(spec: ScorerSpec, device: str) -> ClipSimilarity:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._clip import Embedder, cosine, embedder
+from lesion.scoring._clip import Embedder, clip_identity, cosine, embedder
 
 
 class ClipText:
@@ -22,11 +22,14 @@ class ClipText:
 
     def __init__(self, clip: Embedder, batch_size: int):
         self.clip, self.batch_size = clip, batch_size
-        self.identity = f"clip_text/1 ({clip.identity})"
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         images = self.clip.images([shot.image for shot in shots], self.batch_size)
         return cosine(images, self.clip.texts([shot.prompt for shot in shots], self.batch_size))
+
+
+def identity(spec: ScorerSpec) -> str:
+    return f"clip_text/1 ({clip_identity(spec)})"
 
 
 def build(spec: ScorerSpec, device: str) -> ClipText:

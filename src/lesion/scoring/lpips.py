@@ -26,7 +26,6 @@ from lesion.scoring._pixels import batches
 
 class Lpips:
     column = "lpips"
-    identity = "lpips/1 (alex)"
 
     def __init__(self, net: torch.nn.Module, device: torch.device, batch_size: int):
         self.net, self.device, self.batch_size = net, device, batch_size
@@ -45,6 +44,10 @@ class Lpips:
 def _net(device: torch.device) -> torch.nn.Module:
     net: torch.nn.Module = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
     return net.to(device)
+
+
+def identity(spec: ScorerSpec) -> str:
+    return "lpips/1 (alex)"
 
 
 def build(spec: ScorerSpec, device: str) -> Lpips:

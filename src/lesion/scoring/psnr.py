@@ -20,7 +20,6 @@ from lesion.scoring._pixels import batches
 
 class Psnr:
     column = "psnr"
-    identity = "psnr/1"
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
@@ -34,6 +33,10 @@ class Psnr:
             values[rows] = found.numpy()
         values[[shot.unchanged for shot in shots]] = np.inf
         return values
+
+
+def identity(spec: ScorerSpec) -> str:
+    return "psnr/1"
 
 
 def build(spec: ScorerSpec, device: str) -> Psnr:

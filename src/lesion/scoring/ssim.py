@@ -25,7 +25,6 @@ from lesion.scoring._pixels import batches
 
 class Ssim:
     column = "ssim"
-    identity = "ssim/1"
 
     def __init__(self, device: str, batch_size: int):
         self.device, self.batch_size = torch.device(device), batch_size
@@ -40,6 +39,10 @@ class Ssim:
                 values[rows] = found.cpu().numpy()
         values[[shot.unchanged for shot in shots]] = 1.0
         return values
+
+
+def identity(spec: ScorerSpec) -> str:
+    return "ssim/1"
 
 
 def build(spec: ScorerSpec, device: str) -> Ssim:

@@ -1,0 +1,91 @@
+"""How many images fit in memory at once, and telling that they did not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+SHARE = 0.85  # of the memory that is free; the rest is left to fragmentation and to the scorer
+MOST = {"cpu": 32, "cuda": 64}  # larger batches no longer pay
+UNKNOWN = 4  # where memory cannot be measured
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory, of the accelerator or the machine, did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def fitting(make: Callable[[int], object], device: str) -> int:
+    """The largest power of two, up to MOST, of images that fit in free memory, from what one and two of them take.
+
+    make: makes that many images and drops them. Raises what it raises for a single one.
+    """
+    make(1)  # what is needed once: kernels, workspaces, the weights' first touch
+    try:
+        one, two = _peak(lambda: make(1), device), _peak(lambda: make(2), device)
+    except Exception as error:
+        if ran_out(error):
+            return 1
+        raise
+    free = _free(device)
+    if one is None or two is None or free is None:
+        return UNKNOWN
+    each = max(two - one, one // 8, 1)
+    fits = max(1, int((SHARE * free - (one - each)) // each))
+    size = min(1 << (fits.bit_length() - 1), MOST["cuda" if device.startswith("cuda") else "cpu"])
+    log.info("batch_size=auto: %d (about %.0f MiB an image, %.0f MiB free)", size, each / 2**20, free / 2**20)
+    return size
+
+
+def release(device: str) -> None:
+    """Give back what the allocator keeps, after running out."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _peak(work: Callable[[], object], device: str) -> int | None:
+    """Bytes that `work` takes at its peak above what is taken before; None where that cannot be measured."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        before = _resident("VmRSS")
+        work()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _free(device: str) -> int | None:
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return free

@@ -1,0 +1,224 @@
+"""Nothing is made twice and nothing is lost: killed runs, runs side by side, changed metrics, memory that runs out."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lesion import making, memory, models, scoring
+from lesion.generate import generate
+
+NOTING = """
+from lesion import cli, making
+from lesion.generate import generate
+
+def noting(model, cells, *rest):
+    images = generate(model, cells, *rest)
+    with open(NOTES, "a") as file:
+        file.writelines(f"{cell.key}\\n" for cell in cells)
+    return images
+
+making.generate = noting
+cli.main()
+"""
+
+
+@pytest.fixture
+def process(cli, tmp_path):
+    """Starts `lesion` in a process of its own, in the folder of `cli`; it notes the keys of what it makes in a file."""
+    started = []
+
+    def start(notes: str, *overrides: str) -> subprocess.Popen[bytes]:
+        given = {override.split("=")[0] for override in overrides}
+        base = [default for default in cli.defaults if default.split("=")[0] not in given]
+        code = NOTING.replace("NOTES", repr(str(tmp_path / notes)))
+        command = [sys.executable, "-c", code, *base, *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (tmp_path / "log.txt").open("ab") as log:
+            started.append(subprocess.Popen(command, cwd=cli.folder, env=environment, stdout=log, stderr=log))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def noted(folder: Path, name: str) -> list[str]:
+    path = folder / name
+    return path.read_text().split() if path.exists() else []
+
+
+def images(store: Path) -> int:
+    return len([path for path in store.rglob("*.png") if not path.name.startswith(".")])
+
+
+@pytest.mark.timeout(300)
+def test_killed_again_and_again_it_ends_with_the_results_of_an_undisturbed_run(cli, process, tmp_path):
+    wanted = ["selection=[leave_one_out,only_one]", "seeds=[0,1]", "generation.batch_size=1"]
+    rng = random.Random(5)
+    for killed in range(3):
+        before = images(cli.folder / "store")
+        run = process("killed.txt", *wanted)
+        while run.poll() is None and images(cli.folder / "store") < before + 1 + rng.randrange(6):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, f"it had ended before kill {killed}"
+    assert 0 < images(cli.folder / "store") < 28
+    began = time.monotonic()
+    assert process("killed.txt", *wanted).wait() == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    assert time.monotonic() - began < making.WAITING[0] * 60  # a dead process blocks nobody
+    resumed = pd.read_parquet(cli.newest() / "results.parquet")
+    assert len(noted(tmp_path, "killed.txt")) <= 28 + 3  # at most what was in the making at each kill
+    assert cli(*wanted, "store.dir=undisturbed")[0] == 0
+    pd.testing.assert_frame_equal(resumed, pd.read_parquet(cli.newest() / "results.parquet"))
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_share_a_study_and_make_nothing_twice(cli, process, tmp_path):
+    wanted = ["seeds=[0,1,2]", "generation.batch_size=2"]
+    runs = [process(name, *wanted, f"hydra.run.dir={name}-run") for name in ("a", "b")]
+    assert [run.wait() for run in runs] == [0, 0], (tmp_path / "log.txt").read_text()[-2000:]
+    made = noted(tmp_path, "a") + noted(tmp_path, "b")
+    assert len(made) == len(set(made)) == 42
+    frames = [pd.read_parquet(cli.folder / f"{name}-run" / "results.parquet") for name in ("a", "b")]
+    pd.testing.assert_frame_equal(*frames)
+    assert (frames[0].status == "ok").all()
+    assert not [path for path in (cli.folder / "store" / "claims").rglob("*") if path.is_file()]
+
+
+def test_another_metric_scores_again_without_generating(cli, monkeypatch):
+    assert cli("scorer.metrics=[clip_similarity,psnr]")[0] == 0
+    (first,) = cli.frames()
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+    asked = []
+    score = scoring.Scorer.score
+    monkeypatch.setattr(
+        scoring.Scorer, "score", lambda self, shots, only=None: asked.append(only) or score(self, shots, only)
+    )
+    assert cli("scorer.metrics=[clip_similarity,psnr,ssim]")[0] == 0
+    assert asked == [{"ssim"}]
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    assert frame.ssim.notna().all()
+    pd.testing.assert_series_equal(frame.clip_similarity, first.clip_similarity)
+
+
+def test_a_finished_study_opens_without_model_and_scorer(cli, monkeypatch):
+    assert cli()[0] == 0
+    (first,) = cli.frames()
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+    monkeypatch.setattr(scoring, "make_scorer", lambda *args: pytest.fail("loaded a scorer for nothing"))
+    assert cli()[0] == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)
+
+
+def test_a_damaged_part_is_reported_and_scored_again(cli):
+    assert cli()[0] == 0
+    (first,) = cli.frames()
+    part = next((cli.folder / "store" / "scores").rglob("clip_similarity*/*.parquet"))
+    part.write_bytes(part.read_bytes()[:-40])
+    code, out, _ = cli()
+    assert code == 0
+    assert "damaged" in out
+    pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)
+
+
+def crowded(most, sizes):
+    """`generate` on a device that holds `most` images at once."""
+
+    def make(model, cells, *rest):
+        sizes.append(len(cells))
+        if len(cells) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return generate(model, cells, *rest)
+
+    return make
+
+
+def test_out_of_memory_halves_the_batch_and_remembers(cli, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(making, "generate", crowded(2, sizes))
+    code, out, _ = cli("generation.batch_size=8", "seeds=[0,1]")
+    assert code == 0
+    assert sizes.count(8) == 0  # four baselines come first
+    assert sizes[:3] == [4, 2, 2]
+    assert max(sizes[1:]) == 2
+    assert "out of memory with a batch of 4; going on with 2" in out
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").all()
+
+
+def test_one_image_that_does_not_fit_is_an_error_of_that_image(cli, monkeypatch):
+    def make(model, cells, *rest):
+        if any(cell.lesion is None and cell.prompt.text == "two stars" for cell in cells):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(model, cells, *rest)
+
+    monkeypatch.setattr(making, "generate", make)
+    code, _, err = cli("selection=none")
+    assert code == 1
+    (frame,) = cli.frames()
+    assert frame.status.tolist() == ["ok", "failed"]
+    assert "a single image does not fit in memory" in frame.reason[1]
+    assert "1 of 2 images" in err
+
+
+def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
+    making._fitting_for.cache_clear()
+    tried, sizes = [], []
+    monkeypatch.setattr(memory, "_free", lambda device: 1000 * 2**20)
+    monkeypatch.setattr(memory, "_peak", lambda work, device: (work(), (40 + 100 * tried[-1]) * 2**20)[1])
+    monkeypatch.setattr(
+        making,
+        "generate",
+        lambda model, cells, *rest: (
+            (tried if cells[0].prompt.text == "a picture" else sizes).append(len(cells))
+            or generate(model, cells, *rest)
+        ),
+    )
+    assert cli("generation.batch_size=auto", "seeds=[0,1,2,3]")[0] == 0
+    assert tried == [1, 1, 2]
+    assert max(sizes) == 8  # (0.85 * 1000 - 40) / 100 = 8.1
+    making._fitting_for.cache_clear()
+
+
+def test_memory_is_measured():
+    held = []
+    peak = memory._peak(lambda: held.append(bytearray(os.urandom(1) * (64 << 20))), "cpu")
+    assert peak is not None
+    assert 50 << 20 < peak < 200 << 20
+    free = memory._free("cpu")
+    assert free is not None
+    assert free > 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 12 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, expected):
+    assert memory.ran_out(error) is expected
+
+
+def test_batch_size_is_checked(cli):
+    for value in ("0", "many", "2.5", "true"):
+        code, _, err = cli(f"generation.batch_size={value}")
+        assert code == 2
+        assert "generation.batch_size" in err
+        assert "auto" in err

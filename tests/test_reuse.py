@@ -1,0 +1,177 @@
+"""Work that is not done twice: sites nobody reads, text features, and the steps before a late lesion begins."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lesion.generate import generate
+from lesion.lesions import Lesion, Replacement
+from lesion.models.source import SCHEDULERS
+from lesion.reuse import TextMemory
+from lesion.states import State, States, _capture, calls_of, first_step
+from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
+
+LATE = (0.5, 1.0)
+
+
+def counted(model, module, cells, **more):
+    """How often the module's own computation ran while the cells were made, and the images."""
+    calls = []
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs)
+    try:
+        images = generate(model, cells, fillers(model, *(c.lesion for c in cells if c.lesion)), **more)
+    finally:
+        del module.forward
+    return len(calls), images
+
+
+def site_of(model, layer):
+    return model.denoiser.get_submodule(model.anatomy.sites[layer][0])
+
+
+def test_a_site_replaced_in_every_row_is_not_computed(tiny_model):
+    first, second, *_ = tiny_model.anatomy.paths
+    to_out = site_of(tiny_model, first).to_out[0]  # inside the site: its own forward is what is spared
+    both = [cell(tiny_model, subject, zero(first)) for subject in SUBJECTS]
+    assert counted(tiny_model, to_out, both)[0] == 0
+    mixed = [cell(tiny_model, SUBJECTS[0], zero(first)), cell(tiny_model, SUBJECTS[1], zero(second))]
+    assert counted(tiny_model, to_out, mixed)[0] == 4
+    assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, window=LATE))])[0] == 2
+    assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, branch="cond"))])[0] == 4
+    assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, strength=0.5))])[0] == 4
+
+
+def test_sparing_changes_no_bit(tiny_model, tiny_folder, monkeypatch):
+    layers = tiny_model.anatomy.paths
+    cells = [cell(tiny_model, subject, zero(*layers[1:])) for subject in SUBJECTS]
+    spared = run(tiny_model, cells)
+    monkeypatch.setattr("lesion.surgery._keeps_shape", lambda module: False)
+    assert np.array_equal(spared, run(tiny_model, cells))
+
+
+def test_a_filler_that_reads_the_output_gets_it(tiny_model):
+    class Halved:
+        reads_output = True
+
+        def fill(self, site, call, branches, output):
+            return output / 2
+
+    layer = tiny_model.anatomy.paths[0]
+    to_out = site_of(tiny_model, layer).to_out[0]
+    lesion = Lesion("leave_one_out", layer, (layer,), Replacement("zero"))
+    calls = []
+    handle = to_out.register_forward_hook(lambda *_: calls.append(1))
+    generate(tiny_model, [cell(tiny_model, SUBJECTS[0], lesion)], {"zero:[]": Halved()})
+    handle.remove()
+    assert len(calls) == 4
+
+
+def test_a_prompt_goes_through_the_text_encoder_once(tiny_model, tiny_folder):
+    encoder = tiny_model.pipe.text_encoder
+    seen = []
+    handle = (
+        encoder.text_model.embeddings.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs.get("input_ids", args[0] if args else None))),
+            with_kwargs=True,
+        )
+        if hasattr(encoder, "text_model")
+        else encoder.embeddings.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(len(kwargs.get("input_ids", args[0] if args else None))),
+            with_kwargs=True,
+        )
+    )
+    subjects = [("a red circle", 0), ("a red circle", 1), ("a blue square", 0)]
+    first = run(tiny_model, [cell(tiny_model, subject) for subject in subjects])
+    assert sum(seen) == 3  # two prompts and the empty one
+    again = run(tiny_model, [cell(tiny_model, subject) for subject in reversed(subjects)])
+    handle.remove()
+    assert sum(seen) == 3
+    assert np.array_equal(first, plain(tiny_folder, subjects))
+    assert np.array_equal(again, plain(tiny_folder, subjects[::-1]))
+    assert "forward" not in vars(encoder)
+
+
+def test_text_memory_forgets_the_oldest():
+    class Encoder(nn.Module):
+        def forward(self, ids):
+            return (ids.float()[..., None].expand(-1, -1, 4), ids.sum(1, keepdim=True))
+
+    class Pipe:
+        components: ClassVar = {"text_encoder": Encoder(), "unet": nn.Linear(1, 1)}
+
+    memory, encoder = TextMemory(limit=2 * (3 * 4 * 4 + 8)), Pipe.components["text_encoder"]
+    ids = torch.arange(9).reshape(3, 3)
+    with memory.attached(Pipe):
+        for rows in ([0, 1], [1, 0, 1], [2], [0, 1, 2]):
+            features, total = encoder(ids[rows])
+            assert torch.equal(features[..., 0], ids[rows].float()) and torch.equal(total[:, 0], ids[rows].sum(1))
+            assert len(memory.kept) <= 2
+
+
+def test_keys_and_values_of_the_text_are_computed_once_a_call(tiny_model):
+    site = site_of(tiny_model, tiny_model.anatomy.paths[0])
+    assert counted(tiny_model, site.to_k, [cell(tiny_model, SUBJECTS[0])])[0] == 1
+    assert "forward" not in vars(site.to_v)
+
+
+def on(model, scheduler, monkeypatch):
+    options = {"skip_prk_steps": True} if scheduler == "pndm" else {}
+    made = getattr(diffusers, SCHEDULERS[scheduler]).from_config(model.pipe.scheduler.config, **options)
+    monkeypatch.setattr(model.pipe, "scheduler", made)
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, tmp_path, monkeypatch, scheduler, recorded):
+    """Same company in both batches; noisy and multistep schedulers too."""
+    on(tiny_model, scheduler, monkeypatch)
+    baselines = [cell(tiny_model, subject, steps=6) for subject in SUBJECTS]
+    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=LATE), steps=6) for subject in SUBJECTS]
+    whole = run(tiny_model, late)
+    untouched = run(tiny_model, baselines)
+    states = States(tmp_path)
+    if recorded:
+        assert np.array_equal(generate(tiny_model, baselines, {}, states, [LATE]), untouched)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
+    conv_in = tiny_model.denoiser.conv_in
+    total = calls_of(tiny_model.pipe.scheduler, 6)
+    start = first_step(LATE, total)
+    calls, images = counted(tiny_model, conv_in, late, states=states, windows=[LATE])
+    assert states.usable
+    assert np.array_equal(images, whole)
+    assert not np.array_equal(images, untouched)
+    assert calls == total - start + (0 if recorded else start)
+    assert counted(tiny_model, conv_in, late[:1], states=states, windows=[LATE])[0] == total - start
+    assert not {"forward", "step"} & {*vars(tiny_model.denoiser), *vars(tiny_model.pipe.scheduler)}
+
+
+def test_a_scheduler_with_unknown_memory_makes_every_step(tiny_model, tmp_path, monkeypatch):
+    layer = tiny_model.anatomy.paths[0]
+    late = [cell(tiny_model, SUBJECTS[0], zero(layer, window=LATE))]
+    whole = run(tiny_model, late)
+    monkeypatch.setattr(tiny_model.pipe.scheduler, "noise_tree", object(), raising=False)
+    states = States(tmp_path)
+    assert np.array_equal(
+        counted(tiny_model, tiny_model.denoiser.conv_in, late, states=states, windows=[LATE])[1], whole
+    )
+    assert not states.usable
+
+
+def test_states_on_disk(tmp_path, tiny_model):
+    states = States(tmp_path)
+    assert states.get("ab12", 3) is None
+    tiny_model.pipe.scheduler.set_timesteps(4)
+    (state,) = _capture(tiny_model.pipe.scheduler, torch.randn(1, 4, 8, 8), [torch.Generator().manual_seed(1)])
+    states.put("ab12", 3, state)
+    found = states.get("ab12", 3)
+    assert isinstance(found, State) and found.plain == state.plain
+    assert all(torch.equal(found.tensors[name], state.tensors[name]) for name in state.tensors)
+    states.path("ab12", 3).write_bytes(b"torn")
+    assert states.get("ab12", 3) is None
