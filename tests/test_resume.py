@@ -222,3 +222,18 @@ def test_batch_size_is_checked(cli):
         assert code == 2
         assert "generation.batch_size" in err
         assert "auto" in err
+
+
+def test_an_image_deleted_or_torn_is_made_again(cli):
+    assert cli()[0] == 0
+    (first,) = cli.frames()
+    deleted, torn, *_ = sorted((cli.folder / "store" / "cells").rglob("*.png"))
+    whole = torn.read_bytes()
+    deleted.unlink()
+    torn.unlink()
+    torn.write_bytes(whole[:-20])
+    code, out, _ = cli()
+    assert code == 0
+    assert "1 images to make, 13 already in the store" in out  # the torn one is seen when it is looked at
+    assert torn.read_bytes() == whole
+    pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from conftest import settings
@@ -18,7 +16,6 @@ from lesion.errors import RequestError
 from lesion.lesions import Lesion, Replacement, choices
 from lesion.plan import batches, tally
 from lesion.prompts import Prompt, parse_prompts, slug
-from lesion.store import Damaged, Store, atomically
 from lesion.study import Cell, ModelIdentity, Study, row
 
 MODEL = ModelIdentity("tiny", "f" * 32, "float32")
@@ -297,61 +294,6 @@ def test_rows_name_the_layer_and_its_depth():
     assert (record["layer"], record["layer_index"], record["selection"]) == (LAYERS[0], 0, "leave_one_out")
     baseline = row(some_cell(), LAYERS)
     assert (baseline["layer"], baseline["layer_index"], baseline["selection"]) == ("", -1, "none")
-
-
-def test_store_keeps_pixels_and_says_what_they_are(tmp_path):
-    store, cell = Store(tmp_path), some_cell(a_lesion())
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-    assert not store.has(cell.key)
-    store.put(cell, pixels, "image is all black")
-    assert store.has(cell.key)
-    assert np.array_equal(store.get(cell.key).pixels, pixels)
-    assert store.get(cell.key).reason == "image is all black"
-    from PIL import Image
-
-    notes = Image.open(store.path(cell.key)).text["lesion"]
-    assert '"prompt": "a red circle"' in notes
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
-
-
-@pytest.mark.parametrize(
-    "prompt", ["<script>\n\"'\\ \x01", "x" * 10000, "\u202eعربي", "../../etc/passwd", "\\input{x}"]
-)
-def test_store_takes_any_prompt(tmp_path, prompt):
-    import json
-
-    from PIL import Image
-
-    store, cell = Store(tmp_path), Cell(MODEL, Prompt(prompt), 0, settings(), None)
-    store.put(cell, np.zeros((8, 8, 3), np.uint8))
-    assert json.loads(Image.open(store.path(cell.key)).text["lesion"])["prompt"] == prompt
-    assert "/" not in slug(prompt)
-    assert len(slug(prompt)) < 50
-
-
-def test_store_notices_damage(tmp_path):
-    store, cell, other = Store(tmp_path), some_cell(), some_cell(a_lesion())
-    store.put(cell, np.zeros((8, 8, 3), np.uint8))
-    store.path(other.key).parent.mkdir(exist_ok=True)
-    os.link(store.path(cell.key), store.path(other.key))
-    with pytest.raises(Damaged, match="another cell"):
-        store.get(other.key)
-    whole = store.path(cell.key).read_bytes()
-    store.path(cell.key).write_bytes(whole[:-5])
-    assert not store.has(cell.key)
-    store.path(cell.key).write_bytes(whole[:40] + bytes(20) + whole[60:])
-    with pytest.raises(Damaged):
-        store.get(cell.key)
-
-
-def test_atomic_write_leaves_nothing_behind(tmp_path):
-    target = tmp_path / "x"
-    target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomically(target) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(

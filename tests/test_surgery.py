@@ -15,7 +15,7 @@ from lesion.lesions import Lesion, Replacement
 from lesion.models import loading
 from lesion.prompts import Prompt
 from lesion.study import Cell
-from lesion.surgery import blend, branches_of, lesioned, replacement_key
+from lesion.surgery import Share, blend, branches_of, lesioned, replacement_key
 
 ZERO = Replacement("zero")
 SUBJECTS = [("a red circle", 0), ("a blue square", 1), ("two stars", 7)]
@@ -134,7 +134,7 @@ def test_windows_branches_and_strength(tiny_model):
 def test_blend_keeps_and_replaces_to_the_bit():
     output, values = torch.randn(4, 3, 2), torch.randn(1, 2)
     output[0, 0, 0] = torch.inf  # a kept row keeps even this; a replaced row loses it
-    mixed = blend(output, values, torch.tensor([0.0, 1.0, 0.25, 0.0]))
+    mixed = blend(output, values, Share.of(torch.tensor([0.0, 1.0, 0.25, 0.0]), output))
     assert torch.equal(mixed[[0, 3]], output[[0, 3]])
     assert torch.equal(mixed[1], values.expand(3, 2))
     assert torch.allclose(mixed[2], 0.75 * output[2] + 0.25 * values)

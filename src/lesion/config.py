@@ -69,6 +69,14 @@ class GenerationConf:
 
 
 @dataclass
+class PerformanceConf:
+    dtype: str = MISSING
+    compile: bool = False
+    channels_last: bool = False
+    tf32: bool = False
+
+
+@dataclass
 class ScorerConf:
     name: str = MISSING
     clip_model: str = MISSING
@@ -96,6 +104,7 @@ class LesionConf:
     branch: Any = MISSING
     strength: Any = MISSING
     generation: GenerationConf = field(default_factory=GenerationConf)
+    performance: PerformanceConf = field(default_factory=PerformanceConf)
     scorer: ScorerConf = field(default_factory=ScorerConf)
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -155,6 +164,7 @@ def parse(config: DictConfig) -> Request:
     assert isinstance(data, dict)
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
+    _one_of("performance.dtype", data["performance"]["dtype"], DTYPE_NAMES)
     _one_of("generation.task", generation["task"], TASKS)
     _one_of("layers.by", layers["by"], LAYERS_BY)
     _one_of("layers.kind", layers["kind"], LAYER_KINDS)
@@ -178,7 +188,7 @@ def parse(config: DictConfig) -> Request:
     if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
         raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")
     return Request(
-        model=ModelSpec.of(model),
+        model=ModelSpec.of(model, data["performance"]),
         prompts_name=prompts_name,
         prompts=prompts,
         seeds=parse_seeds(data["seeds"] if isinstance(data["seeds"], list) else [data["seeds"]]),

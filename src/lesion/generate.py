@@ -18,10 +18,11 @@ from lesion.study import Cell, Settings
 from lesion.surgery import Filler, lesioned
 
 
-def make_deterministic(seed: int = 0) -> None:
+def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
     """Seeds every generator there is and asks cuDNN and cuBLAS for repeatable kernels.
 
-    The noise of an image does not depend on these seeds: it comes from the image's own generator.
+    tf32: let float32 products on a GPU round their factors to 10 bits. The noise of an image does not depend on these
+    seeds: it comes from the image's own generator.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -29,8 +30,8 @@ def make_deterministic(seed: int = 0) -> None:
     torch.cuda.manual_seed_all(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = tf32  # float32 is to mean float32 unless asked otherwise
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -43,7 +44,8 @@ def call(
     model: Model, prompts: Sequence[str], noise: Sequence[torch.Generator], settings: Settings
 ) -> NDArray[np.float32]:
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
-    sites = [site for layer in model.anatomy.sites.values() for site in layer]
+    # Compiled code would be compiled anew for every module whose forward is replaced.
+    sites = [] if model.gates else [site for layer in model.anatomy.sites.values() for site in layer]
     with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
         images = model.pipe(
             prompt=list(prompts),
@@ -82,7 +84,10 @@ def generate(
                 found = stack.enter_context(recording(scheduler, noise, windows))
             elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
                 stack.enter_context(going_on(scheduler, model.denoiser, noise, kept, start))
-        stack.enter_context(lesioned(model.denoiser, scheduler, model.anatomy, lesions, fillers))
+        if model.gates:
+            stack.enter_context(model.gates.lesioned(scheduler, lesions, fillers))
+        else:
+            stack.enter_context(lesioned(model.denoiser, scheduler, model.anatomy, lesions, fillers))
         images = call(model, prompts, noise, settings)
     if states:
         for step, batch in found.items():

@@ -109,7 +109,7 @@ def report(arguments: list[str]) -> list[str]:
         conf = compose("lesion", overrides).model
     if missing := OmegaConf.missing_keys(conf):
         raise RequestError(f"model.{min(missing)}", "has no value; give one")
-    source = models.resolve(models.ModelSpec.of(conf))
+    source = models.resolve(models.ModelSpec.of(conf, {}))
     component = wanted["component"] or source.denoiser
     module = source.skeleton(component)
     lines = [f"{conf.name}: {source.index.get('_class_name', 'pipeline')} with {', '.join(source.components)}", ""]

@@ -66,6 +66,8 @@ def measure(bench: Bench, subjects: Sequence[tuple[str, int]]) -> dict[str, Tens
         batch = subjects[start : start + bench.batch_size]
         steps = Steps(model.pipe.scheduler)
         with torch.inference_mode(), ExitStack() as stack:
+            if model.gates:  # compiled code would not run the hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(steps.counting(model.denoiser))
             for site in sums:
                 hook = _hook(steps, len(batch), sums[site], counts[site])

@@ -69,7 +69,10 @@ class Results:
                     self._enqueue(cell, pixels, pixels if baseline == cell.key else self._pixels(baseline))
 
     def complete(self, failures: Mapping[str, str]) -> set[str]:
-        """Score every image that lacks one, and write it down. Returns the keys of damaged images, now removed."""
+        """Score every image that lacks one, and write it down.
+
+        Returns the keys of images that turn out not to be there: damaged ones, now removed, or torn ones.
+        """
         damaged: set[str] = set()
         for cell in tqdm(self.study.cells(), total=len(self.study), desc="score", unit="image", disable=None):
             baseline = cell.baseline.key
@@ -77,10 +80,13 @@ class Results:
                 continue
             try:
                 facts = self._facts(cell.key)
-                if facts is None or facts.reason or baseline in failures:
+                if facts is None:
+                    damaged.add(cell.key)
                     continue
-                against = self._facts(baseline)
-                if against is None or against.reason or not self._lacking(cell.key, baseline):
+                against = facts if baseline == cell.key else self.scores.picture(baseline)
+                if facts.reason or against is None or against.reason or baseline in failures:
+                    continue
+                if not self._lacking(cell.key, baseline):
                     continue
                 pixels = self._pixels(cell.key) if cell.key == baseline else self._read(cell.key)
                 self._enqueue(cell, pixels, self._pixels(baseline))
@@ -137,7 +143,7 @@ class Results:
         facts = self.scores.picture(key)
         if facts is not None and self.store.matches(key, facts):
             return facts
-        if facts is None and not self.store.has(key):
+        if not self.store.has(key):
             return None
         self._read(key)
         return self.scores.picture(key)

@@ -106,7 +106,7 @@ def run(request: Request, context: JobContext) -> None:
     """Run one study and write its run folder. Raises RequestError before, StudyFailed after all that could be made."""
     source, study = survey(request)
     store = Store(request.store)
-    counts = tally(study, store.known().__contains__)
+    counts = tally(study, store.known().lists)
     if request.dry_run:
         print("\n".join(plan_lines(study, counts, store)))
         return
@@ -135,8 +135,8 @@ def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
     source, study = survey(request)
     found = Results(study, Store(request.store), request.scorer, request.device)
-    found.complete({})
-    return found.frame(_anatomy(request.model, source.fingerprint).paths, {})
+    absent = found.complete({})
+    return found.frame(_anatomy(request.model, source.fingerprint).paths, dict.fromkeys(absent, "not made yet"))
 
 
 def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
@@ -164,7 +164,7 @@ def _complete(
     counts: Tally,
     tracker: Tracker,
 ) -> dict[str, str]:
-    """Make and score all that is missing, twice where a stored image turns out damaged; reasons for what failed."""
+    """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     failures: dict[str, str] = {}
     damaged: set[str] = set()
     for _ in range(2):
@@ -190,7 +190,7 @@ def _generate(
     tracker: Tracker,
 ) -> dict[str, str]:
     """Make what the store lacks. Returns the reason for each cell that could not be made."""
-    make_deterministic()
+    make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     if model.anatomy.paths != _anatomy(request.model, source.fingerprint).paths:
         raise RequestError("model.id", "the loaded model has other layers than its config says")

@@ -1,6 +1,6 @@
 """Cells on disk: one PNG a cell, named by its hash, written atomically; safe for many processes.
 
-A PNG carries its cell's identity, its status in its metadata, so a file explains itself wherever it is copied.
+A PNG carries its cell's identity and status in its metadata, so a file explains itself wherever it is copied.
 Nothing is flushed to the platter: a file torn by a power cut is noticed by its tail and made again.
 """
 
@@ -117,6 +117,10 @@ class Known:
             else:
                 self._checked.pop(raw, None)
         return bool(checked)
+
+    def lists(self, key: str) -> bool:
+        """Whether it was listed, whole or not: for counting beforehand, without opening a file an image."""
+        return bytes.fromhex(key) in self._checked
 
     def __len__(self) -> int:
         """Images listed, less those found torn."""

@@ -20,13 +20,15 @@ NO_LESION = digest_of(None)
 class ModelIdentity:
     """name labels the model in tables; the rest can change pixels.
 
-    fingerprint: hash of configs and weights. device: cpu or cuda, which round differently.
+    fingerprint: hash of configs and weights. device: cpu or cuda, which round differently. switches: what is switched
+    on for speed and rounds differently.
     """
 
     name: str
     fingerprint: str
     dtype: str
     device: str = "cpu"
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class Cell:
 
         An axis added later must be left out at its default value, so that old hashes stay.
         """
-        model = {"fingerprint": self.model.fingerprint, "dtype": self.model.dtype}
+        model: dict[str, Any] = {"fingerprint": self.model.fingerprint, "dtype": self.model.dtype}
         if self.model.device != "cpu":
             model["device"] = self.model.device
+        if self.model.switches:
+            model["switches"] = list(self.model.switches)
         settings = {name: value for name, value in vars(self.settings).items() if value is not None}
         return {
             "format": FORMAT,

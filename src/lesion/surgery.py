@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +114,25 @@ def lesioned(
     fillers: the replacement at work for each `replacement_key`. Hooks come off whatever happens. With no lesion in the
     batch nothing is attached at all.
     """
+    steps = Steps(scheduler)
+    fitted = fittings(anatomy, lesions, fillers, steps)
+    if not fitted:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(steps.counting(denoiser))
+        for path, fitting in fitted.items():
+            module = denoiser.get_submodule(path)
+            if _keeps_shape(module):
+                stack.enter_context(forward_replaced(module, fitting.spared))
+            stack.callback(module.register_forward_hook(fitting.hook).remove)
+        yield
+
+
+def fittings(
+    anatomy: Anatomy, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler], steps: Steps
+) -> dict[str, Fitting]:
+    """What each site that any of these lesions touches has to do, by site path."""
     plans: dict[str, _SitePlan] = {}
     for index, lesion in enumerate(lesions):
         if lesion is None or lesion.strength == 0:
@@ -120,21 +140,10 @@ def lesioned(
         for layer in lesion.layers:
             for site in anatomy.sites[layer]:
                 plans.setdefault(site, _SitePlan(len(lesions))).add(index, lesion)
-    if not plans:
-        yield
-        return
-    steps = Steps(scheduler)
-    with ExitStack() as stack:
-        stack.enter_context(steps.counting(denoiser))
-        for path, plan in plans.items():
-            module, fitting = denoiser.get_submodule(path), _Fitting(path, plan, steps, fillers)
-            if _keeps_shape(module):
-                stack.enter_context(forward_replaced(module, fitting.spared))
-            stack.callback(module.register_forward_hook(fitting.hook).remove)
-        yield
+    return {path: Fitting(path, plan, steps, fillers) for path, plan in plans.items()}
 
 
-class _Fitting:
+class Fitting:
     """The lesions of a batch at one site: blends in their values, and spares the site where nothing of it is left."""
 
     def __init__(self, path: str, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler]):
@@ -142,15 +151,32 @@ class _Fitting:
         self.names = [name for name in dict.fromkeys(plan.replacement) if name]
         self.all_steps = all(window == (0.0, 1.0) for window in plan.window)
         self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
-        self.memory: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
+        self._weights: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
+        self._shares: dict[tuple[Any, ...], tuple[Tensor, dict[str, Share]]] = {}
+
+    def _key(self, rows: int) -> tuple[int, int]:
+        return rows, 0 if self.all_steps else self.steps.call
 
     def weights(self, rows: int) -> tuple[Tensor, bool, bool]:
         """Of the present call: weights (rows,), whether any is not 0, whether all are 1."""
-        key = (rows, 0 if self.all_steps else self.steps.call)
-        if key not in self.memory:
+        key = self._key(rows)
+        if key not in self._weights:
             found = self.plan.weights(self.steps.call, self.steps.total, branches_of(rows, len(self.plan.strength)))
-            self.memory[key] = found, bool(found.any()), bool((found == 1).all())
-        return self.memory[key]
+            self._weights[key] = found, bool(found.any()), bool((found == 1).all())
+        return self._weights[key]
+
+    def shares(self, like: Tensor) -> tuple[Tensor, dict[str, Share]]:
+        """Of the present call, where `like` is: the CFG branch of each row, and each replacement's rows."""
+        rows = len(like)
+        key = (*self._key(rows), like.device, like.dtype, like.dim())
+        if key not in self._shares:  # moved to the device once, not at every call
+            weights, samples = self.weights(rows)[0], len(self.plan.strength)
+            shares = {}
+            for name in self.names:
+                mine = torch.tensor([self.plan.replacement[row % samples] == name for row in range(rows)])
+                shares[name] = Share.of(weights * mine, like)
+            self._shares[key] = branches_of(rows, samples).to(like.device), shares
+        return self._shares[key]
 
     def spared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, or its input where every row will be replaced: it only lends its shape to the replacement."""
@@ -163,20 +189,28 @@ class _Fitting:
         return maybe
 
     def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        weights, some, _ = self.weights(len(output))
-        if not some:
+        if not self.weights(len(output))[1]:
             return None
-        branches = branches_of(len(output), len(self.plan.strength)).to(output.device)
-        for name in self.names:
-            mine = weights
-            if len(self.names) > 1:
-                samples = len(self.plan.strength)
-                mine = weights * torch.tensor(
-                    [self.plan.replacement[row % samples] == name for row in range(len(output))]
-                )
+        branches, shares = self.shares(output)
+        for name, share in shares.items():
             values = self.fillers[name].fill(self.path, self.steps.call, branches, output)
-            output = blend(output, values, mine)
+            output = blend(output, values, share)
         return output
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of each row is replaced: column (rows, 1, …), where the output is; what is known of it beforehand."""
+
+    column: Tensor
+    whole: bool  # every row wholly
+    mixed: bool  # some row in part
+
+    @classmethod
+    def of(cls, weights: Tensor, like: Tensor) -> Share:
+        """weights: (rows,) on the CPU, in [0, 1]."""
+        column = weights.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+        return cls(column, bool((weights == 1).all()), bool(((weights > 0) & (weights < 1)).any()))
 
 
 def _keeps_shape(module: nn.Module) -> bool:
@@ -184,17 +218,16 @@ def _keeps_shape(module: nn.Module) -> bool:
     return getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)
 
 
-def blend(output: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
     """Row by row: weight 0 keeps the output and 1 takes the value, both to the bit; between, a linear mixture.
 
-    output: (rows, tokens, channels); values: broadcastable to it; weights: (rows,) on the CPU, in [0, 1].
+    output: (rows, tokens, channels); values: broadcastable to it.
     """
     values = values.to(output.dtype)
-    if bool((weights == 1).all()):
+    if share.whole:
         return values.expand_as(output)
-    column = weights.to(output.device, output.dtype).reshape(-1, *[1] * (output.dim() - 1))
-    fractional = bool(((weights > 0) & (weights < 1)).any())
-    mixed = torch.where(column == 1, values, output)
-    if fractional:
-        mixed = torch.where((column > 0) & (column < 1), output + column * (values - output), mixed)
-    return mixed
+    column = share.column
+    blended = torch.where(column == 1, values, output)
+    if share.mixed:
+        blended = torch.where((column > 0) & (column < 1), output + column * (values - output), blended)
+    return blended

@@ -11,11 +11,13 @@ import diffusers
 import torch
 
 from lesion.anatomy import Anatomy, examine
+from lesion.gates import Gates
 from lesion.models.source import SCHEDULERS, ModelSpec, Source, resolve
 from lesion.reuse import TextMemory
 from lesion.study import ModelIdentity
 
 log = logging.getLogger(__name__)
+BACKEND = "inductor"  # of performance.compile
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -28,6 +30,7 @@ class Model:
     anatomy: Anatomy
     identity: ModelIdentity
     texts: TextMemory = field(default_factory=TextMemory)
+    gates: Gates | None = None  # of a compiled denoiser
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -38,7 +41,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 def identity_of(source: Source, device: str) -> ModelIdentity:
     """What of the model can change pixels, known before a weight is loaded."""
     dtype = resolve_dtype(source.spec.dtype, device)
-    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0])
+    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
 
 
 def load(source: Source, device: str) -> Model:
@@ -71,4 +74,12 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     denoiser = getattr(pipe, source.denoiser)
-    return Model(pipe, denoiser, examine(denoiser), identity_of(source, device))
+    if spec.channels_last:
+        for part in (denoiser, pipe.vae):
+            part.to(memory_format=torch.channels_last)
+    anatomy = examine(denoiser)
+    gates = None
+    if spec.compile:
+        gates = Gates(denoiser, anatomy)
+        denoiser.compile_repeated_blocks(backend=BACKEND)
+    return Model(pipe, denoiser, anatomy, identity_of(source, device), gates=gates)

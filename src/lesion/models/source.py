@@ -32,7 +32,7 @@ class ModelSpec:
 
     id: "embedded", a local folder, a hub name, or a .safetensors file (then `pipeline` names its diffusers class and
     `config` a folder or hub name with its configs). dtype: auto, float32, float16 or bfloat16. scheduler: a key of
-    SCHEDULERS, or None for the model's own.
+    SCHEDULERS, or None for the model's own. compile, channels_last, tf32: for speed; they change the rounding.
     """
 
     name: str
@@ -43,11 +43,20 @@ class ModelSpec:
     variant: str | None = None
     dtype: str = "auto"
     scheduler: str | None = None
+    compile: bool = False
+    channels_last: bool = False
+    tf32: bool = False
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """From the `model` group of a config, which has the recommended settings besides."""
-        return cls(**{name: config[name] for name in cls.__dataclass_fields__})
+    def of(cls, config: Mapping[str, Any], performance: Mapping[str, Any]) -> ModelSpec:
+        """From the `model` group of a config, which has the recommended settings besides, and from `performance`."""
+        both = {**config, **performance}
+        return cls(**{name: both[name] for name in cls.__dataclass_fields__ if name in both})
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Names of what is switched on for speed."""
+        return tuple(name for name in ("compile", "channels_last", "tf32") if getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Lesions on a compiled denoiser: a gate at every site whose weights and values are tensors, so lesions are data.
+
+Hooks that come and go would be ignored by compiled code, or have it compiled anew. Gates stay: they are put on before
+the repeated blocks are compiled, and a lesion only fills in their tensors. Open gates keep every bit of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lesion.anatomy import Anatomy
+from lesion.lesions import Lesion
+from lesion.surgery import Filler, Fitting, Steps, fittings
+
+_WEIGHT, _VALUE = "lesion_weight", "lesion_value"
+
+
+def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Row by row as `surgery.blend`: weight 0 keeps the output and 1 takes the value, both to the bit."""
+    weight, value = getattr(module, _WEIGHT), getattr(module, _VALUE)  # (rows, 1, 1), (rows, 1, channels)
+    mixed = torch.where(weight == 1, value, output + weight * (value - output))
+    return torch.where(weight == 0, output, mixed)
+
+
+class Gates:
+    """The gates of one denoiser, open but for the time of a call under lesions."""
+
+    def __init__(self, denoiser: nn.Module, anatomy: Anatomy):
+        self.denoiser, self.anatomy = denoiser, anatomy
+        self.modules = {
+            site.path: (denoiser.get_submodule(site.path), site.channels)
+            for layer in anatomy.layers
+            for site in layer.sites
+        }
+        for path, (module, _) in self.modules.items():
+            self._set(path, _WEIGHT, torch.zeros(1, 1, 1))
+            self._set(path, _VALUE, torch.zeros(1, 1, 1))
+            module.register_forward_hook(gate)
+
+    @contextmanager
+    def lesioned(
+        self, scheduler: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
+    ) -> Iterator[None]:
+        """As `surgery.lesioned`. Raises RuntimeError for a filler that reads the output: a gate cannot show it."""
+        if any(getattr(filler, "reads_output", False) for filler in fillers.values()):
+            raise RuntimeError("this replacement needs a site's own output: set performance.compile=false")
+        steps = Steps(scheduler)
+        fitted = fittings(self.anatomy, lesions, fillers, steps)
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+            for path in self.modules:
+                self._fill(path, fitted.get(path), len(sample))
+
+        with ExitStack() as stack:
+            stack.enter_context(steps.counting(self.denoiser))
+            stack.callback(self.denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
+            yield
+
+    def _fill(self, path: str, fitting: Fitting | None, rows: int) -> None:
+        """Set one gate for the present call: shapes are the same whatever the lesion."""
+        module, channels = self.modules[path]
+        like = next(module.parameters()).new_zeros(rows, 1, channels)
+        weight, value = like[..., :1], like
+        if fitting is not None and fitting.weights(rows)[1]:
+            branches, shares = fitting.shares(like)
+            for name, share in shares.items():
+                filled = fitting.fillers[name].fill(path, fitting.steps.call, branches, like).to(like.dtype)
+                value = torch.where(share.column > 0, filled.expand_as(like), value)
+                weight = weight + share.column
+        self._set(path, _WEIGHT, weight)
+        self._set(path, _VALUE, value)
+
+    def _set(self, path: str, name: str, value: Tensor) -> None:
+        """In place where the shape stays, and never an inference tensor: to compiled code that is another kind."""
+        module = self.modules[path][0]
+        now = getattr(module, name, None)
+        if now is not None and now.shape == value.shape and now.device == value.device and now.dtype == value.dtype:
+            now.copy_(value)
+            return
+        with torch.inference_mode(False):
+            module.register_buffer(name, torch.empty_like(value), persistent=False)
+        getattr(module, name).copy_(value)
