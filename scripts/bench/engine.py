@@ -1,0 +1,135 @@
+"""Work that need not be done (sites lesioned in every image, steps before a window), and how busy a GPU is."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.report import Row, aimed, alternate, ratios
+from bench.setup import Options, Setup, fillers, generating, job, loaded, spaced
+from lesion.generate import generate
+
+
+def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Row]]:
+    """As many un-ablated images as only-one images; those of one kept layer fill a batch."""
+    asked, study, model = loaded([*this.overrides(this.batch), "selection=only_one"])
+    kept_layers = spaced(study.layers, kept)
+    cells = list(study.cells())
+    plain_cells = [cell for cell in cells if cell.lesion is None][: this.batch]
+    lesioned = [
+        cell
+        for layer in kept_layers
+        for cell in [cell for cell in cells if cell.lesion and cell.lesion.layer == layer][: this.batch]
+    ]
+    baselines = plain_cells * len(kept_layers)
+    using = fillers(study, model, asked)
+    generate(model, baselines[: this.batch], {})
+    generate(model, lesioned[: this.batch], using)
+    found = alternate(
+        options.repeats,
+        {
+            "only-one": lambda: generating(model, lesioned, this.batch, using),
+            "un-ablated": lambda: generating(model, baselines, this.batch, {}),
+        },
+    )
+    rows = [Row(name, f"seconds for {len(lesioned)} images", values, " s") for name, values in found.items()]
+    values = ratios(found["only-one"], found["un-ablated"])
+    rows.append(aimed("only-one", this.model, "skipped work", "only-one / un-ablated generation, seconds", values))
+    note = (
+        f"Zero lesions of all layers but one, in order of the kept layer ({len(kept_layers)} of them), against as many "
+        f"un-ablated images. Images are thrown away. {this.said()}."
+    )
+    return note, rows
+
+
+def window(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """Whole jobs of leave-one-out over the late half and over all steps; their baselines are made before."""
+    windows = {"late": "window=[0.5,1.0]", "full": "window=[0.0,1.0]"}
+    common = this.overrides(this.subjects)
+    images = 0
+
+    def prepare(name: str) -> Path:
+        # The baselines are told of the window, so that they keep what a study of it starts from.
+        store = options.scratch / f"window-{this.model}-{name}"
+        run = store.with_name(store.name + "-run")
+        job(store, run, [*common, "selection=none", windows[name]])
+        return store
+
+    stores = {name: prepare(name) for name in windows}
+
+    def timed(name: str) -> float:
+        nonlocal images
+        with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+            store = shutil.copytree(stores[name], Path(fresh) / "store")
+            seconds, frame = job(store, Path(fresh) / "run", [*common, "selection=leave_one_out", windows[name]])
+        images = int((frame["selection"] != "none").sum())
+        return seconds
+
+    found = alternate(options.repeats, {name: lambda name=name: timed(name) for name in windows})  # type: ignore[misc]
+    rows = [Row(f"{name} window", f"seconds for {images} images", values, " s") for name, values in found.items()]
+    values = ratios(found["late"], found["full"])
+    rows.append(aimed("window", this.model, "late window", "study of [0.5, 1) / of [0, 1), seconds", values))
+    note = (
+        "Whole jobs of leave-one-out lesions (generate, store, score, results, report) in a store that has their "
+        f"baselines. {this.said()}."
+    )
+    return note, rows
+
+
+def matrix_peak(device: str, sizes: tuple[int, ...], seconds: float = 1.0) -> float:
+    """The most bf16 operations a second that square matrix products reach, over some sizes."""
+    best = 0.0
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        a @ b
+        times = []
+        while sum(times) < seconds:
+            _wait(device)
+            began = time.perf_counter()
+            for _ in range(8):  # long enough that the launch and the wait do not count
+                a @ b
+            _wait(device)
+            times.append(time.perf_counter() - began)
+        best = max(best, 8 * 2 * size**3 / sorted(times)[len(times) // 2])
+    return best
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def share(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """Operations a second of whole batches (text, denoising, decoding) over those of plain matrix products."""
+    asked, study, model = loaded([*this.overrides(this.batch, "bfloat16"), "selection=leave_one_out"])
+    cells = list(study.cells())
+    using = fillers(study, model, asked)
+    kinds = {
+        "un-ablated": [cell for cell in cells if cell.lesion is None][: this.batch],
+        "leave-one-out": [cell for cell in cells if cell.lesion][: this.batch],
+    }
+    operations = {}
+    for name, batch in kinds.items():
+        generate(model, batch, using)
+        with FlopCounterMode(display=False) as counter:
+            generate(model, batch, using)  # counted as they run: skipped and remembered work does not count
+        operations[name] = counter.get_total_flops()
+    sizes, seconds = ((256,), 0.01) if options.quick else ((4096, 8192, 16384), 1.0)
+    sides = {name: lambda batch=batch: generating(model, batch, this.batch, using) for name, batch in kinds.items()}
+    sides["peak"] = lambda: matrix_peak(this.device, sizes, seconds)  # type: ignore[misc]
+    found = alternate(options.repeats, sides)
+    rows = [Row("peak", "bf16 matrix products", [value / 1e12 for value in found["peak"]], " TFLOP/s")]
+    for name in kinds:
+        rows.append(Row(name, f"{operations[name] / 1e12:.4g} TFLOP a batch, seconds", found[name], " s"))
+        shares = [100 * operations[name] / spent / peak for spent, peak in zip(found[name], found["peak"])]
+        rows.append(aimed("share", this.model, f"share, {name}", "operations a second / peak", shares))
+    note = (
+        "Operations of whole batches, counted by torch's flop counter, against the fastest of square bf16 matrix "
+        f"products. {this.said().replace(this.dtype, 'bfloat16')}."
+    )
+    return note, rows

@@ -1,0 +1,124 @@
+"""Whole jobs against a plain loop, and bare generation against bare diffusers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.report import Row, aimed, alternate, ratios
+from bench.setup import Options, Setup, generating, job, loaded, plain, spaced
+from lesion.anatomy import examine
+from lesion.generate import generate
+
+BFLOAT16_TARGET = 4.0  # of the study in bfloat16 against the loop in float32, on a CPU
+
+
+def silence(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)
+
+
+def plain_loop(pipe: Any, this: Setup, prompt: str, images: int, steps: int) -> float:
+    """Images a second of the hand-written loop: one pipeline call an image, forward hooks that put out zeros.
+
+    It makes a baseline, then leave-one-out and only-one images, evenly spaced over the layers.
+    """
+    layers = examine(pipe.unet).sites
+    paths = list(layers)
+    lesions = [[path] for path in paths] + [[other for other in paths if other != path] for path in paths]
+    chosen = [[], *spaced(lesions, images - 1)]
+    began = time.perf_counter()
+    for lesioned in chosen:
+        with ExitStack() as hooks:
+            for site in (site for layer in lesioned for site in layers[layer]):
+                hooks.callback(pipe.unet.get_submodule(site).register_forward_hook(silence).remove)
+            pipe(
+                prompt,
+                generator=torch.Generator("cpu").manual_seed(0),
+                num_inference_steps=steps,
+                guidance_scale=this.guidance,
+                height=this.side,
+                width=this.side,
+            )
+    return len(chosen) / (time.perf_counter() - began)
+
+
+def speed(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """On a CPU the job runs in bfloat16 too, against the loop in both precisions."""
+    prompt = "a large red circle on a white background"
+    dtypes = [this.dtype]
+    if this.device == "cpu" and this.dtype == "float32":
+        dtypes.append("bfloat16")
+    sides: dict[str, Callable[[], float]] = {}
+    made: list[int] = []
+
+    def whole_job(dtype: str) -> float:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+            asked = this.overrides(this.subjects, dtype)
+            seconds, frame = job(Path(fresh) / "store", Path(fresh) / "run", asked)
+        made.append(len(frame))
+        return len(frame) / seconds
+
+    for dtype in dtypes:
+        pipe = plain(this, dtype)
+        with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+            few = [*this.overrides(1, dtype), "selection=none", "generation.steps=1"]
+            job(Path(fresh) / "store", Path(fresh) / "run", few)
+        plain_loop(pipe, this, prompt, 1, 1)
+        sides[f"lesion {dtype}"] = lambda dtype=dtype: whole_job(dtype)  # type: ignore[misc]
+        sides[f"loop {dtype}"] = lambda pipe=pipe: plain_loop(pipe, this, prompt, this.loop, this.steps)  # type: ignore[misc]
+    found = alternate(options.repeats, sides)
+    rows = [Row(name, "images a second", values, " /s") for name, values in found.items()]
+    for dtype in dtypes:
+        what = f"lesion / loop, both in {dtype}, images a second"
+        values = ratios(found[f"lesion {dtype}"], found[f"loop {dtype}"])
+        row = aimed("speed", this.model, "end to end", what, values)
+        rows.append(row if dtype == this.dtype else Row("end to end", what, values, "x"))
+    if len(dtypes) > 1:
+        values = ratios(found["lesion bfloat16"], found["loop float32"])
+        what = "lesion in bfloat16 / loop in float32, images a second"
+        rows.append(Row("end to end", what, values, "x", at_least=BFLOAT16_TARGET))
+    note = (
+        f"A whole job (generate, store, score, results, report; {made[-1]} images: baselines, leave-one-out, only-one) "
+        f"against a plain loop (one pipeline call an image, forward hooks, nothing scored or written; {this.loop} "
+        "images). Models are loaded before the clock starts; both sides run under the same kernel settings. "
+        f"{this.said()}."
+    )
+    return note, rows
+
+
+def overhead(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """The same batch of un-ablated images through `generate` and through the pipeline alone."""
+    _, study, model = loaded([*this.overrides(this.batch), "selection=none"])
+    cells = list(study.cells())[: this.batch]
+    pipe = plain(this)
+
+    def bare(steps: int) -> float:
+        began = time.perf_counter()
+        pipe(
+            [cell.prompt.text for cell in cells],
+            generator=[torch.Generator("cpu").manual_seed(cell.seed) for cell in cells],
+            num_inference_steps=steps,
+            guidance_scale=this.guidance,
+            height=this.side,
+            width=this.side,
+            output_type="np",
+        )
+        return time.perf_counter() - began
+
+    bare(1)
+    generate(model, cells, {})
+    found = alternate(
+        options.repeats,
+        {"lesion": lambda: generating(model, cells, this.batch, {}), "diffusers": lambda: bare(this.steps)},
+    )
+    rows = [Row(name, "seconds a batch", values, " s") for name, values in found.items()]
+    what = "generate() with no lesion / bare batched pipeline call, seconds"
+    rows.append(aimed("overhead", this.model, "overhead", what, ratios(found["lesion"], found["diffusers"])))
+    note = f"The same {len(cells)} un-ablated images, which are thrown away. {this.said()}."
+    return note, rows
