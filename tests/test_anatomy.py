@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from lesion import inspect
-from lesion.anatomy import AnatomyError, examine
+from lesion.anatomy import KINDS, AnatomyError, examine
 
 SD15 = {
     "sample_size": 64,
@@ -40,8 +40,14 @@ SD15_PATHS = [
 
 
 def on_meta(config):
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+    name = "sdxl" if config is SDXL else "sd15"
+    if name not in BUILT:
+        with torch.device("meta"):
+            BUILT[name] = UNet2DConditionModel.from_config(config)
+    return BUILT[name]
+
+
+BUILT: dict[str, UNet2DConditionModel] = {}
 
 
 def test_sd15_has_16_layers_of_one_site():
@@ -144,3 +150,83 @@ def test_inspect_refuses_in_one_line(tiny_folder, capsys, monkeypatch, arguments
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("by", "paths", "sites"),
+    [
+        ("attention", SD15_PATHS, [1] * 16),
+        ("transformer_block", [f"{path}.transformer_blocks.0" for path in SD15_PATHS], [1] * 16),
+        (
+            "block",
+            [*(f"down_blocks.{i}" for i in range(3)), "mid_block", *(f"up_blocks.{i}" for i in range(1, 4))],
+            [2, 2, 2, 1, 3, 3, 3],
+        ),
+        ("stage", ["down_blocks", "mid_block", "up_blocks"], [6, 1, 9]),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_granularities_and_kinds_of_sd15(by, paths, sites, kind):
+    unet = on_meta(SD15)
+    anatomy = examine(unet, by, kind)
+    assert list(anatomy.paths) == paths
+    assert [len(layer.sites) for layer in anatomy.layers] == sites
+    assert [layer.place for layer in anatomy.layers] == [path.split("_")[0] for path in paths]
+    found = [site.path for layer in anatomy.layers for site in layer.sites]
+    leaf = {"cross_attention": "attn2", "self_attention": "attn1", "feed_forward": "ff"}[kind]
+    assert found == [f"{path}.transformer_blocks.0.{leaf}" for path in SD15_PATHS]  # in forward order, each once
+    assert all(unet.get_submodule(path) is not None for path in paths)  # layers are module paths
+    first = anatomy.layers[0].sites[0]
+    text_dim = {"cross_attention": 768, "self_attention": 0, "feed_forward": 0}[kind]
+    assert (first.channels, first.text_dim) == (320, text_dim)
+
+
+def test_sdxl_by_transformer_block():
+    anatomy = examine(on_meta(SDXL), "transformer_block")
+    assert len(anatomy.paths) == 70
+    assert anatomy.paths[4] == "down_blocks.2.attentions.0.transformer_blocks.0"
+    assert anatomy.paths[-1] == "up_blocks.1.attentions.2.transformer_blocks.1"
+    assert [len(layer.sites) for layer in examine(on_meta(SDXL), "stage").layers] == [24, 10, 36]
+
+
+PIXART = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 128,
+    "caption_channels": 4096,
+    "norm_type": "ada_norm_single",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "prefix", "number", "text_dim"),
+    [
+        ("PixArtTransformer2DModel", PIXART, "transformer_blocks", 28, 1152),
+        ("SanaTransformer2DModel", {}, "transformer_blocks", 20, 2240),
+        (
+            "HunyuanDiT2DModel",
+            {"num_layers": 40, "hidden_size": 1408, "sample_size": 128, "in_channels": 4, "patch_size": 2},
+            "blocks",
+            40,
+            1024,
+        ),
+    ],
+)
+def test_transformers_with_cross_attention(name, config, prefix, number, text_dim):
+    import diffusers
+
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, name).from_config(config)
+    for by in ("attention", "transformer_block"):
+        for kind in KINDS:
+            anatomy = examine(denoiser, by, kind)
+            assert list(anatomy.paths) == [f"{prefix}.{i}" for i in range(number)]
+            assert [len(layer.sites) for layer in anatomy.layers] == [1] * number
+    assert examine(denoiser).layers[0].sites[0].text_dim == text_dim
+    assert [layer.index for layer in examine(denoiser).layers] == list(range(number))
+    with pytest.raises(AnatomyError, match="no UNet blocks"):
+        examine(denoiser, "stage")

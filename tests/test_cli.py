@@ -126,6 +126,13 @@ REFUSALS = [
     (["layers.include=[mid_block.*]"], ["selection", "only_one", "two layers"]),
     (["layers.by=neuron"], ["layers.by", "attention"]),
     (["layers.kind=hat"], ["layers.kind", "cross_attention"]),
+    (["layers.by=stage", "model.id=/nonesuch"], ["model.id", "/nonesuch"]),
+    (["layers.include=['re:(']"], ["layers.include", "regular expression"]),
+    (["layers.exclude=[nonesuch]"], ["layers.exclude", "nonesuch"]),
+    (["layers.exclude=['*']"], ["layers.exclude", "no layer"]),
+    (["layers.kind=self_attention", "performance.compile=true"], ["performance.compile", "cross_attention"]),
+    (["performance.dtype=int8"], ["performance.dtype", "bfloat16"]),
+    (["selection=neighbours", "selection.neighbours.size=9"], ["selection.neighbours.size", "from 1 to 3"]),
     (["prompts.items=[]"], ["prompts", "empty"]),
     (["prompts.items=[a, a]"], ["prompts", "twice"]),
     (["prompts=nonesuch.txt"], ["prompts.path", "nonesuch.txt"]),
@@ -311,6 +318,26 @@ def test_importance_of_a_planted_layer_is_exactly_zero(cli, tmp_path_factory):
         assert table.importance[LAYERS[1]] == pytest.approx(0, abs=0 if size == 1 else 1e-4)
         assert table.effect[LAYERS[1]] == "none"
         assert (table.importance.drop(LAYERS[1]) > 1e-4).all()
+
+
+def test_other_layers_kinds_and_selections_from_command_to_table(cli):
+    code, _, err = cli(
+        "layers.by=block",
+        "layers.kind=self_attention",
+        "layers.include=['re:^(down|up)']",
+        "layers.exclude=['*.0']",
+        "selection=[leave_one_out,pairs,cumulative]",
+    )
+    assert code == 0, err
+    (frame,) = cli.frames()
+    lesioned = frame[frame.selection != "none"]
+    assert set(lesioned.kind) == {"self_attention"}
+    assert set(frame.kind) == {"self_attention", ""}
+    layers = lesioned[lesioned.selection == "leave_one_out"].layer.unique().tolist()
+    assert layers == ["down_blocks.1", "up_blocks.1"]
+    assert lesioned.groupby("selection").size().to_dict() == {"cumulative": 4, "leave_one_out": 4, "pairs": 2}
+    assert set(lesioned[lesioned.selection == "pairs"].lesioned) == {"down_blocks.1+up_blocks.1"}
+    assert lesioned[lesioned.selection != "none"].clip_similarity.notna().all()
 
 
 def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli):

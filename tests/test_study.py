@@ -52,12 +52,74 @@ def test_selections():
         assert choice.lesioned == tuple(other for other in LAYERS if other != path)
     assert [(c.layer, c.lesioned) for c in choices("all", {}, LAYERS)] == [("", LAYERS)]
     assert choices("none", {}, LAYERS) == []
-    with pytest.raises(RequestError, match="unknown selection 'most'; allowed: all, leave_one_out, none, only_one"):
+    with pytest.raises(RequestError, match="unknown selection 'most'; allowed: all, coalitions, cumulative, "):
         choices("most", {}, LAYERS)
     with pytest.raises(RequestError, match="unknown option 'k'; allowed: none"):
         choices("all", {"k": 1}, LAYERS)
     with pytest.raises(RequestError, match="only_one needs at least two layers"):
         choices("only_one", {}, LAYERS[:1])
+
+
+def test_selections_of_several_layers():
+    a, b, c, d = layers = ("down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "mid_block", "up_blocks.1")
+
+    def lesioned(name, **options):
+        return [choice.lesioned for choice in choices(name, options, layers)]
+
+    assert lesioned("pairs") == [(a, b), (a, c), (a, d), (b, c), (b, d), (c, d)]
+    assert lesioned("cumulative") == [(a,), (a, b), (a, b, c), layers]
+    assert lesioned("cumulative", order="reverse") == [(d,), (c, d), (b, c, d), layers]
+    assert lesioned("cumulative", order=[c, a, d, b]) == [(c,), (a, c), (a, c, d), layers]
+    assert [choice.layer for choice in choices("cumulative", {"order": [c, a, d, b]}, layers)] == [c, a, d, b]
+    assert lesioned("neighbours", size=3) == [(a, b, c), (b, c, d)]
+    assert lesioned("neighbours", size=4) == [layers]
+    assert lesioned("custom", groups=[["down_blocks.*"], ["up_blocks.1", "mid_block"]]) == [(a, b), (c, d)]
+
+
+def test_coalitions_are_the_prefixes_of_random_orders():
+    layers = tuple("abcdef")
+    found = [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 3}, layers)]
+    assert found == [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 3}, layers)]
+    assert found != [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 4}, layers)]
+    assert len(found) == len(set(found)) <= 5 * 6
+    assert found[5] == layers
+    assert [len(coalition) for coalition in found[:6]] == [1, 2, 3, 4, 5, 6]
+    assert all(set(small) < set(large) for small, large in itertools.pairwise(found[:6]))
+    assert all(coalition == tuple(sorted(coalition)) for coalition in found)  # in forward order
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("pairs", {"n": 2}, "unknown option 'n'"),
+        ("cumulative", {"order": "random"}, "depth, reverse"),
+        ("cumulative", {"order": ["a"]}, "every layer"),
+        ("neighbours", {"size": 0}, "from 1 to 3"),
+        ("neighbours", {"size": 4}, "from 1 to 3"),
+        ("custom", {}, "at least one"),
+        ("custom", {"groups": "a"}, "at least one"),
+        ("custom", {"groups": ["a"]}, "lists of layer paths"),
+        ("custom", {"groups": [["z*"]]}, "'z*' matches no layer"),
+        ("coalitions", {"permutations": 0}, "selection.coalitions.permutations"),
+        ("coalitions", {"seed": -1}, "selection.coalitions.seed"),
+    ],
+)
+def test_selections_refuse_what_makes_no_sense(name, options, words):
+    with pytest.raises(RequestError, match=f"selection.{name}") as error:
+        choices(name, options, ("a", "b", "c"))
+    assert words in str(error.value)
+
+
+def test_rows_name_all_lesioned_layers_where_the_layer_does_not():
+    def lesioned(selection, layer, layers):
+        return row(some_cell(Lesion(selection, layer, layers, ZERO)), LAYERS)["lesioned"]
+
+    assert lesioned("leave_one_out", LAYERS[0], LAYERS[:1]) == ""
+    assert lesioned("only_one", LAYERS[0], LAYERS[1:]) == ""
+    assert lesioned("pairs", "", LAYERS[:2]) == f"{LAYERS[0]}+{LAYERS[1]}"
+    assert lesioned("cumulative", LAYERS[1], LAYERS[:2]) == f"{LAYERS[0]}+{LAYERS[1]}"
+    assert lesioned("all", "", LAYERS) == "+".join(LAYERS)
+    assert row(some_cell(), LAYERS)["lesioned"] == ""
 
 
 def test_the_grid_is_complete_and_starts_with_the_baselines():

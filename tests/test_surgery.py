@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from conftest import settings, small_pipeline, tiny_spec
 from lesion import models, replacements
+from lesion.anatomy import KINDS, examine
 from lesion.generate import call, generate, generators, to_pixels
 from lesion.lesions import Lesion, Replacement
 from lesion.models import loading
@@ -216,3 +219,28 @@ def test_pixels_as_diffusers_makes_them_and_invalid_images():
     image[0, 0, 0] = np.nan
     assert to_pixels(image)[1] == "image has non-finite values"
     assert to_pixels(np.zeros((8, 8, 3), np.float32))[1] == "image is all black"
+
+
+@pytest.mark.parametrize("by", ["attention", "transformer_block", "block", "stage"])
+@pytest.mark.parametrize(
+    ("kind", "leaf"), [("self_attention", "attn1"), ("feed_forward", "ff"), ("cross_attention", "attn2")]
+)
+def test_kinds_and_granularities_are_plain_hooks_to_the_bit(tiny_folder, tiny_model, by, kind, leaf):
+    model = dataclasses.replace(tiny_model, anatomy=examine(tiny_model.denoiser, by, kind))
+    path = model.anatomy.paths[0]
+    hooked = [
+        name for name, _ in model.denoiser.named_modules() if name.startswith(f"{path}.") and name.endswith(f".{leaf}")
+    ]
+    assert list(model.anatomy.sites[path]) == hooked
+    images = run(model, [cell(model, subject, zero(path, kind=kind)) for subject in SUBJECTS])
+    assert np.array_equal(images, plain(tiny_folder, SUBJECTS, hooked))
+    assert not np.array_equal(images, plain(tiny_folder, SUBJECTS))
+
+
+def test_kinds_make_cells_of_their_own(tiny_model):
+    layer = tiny_model.anatomy.paths[0]
+    keys = {cell(tiny_model, SUBJECTS[0], zero(layer, kind=kind)).key for kind in KINDS}
+    assert len(keys) == len(KINDS)
+    assert (
+        cell(tiny_model, SUBJECTS[0], zero(layer)).key == cell(tiny_model, SUBJECTS[0], zero(layer, kind=KINDS[0])).key
+    )

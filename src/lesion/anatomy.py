@@ -1,20 +1,27 @@
 """What can be lesioned in a denoiser: its sites, grouped in layers, in the order of the forward pass.
 
 Works on real weights and on a model built on the meta device alike, so a request is checked before any weight loads.
+Knows UNets, and transformers whose blocks keep self-attention, cross-attention and feed-forward apart (PixArt, Sana,
+Hunyuan-DiT); any class whose modules are named so will do.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 PLACES = ("down", "mid", "up")
-_LAYER = re.compile(r"(?P<layer>.*\battentions\.\d+)\.transformer_blocks\.\d+\.attn2")
-_STAGE = re.compile(r"(?P<place>down|mid|up)_blocks?(?:\.(?P<block>\d+))?\.")
+KINDS = ("cross_attention", "self_attention", "feed_forward")
+GRANULARITIES = ("attention", "transformer_block", "block", "stage")
+_LEAVES = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "feed_forward"}
+_SITE = re.compile(
+    r"(?P<block>(?:(?P<attention>.*\battentions\.\d+)\.)?(?:transformer_blocks|blocks)\.\d+)\.(?P<leaf>attn1|attn2|ff)"
+)
+_STAGE = re.compile(r"(?P<place>down|mid|up)_blocks?(?:\.(?P<block>\d+))?(?:\.|$)")
 
 
 class AnatomyError(Exception):
@@ -23,10 +30,10 @@ class AnatomyError(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """One cross-attention module whose output can be replaced.
+    """One module whose output can be replaced.
 
     path: its module path. channels: width of its output. heads, head_dim: attention heads and channels of each.
-    text_dim: channels of the text features it reads.
+    text_dim: channels of the text features it reads. The last three are 0 where there are none.
     """
 
     path: str
@@ -38,10 +45,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Layer:
-    """A named group of sites: one `attentions.N`.
+    """A named group of sites.
 
-    path: its module path. index: place in the forward order, from 0. place: down, mid or up. resolution: side of its
-    feature map in latent pixels at the model's own sample size (0 if the config gives none).
+    path: its module path. index: place in the forward order, from 0. place: down, mid or up; "" outside UNets.
+    resolution: side of its feature map in latent pixels at the model's own sample size (0 if the config gives none).
     """
 
     path: str
@@ -65,31 +72,80 @@ class Anatomy:
         return {layer.path: tuple(site.path for site in layer.sites) for layer in self.layers}
 
 
-def examine(denoiser: nn.Module) -> Anatomy:
-    """The cross-attention layers of a UNet, in forward order.
+def examine(denoiser: nn.Module, by: str = "attention", kind: str = "cross_attention") -> Anatomy:
+    """The layers of a denoiser, in forward order.
 
+    kind: which modules are sites. by: how they are grouped: `attentions.N` (in transformers without these, the block),
+    transformer block, UNet block (`down_blocks.1`) or UNet stage (`down_blocks`).
     Raises AnatomyError where there are none.
     """
     groups: dict[str, list[Site]] = {}
+    unet = hasattr(denoiser, "down_blocks")
+    if not unet and by in ("block", "stage"):
+        raise AnatomyError(
+            f"{type(denoiser).__name__} has no UNet blocks to group layers by {by}; "
+            "allowed: attention, transformer_block"
+        )
     for path, module in denoiser.named_modules():
-        match = _LAYER.fullmatch(path)
-        if match and isinstance(module, Attention) and module.is_cross_attention:
-            groups.setdefault(match["layer"], []).append(
-                Site(path, module.out_dim, module.heads, module.inner_dim // module.heads, module.cross_attention_dim)
-            )
+        match = _SITE.fullmatch(path)
+        if match and _kind(module, match["leaf"]) == kind:
+            groups.setdefault(_GROUPS[by](match), []).append(_site(path, module))
     if not groups:
         raise AnatomyError(
-            f"{type(denoiser).__name__} has no cross-attention module of the form "
-            "'….attentions.N.transformer_blocks.M.attn2'"
+            f"{type(denoiser).__name__} has no {kind.replace('_', '-')} module of the form "
+            "'….attentions.N.transformer_blocks.M.attn2', 'transformer_blocks.N.attn2' or 'blocks.N.attn2' "
+            "(attn1 for self-attention, ff for feed-forward)"
         )
     resolutions = _resolutions(denoiser)
-    ordered = sorted(groups, key=depth)
+    ordered = sorted(groups, key=depth) if unet else list(groups)  # a transformer names its blocks in forward order
     return Anatomy(
         tuple(
-            Layer(path, index, _stage(path)[0], resolutions.get(path.split(".attentions")[0], 0), tuple(groups[path]))
+            Layer(
+                path,
+                index,
+                _stage(path)[0] if unet else "",
+                resolutions.get(path.split(".attentions")[0], 0),
+                tuple(sorted(groups[path], key=lambda site: depth(site.path)) if unet else groups[path]),
+            )
             for index, path in enumerate(ordered)
         )
     )
+
+
+_GROUPS: dict[str, Callable[[re.Match[str]], str]] = {
+    "attention": lambda match: match["attention"] or match["block"],
+    "transformer_block": lambda match: match["block"],
+    "block": lambda match: match["block"].partition(".attentions")[0],
+    "stage": lambda match: match["block"].partition(".")[0],
+}
+
+
+def _kind(module: nn.Module, leaf: str) -> str:
+    """Of a module with this name; an attention that is told what it attends to is asked (some UNets use attn1 so)."""
+    crosses = getattr(module, "is_cross_attention", None)
+    if leaf != "ff" and isinstance(crosses, bool):
+        return "cross_attention" if crosses else "self_attention"
+    return _LEAVES[leaf]
+
+
+def _site(path: str, module: Any) -> Site:
+    heads = int(getattr(module, "heads", 0))
+    crosses = bool(getattr(module, "is_cross_attention", False))
+    return Site(
+        path=path,
+        channels=_channels(module),
+        heads=heads,
+        head_dim=int(getattr(module, "inner_dim", 0)) // heads if heads else 0,
+        text_dim=int(module.cross_attention_dim) if crosses else 0,
+    )
+
+
+def _channels(module: Any) -> int:
+    """Width of what a module puts out: its own word for it, or its last weight's."""
+    if isinstance(width := getattr(module, "out_dim", None), int):
+        return width
+    weights = [parameter for name, parameter in module.named_parameters() if name.endswith("weight")]
+    return int(weights[-1].shape[0])
 
 
 def _stage(path: str) -> tuple[str, int]:

@@ -5,6 +5,7 @@ No DictConfig goes past this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
+from lesion.anatomy import GRANULARITIES, KINDS
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.models import DTYPES, ModelSpec
@@ -22,8 +24,6 @@ from lesion.scoring import ScorerSpec
 
 DTYPE_NAMES = ("auto", *DTYPES)
 TASKS = ("txt2img",)
-LAYERS_BY = ("attention",)
-LAYER_KINDS = ("cross_attention",)
 
 
 @dataclass
@@ -55,6 +55,7 @@ class LayersConf:
     by: str = "attention"
     kind: str = "cross_attention"
     include: Any = None
+    exclude: Any = None
 
 
 @dataclass
@@ -125,15 +126,20 @@ def register(conf: Path) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """One checked study. height, width: pixels. device: cpu, cuda or cuda:N. include: globs of layer paths, or None.
-    batch_size: None for as many as memory allows.
+    """One checked study.
+
+    height, width: pixels. device: cpu, cuda or cuda:N. by, kind, include, exclude: what the layers under study are, see
+    `lesion.anatomy`. batch_size: None for as many as memory allows.
     """
 
     model: ModelSpec
     prompts_name: str
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
+    by: str
+    kind: str
     include: tuple[str, ...] | None
+    exclude: tuple[str, ...] | None
     selections: dict[str, dict[str, Any]]
     replacements: dict[str, dict[str, Any]]
     windows: tuple[tuple[float, float], ...]
@@ -166,8 +172,10 @@ def parse(config: DictConfig) -> Request:
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
     _one_of("performance.dtype", data["performance"]["dtype"], DTYPE_NAMES)
     _one_of("generation.task", generation["task"], TASKS)
-    _one_of("layers.by", layers["by"], LAYERS_BY)
-    _one_of("layers.kind", layers["kind"], LAYER_KINDS)
+    _one_of("layers.by", layers["by"], GRANULARITIES)
+    _one_of("layers.kind", layers["kind"], KINDS)
+    if data["performance"]["compile"] and layers["kind"] != "cross_attention":
+        raise RequestError("performance.compile", "works with layers.kind=cross_attention only; allowed here: false")
     _at_least("generation.steps", generation["steps"], 1)
     _at_least("generation.guidance", generation["guidance"], 0)
     for side in ("height", "width"):
@@ -192,7 +200,10 @@ def parse(config: DictConfig) -> Request:
         prompts_name=prompts_name,
         prompts=prompts,
         seeds=parse_seeds(data["seeds"] if isinstance(data["seeds"], list) else [data["seeds"]]),
-        include=_globs(layers["include"]),
+        by=layers["by"],
+        kind=layers["kind"],
+        include=_patterns("layers.include", layers["include"]),
+        exclude=_patterns("layers.exclude", layers["exclude"]),
         selections=selections,
         replacements=given,
         windows=_windows(data["window"], generation["steps"]),
@@ -265,13 +276,18 @@ def _windows(value: Any, steps: int) -> tuple[tuple[float, float], ...]:
     return tuple(found)
 
 
-def _globs(value: Any) -> tuple[str, ...] | None:
+def _patterns(key: str, value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    globs = _distinct("layers.include", value)
-    if not all(isinstance(glob, str) for glob in globs):
-        raise RequestError("layers.include", f"must be null or layer paths with * and ?; got {value!r}")
-    return tuple(globs)
+    patterns = _distinct(key, value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise RequestError(key, f"must be null or layer paths with * and ?, or re:REGEX; got {value!r}")
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise RequestError(key, f"{pattern!r} is no regular expression: {error}") from None
+    return tuple(patterns)
 
 
 def _scorer(value: Mapping[str, Any]) -> ScorerSpec:

@@ -45,7 +45,7 @@ def call(
 ) -> NDArray[np.float32]:
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
     # Compiled code would be compiled anew for every module whose forward is replaced.
-    sites = [] if model.gates else [site for layer in model.anatomy.sites.values() for site in layer]
+    sites = () if model.gates else model.text_sites
     with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
         images = model.pipe(
             prompt=list(prompts),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import inspect
+import itertools
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,8 +40,9 @@ class Replacement:
 class Lesion:
     """What is done to a model while one image is made.
 
-    layers: module paths of the lesioned layers, in forward order. window: fraction of the denoising steps [start, end).
-    branch: which half of classifier-free guidance is touched. strength: 0 leaves the output, 1 replaces it fully.
+    layers: module paths of the lesioned layers, in forward order. kind: which of their modules are touched. window:
+    fraction of the denoising steps [start, end). branch: which half of classifier-free guidance is touched. strength: 0
+    leaves the output, 1 replaces it fully.
     selection and layer only label the lesion (how it was chosen, and for which layer); they do not change pixels.
     """
 
@@ -49,6 +53,7 @@ class Lesion:
     window: tuple[float, float] = (0.0, 1.0)
     branch: str = "both"
     strength: float = 1.0
+    kind: str = "cross_attention"
 
     def identity(self) -> dict[str, Any]:
         """Everything of it that can change pixels, as JSON data; a value at its default is left out."""
@@ -62,6 +67,8 @@ class Lesion:
             data["branch"] = self.branch
         if self.strength != 1.0:
             data["strength"] = self.strength
+        if self.kind != "cross_attention":
+            data["kind"] = self.kind
         return data
 
     @cached_property
@@ -118,8 +125,82 @@ def only_one(layers: Sequence[str]) -> Iterator[Choice]:
 
 @selection
 def all_(layers: Sequence[str]) -> Iterator[Choice]:
-    """Every layer lesioned: the text-blind control, one image."""
+    """Every layer lesioned, one image: of cross-attention the text-blind control."""
     yield Choice("", tuple(layers))
+
+
+@selection
+def pairs(layers: Sequence[str]) -> Iterator[Choice]:
+    """Every two layers lesioned together: with leave_one_out, what they do beyond the sum of both."""
+    if len(layers) < 2:
+        raise RequestError("selection.pairs", "needs at least two layers; layers.include leaves one")
+    for two in itertools.combinations(layers, 2):
+        yield Choice("", two)
+
+
+@selection
+def cumulative(layers: Sequence[str], order: str | Sequence[str] = "depth") -> Iterator[Choice]:
+    """The first layer lesioned, the first two, … all. `layer` is the one added last.
+
+    order: depth (forward order), reverse, or a list of every layer, say a ranking.
+    """
+    if order in ("depth", "reverse"):
+        ordered = list(layers) if order == "depth" else list(layers)[::-1]
+    elif isinstance(order, str) or sorted(order) != sorted(layers):
+        raise RequestError(
+            "selection.cumulative.order", "allowed: depth, reverse, or a list of every layer under study"
+        )
+    else:
+        ordered = list(order)
+    for number in range(1, len(ordered) + 1):
+        yield Choice(ordered[number - 1], _in_depth(ordered[:number], layers))
+
+
+@selection
+def neighbours(layers: Sequence[str], size: int = 3) -> Iterator[Choice]:
+    """Every `size` adjacent layers lesioned together, a window that slides through the depth."""
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= len(layers):
+        raise RequestError("selection.neighbours.size", f"must be a whole number from 1 to {len(layers)}; got {size!r}")
+    for start in range(len(layers) - size + 1):
+        yield Choice("", tuple(layers[start : start + size]))
+
+
+@selection
+def custom(layers: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> Iterator[Choice]:
+    """Groups of one's own, each lesioned together. groups: lists of layer paths with * and ?."""
+    key = "selection.custom.groups"
+    if not groups or isinstance(groups, str):
+        raise RequestError(key, "needs at least one list of layer paths")
+    for group in groups:
+        if isinstance(group, str) or not group:
+            raise RequestError(key, f"must be lists of layer paths; got {group!r}")
+        for glob in group:
+            if not fnmatch.filter(layers, glob):
+                raise RequestError(key, f"{glob!r} matches no layer; allowed: {', '.join(layers)}")
+        yield Choice("", tuple(path for path in layers if any(fnmatch.fnmatchcase(path, glob) for glob in group)))
+
+
+@selection
+def coalitions(layers: Sequence[str], permutations: int = 8, seed: int = 0) -> Iterator[Choice]:
+    """Sets of layers lesioned along random orders of all layers: what Shapley values are estimated from.
+
+    permutations: how many orders. seed: of the orders. Castro, Gómez and Tejada 2009, doi:10.1016/j.cor.2008.04.004.
+    """
+    for name, value, low in (("permutations", permutations, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise RequestError(f"selection.coalitions.{name}", f"must be a whole number >= {low}; got {value!r}")
+    dice, seen = random.Random(seed), set()
+    for _ in range(permutations):
+        order = dice.sample(list(layers), len(layers))
+        for number in range(1, len(order) + 1):
+            lesioned = _in_depth(order[:number], layers)
+            if lesioned not in seen:
+                seen.add(lesioned)
+                yield Choice("", lesioned)
+
+
+def _in_depth(chosen: Sequence[str], layers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path for path in layers if path in set(chosen))
 
 
 def check_selection(name: str, options: Mapping[str, Any]) -> None:

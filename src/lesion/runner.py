@@ -5,9 +5,10 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lesion.tracking import JobInfo, Tracker, make_tracker
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
+DEFAULT = ("attention", "cross_attention")  # layers.by and layers.kind
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
 
@@ -46,12 +48,16 @@ class JobContext:
 
 
 @lru_cache(maxsize=8)
-def _anatomy(source_spec: models.ModelSpec, fingerprint: str) -> Anatomy:
-    source = models.resolve(source_spec)
+def _examined(spec: models.ModelSpec, fingerprint: str, by: str, kind: str) -> Anatomy:
+    source = models.resolve(spec)
     try:
-        return examine(source.skeleton(source.denoiser))
+        return examine(source.skeleton(source.denoiser), by, kind)
     except AnatomyError as error:
-        raise RequestError("model.id", str(error)) from None
+        raise RequestError("model.id" if (by, kind) == DEFAULT else "layers", str(error)) from None
+
+
+def _anatomy(request: Request, source: models.Source) -> Anatomy:
+    return _examined(request.model, source.fingerprint, request.by, request.kind)
 
 
 def survey(request: Request) -> tuple[models.Source, Study]:
@@ -60,7 +66,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     Raises RequestError for a model that is not there, unknown layers, or a selection that makes no sense on them.
     """
     source = models.resolve(request.model)
-    anatomy = _anatomy(request.model, source.fingerprint)
+    anatomy = _anatomy(request, source)
     study = Study(
         model=models.identity_of(source, request.device),
         settings=Settings(
@@ -74,12 +80,13 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         ),
         prompts=request.prompts,
         seeds=request.seeds,
-        layers=_included(anatomy.paths, request.include),
+        layers=_chosen(anatomy.paths, request.include, request.exclude),
         selections=request.selections,
         replacements=request.described_replacements(),
         windows=request.windows,
         branches=request.branches,
         strengths=request.strengths,
+        kind=request.kind,
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
     scoring.check(request.scorer)
@@ -93,13 +100,24 @@ def _check_writable(folder: Path) -> None:
         raise RequestError("store.dir", f"{str(folder)!r} cannot be made: {str(there)!r} is no folder one can write to")
 
 
-def _included(paths: Sequence[str], globs: tuple[str, ...] | None) -> tuple[str, ...]:
-    if globs is None:
-        return tuple(paths)
-    for glob in globs:
-        if not fnmatch.filter(paths, glob):
-            raise RequestError("layers.include", f"{glob!r} matches no layer; allowed: {', '.join(paths)}")
-    return tuple(path for path in paths if any(fnmatch.fnmatchcase(path, glob) for glob in globs))
+def _chosen(paths: Sequence[str], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The layers under study: those that an include pattern matches (all without any) and no exclude pattern."""
+    for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(_matches(path, pattern) for path in paths):
+                raise RequestError(key, f"{pattern!r} matches no layer; allowed: {', '.join(paths)}")
+    kept = [path for path in paths if include is None or any(_matches(path, pattern) for pattern in include)]
+    kept = [path for path in kept if not any(_matches(path, pattern) for pattern in exclude or ())]
+    if not kept:
+        raise RequestError("layers.exclude", "leaves no layer to study")
+    return tuple(kept)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """A glob of the whole path, or `re:` and a regular expression that is found in it."""
+    if pattern.startswith("re:"):
+        return re.search(pattern.removeprefix("re:"), path) is not None
+    return fnmatch.fnmatchcase(path, pattern)
 
 
 def run(request: Request, context: JobContext) -> None:
@@ -118,7 +136,7 @@ def run(request: Request, context: JobContext) -> None:
     code = 1
     try:
         failures = _complete(request, source, study, store, results, counts, tracker)
-        paths = _anatomy(request.model, source.fingerprint).paths
+        paths = _anatomy(request, source).paths
         frame = results.frame(paths, failures, context.folder)
         code = _write(frame, context.folder, tracker)
     finally:
@@ -136,7 +154,7 @@ def results(request: Request) -> pd.DataFrame:
     source, study = survey(request)
     found = Results(study, Store(request.store), request.scorer, request.device)
     absent = found.complete({})
-    return found.frame(_anatomy(request.model, source.fingerprint).paths, dict.fromkeys(absent, "not made yet"))
+    return found.frame(_anatomy(request, source).paths, dict.fromkeys(absent, "not made yet"))
 
 
 def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
@@ -192,7 +210,8 @@ def _generate(
     """Make what the store lacks. Returns the reason for each cell that could not be made."""
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
-    if model.anatomy.paths != _anatomy(request.model, source.fingerprint).paths:
+    model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))
+    if model.anatomy.paths != _anatomy(request, source).paths:
         raise RequestError("model.id", "the loaded model has other layers than its config says")
     began, done = time.monotonic(), 0
     with (

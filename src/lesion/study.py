@@ -127,6 +127,7 @@ class Study:
     windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
     branches: tuple[str, ...] = ("both",)
     strengths: tuple[float, ...] = (1.0,)
+    kind: str = "cross_attention"
 
     @cached_property
     def _choices(self) -> dict[str, list[Choice]]:
@@ -137,7 +138,7 @@ class Study:
         for name, picked in self._choices.items():
             for kind in itertools.product(self.replacements, self.windows, self.branches, self.strengths):
                 for choice in picked:
-                    yield Lesion(name, choice.layer, choice.lesioned, *kind)
+                    yield Lesion(name, choice.layer, choice.lesioned, *kind, kind=self.kind)
 
     def cells(self) -> Iterator[Cell]:
         """The order of the results: baselines first, then kind by kind, and within a kind by prompt and seed."""
@@ -213,9 +214,10 @@ def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
 def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
     """The cell's own columns of the results: what was asked, not what came of it.
 
-    layers: every layer of the model in forward order.
+    layers: every layer of the model in forward order. `lesioned` names the lesioned layers where `layer` does not.
     """
     lesion, settings = cell.lesion, cell.settings
+    together = lesion.layers if lesion and (not lesion.layer or {lesion.layer} < set(lesion.layers)) else ()
     layer = lesion.layer if lesion else ""
     window = lesion.window if lesion else (0.0, 1.0)
     return {
@@ -227,6 +229,8 @@ def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
         "selection": lesion.selection if lesion else "none",
         "replacement": lesion.replacement.name if lesion else "",
         "layer": layer,
+        "lesioned": "+".join(together),
+        "kind": lesion.kind if lesion else "",
         "layer_index": layers.index(layer) if layer else -1,
         "window_start": window[0],
         "window_end": window[1],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-LESION = ("replacement", "window_start", "window_end", "branch", "strength")
+LESION = ("kind", "replacement", "window_start", "window_end", "branch", "strength")
 GENERATION = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt")
 BASELINE = "none"
 
@@ -33,6 +33,7 @@ class Setting:
     window_end: float = 1.0
     branch: str = "both"
     strength: float = 1.0
+    kind: str = "cross_attention"
     generation: tuple[tuple[str, Any], ...] = ()
 
     def columns(self) -> dict[str, Any]:
@@ -42,6 +43,8 @@ class Setting:
 
     def _parts(self) -> list[tuple[str, str]]:
         parts = []
+        if self.kind != "cross_attention":
+            parts.append(("of", self.kind))
         if (self.window_start, self.window_end) != (0.0, 1.0):
             parts.append(("window", f"{self.window_start:g}-{self.window_end:g}"))
         if self.branch != "both":
@@ -52,7 +55,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """For people; window, branch and strength only where they are not the default (all steps, both, 1)."""
+        """For people; kind, window, branch and strength only where they are not the default."""
         lesion = f"{self.replacement} replacement" if self.replacement else "baselines only"
         return ", ".join([str(self.model), lesion, *(f"{name} {value[:40]}" for name, value in self._parts())])
 

@@ -23,12 +23,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A pipeline ready to generate, its denoiser, and what can be lesioned in it."""
+    """A pipeline ready to generate, its denoiser, and what can be lesioned in it.
+
+    text_sites: paths of the modules that read the text, whatever the layers under study are.
+    """
 
     pipe: Any
     denoiser: torch.nn.Module
     anatomy: Anatomy
     identity: ModelIdentity
+    text_sites: tuple[str, ...] = ()
     texts: TextMemory = field(default_factory=TextMemory)
     gates: Gates | None = None  # of a compiled denoiser
 
@@ -82,4 +86,5 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     if spec.compile:
         gates = Gates(denoiser, anatomy)
         denoiser.compile_repeated_blocks(backend=BACKEND)
-    return Model(pipe, denoiser, anatomy, identity_of(source, device), gates=gates)
+    text_sites = tuple(site for sites in anatomy.sites.values() for site in sites)
+    return Model(pipe, denoiser, anatomy, identity_of(source, device), text_sites, gates=gates)
