@@ -25,6 +25,8 @@ NEEDS = {
     "single_file": ["model.id=x.safetensors", "model.pipeline=StableDiffusionPipeline", f"model.config={EMBEDDED}"],
     "file": ["prompts.path=@FILE@"],
     "inline": ["prompts.items=[a red circle]"],
+    "donor_prompt": ["replacement.donor_prompt.prompt=a blue square"],
+    "resample": ["replacement.resample.prompt=a blue square"],
 }
 
 

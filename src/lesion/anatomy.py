@@ -61,6 +61,7 @@ class Layer:
 @dataclass(frozen=True)
 class Anatomy:
     layers: tuple[Layer, ...]
+    kind: str = "cross_attention"
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -108,7 +109,8 @@ def examine(denoiser: nn.Module, by: str = "attention", kind: str = "cross_atten
                 tuple(sorted(groups[path], key=lambda site: depth(site.path)) if unet else groups[path]),
             )
             for index, path in enumerate(ordered)
-        )
+        ),
+        kind,
     )
 
 

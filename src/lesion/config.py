@@ -193,6 +193,8 @@ def parse(config: DictConfig) -> Request:
         replacements.describe(name, options)
     prompts_name, prompts = parse_prompts(data["prompts"])
     branches = tuple(_one_of("branch", branch, BRANCHES) for branch in _distinct("branch", data["branch"]))
+    for name in given:
+        replacements.check(name, layers["kind"], branches)
     if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
         raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")
     return Request(

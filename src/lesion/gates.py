@@ -47,8 +47,10 @@ class Gates:
         self, scheduler: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
     ) -> Iterator[None]:
         """As `surgery.lesioned`. Raises RuntimeError for a filler that reads the output: a gate cannot show it."""
-        if any(getattr(filler, "reads_output", False) for filler in fillers.values()):
-            raise RuntimeError("this replacement needs a site's own output: set performance.compile=false")
+        if any(
+            hasattr(filler, name) for filler in fillers.values() for name in ("reads_output", "retell", "companion")
+        ):
+            raise RuntimeError("this replacement does more than put a value in: set performance.compile=false")
         steps = Steps(scheduler)
         fitted = fittings(self.anatomy, lesions, fillers, steps)
 

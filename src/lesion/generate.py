@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lesion.lesions import Lesion
 from lesion.models import Model
 from lesion.reuse import text_projected_once
 from lesion.states import Enough, State, States, calls_of, first_step, going_on, recording
 from lesion.study import Cell, Settings
-from lesion.surgery import Filler, lesioned
+from lesion.surgery import Filler, lesioned, replacement_key
 
 
 def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
@@ -73,13 +74,18 @@ def generate(
     which lesions that begin late go on; None: every image is made from its noise. windows: those of the study, for
     which a baseline leaves its state.
     """
-    prompts, settings = [cell.prompt.text for cell in cells], cells[0].settings
-    noise = generators([cell.seed for cell in cells])
+    prompts, seeds, settings = [cell.prompt.text for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
+    companions = [_companion(lesion, fillers) for lesion in lesions]
+    together = any(companions)
+    if together:  # beside every image one of the donor prompt, un-ablated, with the same noise
+        prompts += [donor or prompt for donor, prompt in zip(companions, prompts, strict=True)]
+        seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
+    noise = generators(seeds)
     scheduler, late = model.pipe.scheduler, any(start > 0 for start, _ in windows)
     found: Mapping[int, list[State]] = {}
     with torch.inference_mode(), ExitStack() as stack:
-        if states and states.usable:
+        if states and states.usable and not together:
             if late and not any(lesions):
                 found = stack.enter_context(recording(scheduler, noise, windows))
             elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
@@ -88,12 +94,19 @@ def generate(
             stack.enter_context(model.gates.lesioned(scheduler, lesions, fillers))
         else:
             stack.enter_context(lesioned(model.denoiser, scheduler, model.anatomy, lesions, fillers))
-        images = call(model, prompts, noise, settings)
+        images = call(model, prompts, noise, settings)[: len(cells)]
     if states:
         for step, batch in found.items():
             for cell, state in zip(cells, batch, strict=True):
                 states.put(cell.key, step, state)
     return images
+
+
+def _companion(lesion: Lesion | None, fillers: Mapping[str, Filler]) -> str | None:
+    """The prompt of the image that this lesion's replacement wants beside its own, if it wants one."""
+    if lesion is None or lesion.strength == 0:
+        return None
+    return getattr(fillers[replacement_key(lesion)], "companion", None)
 
 
 def _start(model: Model, cells: Sequence[Cell]) -> int:

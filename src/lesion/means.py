@@ -46,6 +46,8 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[str], seeds: Sequence[
         "seeds": list(seeds),
         "statistic": "mean over calibration images and feature-map positions, accumulated in float64",
     }
+    if bench.model.anatomy.kind != "cross_attention":
+        provenance["kind"] = bench.model.anatomy.kind
     labels = ("model", "calibration")  # names only: they change no value
     key = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
     path = bench.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

@@ -26,11 +26,21 @@ class Filler(Protocol):
     """A replacement at work: what a site's output becomes.
 
     A filler that reads the values of `output`, not only its shape, dtype and device, has an attribute
-    `reads_output = True`; without it a site that is replaced in every row is not computed.
+    `reads_output = True`; without it a site that is replaced in every row is not computed. A TextFiller changes what a
+    site reads instead. A filler with an attribute `companion: str` gets beside every lesioned image an un-ablated one
+    of that prompt, with the same noise; their rows follow in the same order (see `generate`) and are dropped.
     """
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         """Values broadcastable to `output`, (rows, tokens, channels), for rows of the given CFG branches (0, 1)."""
+        ...
+
+
+class TextFiller(Protocol):
+    """A replacement of the text that a cross-attention site reads."""
+
+    def retell(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Text (rows, tokens, channels) and attention mask (None if the site is given none) in the place of its own."""
         ...
 
 
@@ -123,7 +133,9 @@ def lesioned(
         stack.enter_context(steps.counting(denoiser))
         for path, fitting in fitted.items():
             module = denoiser.get_submodule(path)
-            if _keeps_shape(module):
+            if fitting.retells:
+                stack.enter_context(forward_replaced(module, fitting.retold))
+            elif _keeps_shape(module):
                 stack.enter_context(forward_replaced(module, fitting.spared))
             stack.callback(module.register_forward_hook(fitting.hook).remove)
         yield
@@ -150,9 +162,11 @@ class Fitting:
         self.path, self.plan, self.steps, self.fillers = path, plan, steps, fillers
         self.names = [name for name in dict.fromkeys(plan.replacement) if name]
         self.all_steps = all(window == (0.0, 1.0) for window in plan.window)
+        self.retells = [name for name in self.names if hasattr(fillers[name], "retell")]
         self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
         self._weights: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
         self._shares: dict[tuple[Any, ...], tuple[Tensor, dict[str, Share]]] = {}
+        self._texts: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def _key(self, rows: int) -> tuple[int, int]:
         return rows, 0 if self.all_steps else self.steps.call
@@ -188,11 +202,48 @@ class Fitting:
 
         return maybe
 
+    def retold(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` with another text for the rows that are to read it; a row in part gets a mixture of outputs."""
+
+        def told(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self.weights(len(hidden_states))[1]:
+                return forward(hidden_states, *args, **kwargs)
+            if kwargs.get("encoder_hidden_states") is None:
+                raise RuntimeError(f"{self.path} is given no text by name, so it cannot be given another")
+            shares = self.shares(hidden_states)[1]
+            mixed = [name for name in self.retells if shares[name].mixed]
+            output = forward(hidden_states, *args, **self._retell(kwargs, [n for n in self.retells if n not in mixed]))
+            for name in mixed:
+                output = blend(output, forward(hidden_states, *args, **self._retell(kwargs, [name])), shares[name])
+            return output
+
+        return told
+
+    def _retell(self, kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        """Arguments with the text of these replacements' rows in its place; the same tensor at every step."""
+        text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
+        key = (*self._key(len(text)), *names)
+        if key not in self._texts or self._texts[key][0] is not text:
+            new, new_mask = text, mask
+            for name in names:
+                branches, shares = self.shares(text)
+                filler: Any = self.fillers[name]
+                other, other_mask = filler.retell(self.path, branches, text, mask)
+                rows = shares[name].column > 0
+                new = torch.where(rows, other.to(new.dtype), new)
+                if new_mask is not None and other_mask is not None:
+                    new_mask = torch.where(rows.reshape(-1, *[1] * (new_mask.dim() - 1)), other_mask, new_mask)
+            self._texts[key] = text, new, new_mask
+        _, new, new_mask = self._texts[key]
+        return {**kwargs, "encoder_hidden_states": new, **({"attention_mask": new_mask} if mask is not None else {})}
+
     def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if not self.weights(len(output))[1]:
             return None
         branches, shares = self.shares(output)
         for name, share in shares.items():
+            if name in self.retells:
+                continue
             values = self.fillers[name].fill(self.path, self.steps.call, branches, output)
             output = blend(output, values, share)
         return output

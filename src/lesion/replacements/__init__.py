@@ -4,13 +4,15 @@ A module has two functions (and imports torch only inside the second, since the 
 
     identity(options) -> dict       what of the options can change pixels, as JSON data; raises RequestError
     build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
+
+and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +50,17 @@ def _module(name: str) -> ModuleType:
 def describe(name: str, options: Mapping[str, Any]) -> Replacement:
     """The replacement as plain data for the study."""
     return Replacement(name, _module(name).identity(options))
+
+
+def check(name: str, kind: str, branches: Sequence[str]) -> None:
+    """Raises RequestError if the replacement makes no sense for this kind of site or one of these branches."""
+    module = _module(name)
+    suited = getattr(module, "KINDS", (kind,))
+    if kind not in suited:
+        raise RequestError("replacement", f"{name} suits layers.kind={', '.join(suited)} only; got {kind}")
+    suited = getattr(module, "BRANCHES", tuple(branches))
+    if unsuited := [branch for branch in branches if branch not in suited]:
+        raise RequestError("replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(suited)}")
 
 
 def build(name: str, options: Mapping[str, Any], bench: Bench) -> Filler:
