@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 LESION = ("kind", "replacement", "window_start", "window_end", "branch", "strength")
-GENERATION = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt")
+GENERATION = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt", "noising")
 BASELINE = "none"
 
 

@@ -1,0 +1,193 @@
+"""Intervals for the mean of nested data: seeds within prompts, prompts drawn from a population.
+
+Both levels are resampled: prompts with replacement, then seeds with replacement within each drawn prompt. The default,
+`bootstrap-t`, studentises every replicate with the standard error of its own prompt means (Cameron, Gelbach & Miller,
+"Bootstrap-based improvements for inference with clustered errors", Rev. Econ. Stat. 90, 2008; Efron & Tibshirani, "An
+Introduction to the Bootstrap", 1993, ch. 12). It was chosen by simulation: 4000 data sets each, ICC = share of the
+variance that lies between prompts, nominal 95 %:
+
+    prompts x seeds, distribution     t     percentile   BCa    BCa, corrected   bootstrap-t
+    10 x 2, normal, ICC 0.7         94.4          91.7   91.4             93.9          94.8
+    10 x 2, normal, ICC 0.1         95.3          96.5   96.3             94.8          95.0
+    12 x 3, normal, ICC 0.7         95.4          93.0   92.7             94.4          94.7
+    20 x 4, normal, ICC 0.7         95.3          93.9   93.7             94.6          95.0
+    10 x 2, gamma, skewness 1.4     91.0          89.5   90.2             92.6          94.2
+    20 x 4, gamma, skewness 2       91.5          90.9   92.5             93.4          94.8
+
+Percentile and BCa intervals are too short for few prompts and, since the resampling of seeds adds variance that the
+prompt means already hold, too long where seeds dominate (Davison & Hinkley, "Bootstrap Methods and their Application",
+1997, sec. 3.8). `bca` here corrects both: replicates are rescaled to the unbiased variance of the mean, and the levels
+are those of Student's t (Hesterberg, "What teachers should know about the bootstrap", Am. Stat. 69, 2015, sec. 5.3).
+
+What cannot be said is NaN, with the reason in `Interval.method`: one prompt, or data without any spread. One seed a
+prompt gives an interval over prompts, as their means hold the variance of seeds too, but no `sd_seeds`. Seeds count as
+nested: a seed's number says nothing across prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.special import ndtr, ndtri
+
+Floats = NDArray[np.float64]
+
+METHODS = ("bootstrap-t", "bca", "t")
+REPLICATES = 1999  # (replicates + 1) * 0.025 is whole: the limits are order statistics
+FEWEST = 5  # prompts; of fewer, resampling has too few different outcomes, and Student's t is used
+FLAT = 1e-9  # spread, as a share of the largest value, that is rounding
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of a mean over prompts of means over seeds.
+
+    low, high: limits, NaN if there are none. method: the one used (`bootstrap-t`, `bca`, `t`), or `n/a (reason)`.
+    sd_prompts: sample standard deviation of the prompt means, NaN for one prompt. sd_seeds: within prompts, pooled over
+    them, NaN if none has two seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    method: str
+    sd_prompts: float
+    sd_seeds: float
+    n_prompts: int
+    n_images: int
+
+    def columns(self, name: str = "mean") -> dict[str, Any]:
+        """As table columns; `name` is that of the mean."""
+        values = asdict(self)
+        return {name: values.pop("mean"), **values}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Resampled prompts (B, P), and per drawn prompt its resampled seeds (B, P, S) and which of them count."""
+
+    prompts: NDArray[np.intp]
+    seeds: NDArray[np.intp]
+    used: NDArray[np.bool_]
+
+
+@lru_cache(maxsize=4)
+def draws(counts: tuple[int, ...], replicates: int = REPLICATES, seed: int = 0) -> Draws:
+    """counts: of seeds, one a prompt, all positive."""
+    rng = np.random.default_rng(seed)
+    of = np.asarray(counts)
+    prompts = rng.integers(len(of), size=(replicates, len(of)))
+    drawn = of[prompts][..., None]  # (B, P, 1)
+    seeds = (rng.random((*prompts.shape, max(counts))) * drawn).astype(np.intp)
+    return Draws(prompts, seeds, np.arange(max(counts)) < drawn)
+
+
+def prompt_means(cells: Floats, drawn: Draws) -> Floats:
+    """Means over resampled seeds. (B, P)
+
+    cells: (P, S), the seeds of a prompt first, then NaN; as many as `counts` of the draws.
+    """
+    values = np.where(drawn.used, cells[drawn.prompts[..., None], drawn.seeds], 0.0)
+    means: Floats = values.sum(axis=2) / drawn.used.sum(axis=2)
+    return means
+
+
+def tidy(values: ArrayLike) -> Floats:
+    """Cells (P, S) with every prompt's valid values first, then NaN; prompts without any are dropped.
+
+    ValueError unless values have two dimensions.
+    """
+    cells = np.array(values, dtype=np.float64)
+    if cells.ndim != 2:
+        raise ValueError(f"cells are prompts x seeds, these have {cells.ndim} dimensions")
+    cells = np.sort(np.where(np.isfinite(cells), cells, np.nan), axis=1)
+    return cells[np.isfinite(cells).any(axis=1)]
+
+
+def seed_counts(cells: Floats) -> tuple[int, ...]:
+    """Valid values of each prompt."""
+    return tuple(np.isfinite(cells).sum(axis=1).tolist())
+
+
+def interval(
+    values: ArrayLike,
+    method: str = "bootstrap-t",
+    confidence: float = 0.95,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Interval:
+    """Of the mean over prompts of the means over seeds; the same arguments give the same limits.
+
+    values: (P, S), prompts x seeds, NaN where an image is missing; prompts may have different numbers of seeds.
+    method: `t` (P - 1 degrees of freedom on the prompt means) also stands in where the one asked for is not defined.
+    ValueError for an unknown method, a confidence outside (0, 1) or values that are not prompts x seeds.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown interval {method!r}; allowed: {', '.join(METHODS)}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
+    cells = tidy(values)
+    if not cells.size:
+        return Interval(np.nan, np.nan, np.nan, "n/a (no data)", np.nan, np.nan, 0, 0)
+    means = np.nanmean(cells, axis=1)
+    count, mean = len(means), float(means.mean())
+    spread = float(means.std(ddof=1)) if count > 1 else np.nan
+    why = "n/a (one prompt)" if count == 1 else "n/a (constant)" if spread <= FLAT * np.nanmax(np.abs(cells)) else ""
+    limits = None
+    if not why:
+        error, tail = spread / np.sqrt(count), (1 - confidence) / 2
+        if method != "t" and count >= FEWEST:
+            star = prompt_means(cells, draws(seed_counts(cells), replicates, seed))
+            limits = (_student if method == "bootstrap-t" else _bca)(star, means, error, tail)
+        if limits is None:
+            method, reach = "t", float(stats.t.ppf(1 - tail, count - 1)) * error
+            limits = (mean - reach, mean + reach)
+    low, high = limits or (np.nan, np.nan)
+    return Interval(mean, low, high, why or method, spread, _sd_seeds(cells), count, int(np.isfinite(cells).sum()))
+
+
+def _sd_seeds(cells: Floats) -> float:
+    freedom = int(np.isfinite(cells).sum()) - len(cells)
+    off = cells - np.nanmean(cells, axis=1, keepdims=True)
+    return float(np.sqrt(np.nansum(off**2) / freedom)) if freedom else np.nan
+
+
+def _student(star: Floats, means: Floats, error: float, tail: float) -> tuple[float, float] | None:
+    """None where too many replicates draw nothing but equal prompts: they have no standard error."""
+    replicates, count = star.shape
+    shift = star.mean(axis=1) - means.mean()
+    errors = star.std(axis=1, ddof=1) / np.sqrt(count)
+    flat = errors <= FLAT * error
+    shift[flat] = np.where(np.abs(shift[flat]) <= FLAT * error, 0.0, np.copysign(np.inf, shift[flat]))
+    errors[flat] = 1.0
+    ordered = np.sort(shift / errors)
+    rank = max(int((replicates + 1) * tail + 1e-9), 1)
+    least, most = float(ordered[rank - 1]), float(ordered[-rank])
+    if not np.isfinite([least, most]).all():
+        return None
+    mean = float(means.mean())
+    return mean - most * error, mean - least * error
+
+
+def _bca(star: Floats, means: Floats, error: float, tail: float) -> tuple[float, float] | None:
+    """Bias-corrected and accelerated, with the corrections named above; None where it is not defined."""
+    mean, replicated = float(means.mean()), star.mean(axis=1)
+    # All replicates have one scale, so that their spread can be set to the unbiased one.
+    replicated = mean + (replicated - mean) * error / replicated.std()
+    below = ((replicated < mean).mean() + (replicated <= mean).mean()) / 2
+    off = means - mean
+    acceleration = (off**3).sum() / (6 * (off**2).sum() ** 1.5)
+    bias, reach = ndtri(below), float(stats.t.ppf(1 - tail, len(means) - 1))
+    divisors = [1 - acceleration * (bias + z) for z in (-reach, reach)]
+    if not np.isfinite(bias) or min(divisors) <= 0:
+        return None
+    levels = [ndtr(bias + (bias + z) / divisor) for z, divisor in zip((-reach, reach), divisors, strict=True)]
+    if min(levels) * len(replicated) < 1 or (1 - max(levels)) * len(replicated) < 1:
+        return None  # beyond the outermost replicate
+    low, high = np.quantile(replicated, levels)
+    return float(low), float(high)

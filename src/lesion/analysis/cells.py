@@ -1,0 +1,138 @@
+"""From a results frame to numbers that can be compared: effects of lesions by setting, prompt and seed.
+
+effect = 1 - similarity(baseline, lesioned image), whatever the selection; 0 for identical images.
+Rows that are not ok, or have no score, are left out of every mean and counted: `counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lesion.analysis.bootstrap import Floats, Interval, interval
+from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, similarity
+from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
+
+MEASURES = {LEAVE_ONE_OUT: "importance", ONLY_ONE: "sufficiency"}
+
+
+def lesioned_rows(frame: pd.DataFrame, metric: str = "clip_similarity") -> tuple[pd.DataFrame, list[str]]:
+    """Every row with a lesion, setting after setting, and the names of the columns that tell settings apart.
+
+    Adds the columns of its setting where the frame lacks them, and `effect` (float, NaN unless ok and scored).
+    ValueError for a metric that is no similarity (see `importance.similarity`).
+    """
+    frame = frame.assign(effect=1.0 - similarity(frame, metric))
+    parts, keys = [], ["model", *LESION]
+    for setting in settings(frame):
+        part = rows(frame, setting)
+        columns = setting.columns()
+        parts.append(part[part["selection"] != BASELINE].assign(**columns))
+        keys += [name for name in columns if name not in keys]
+    return (pd.concat(parts) if parts else frame.assign(**{k: frame.get(k) for k in keys})), keys
+
+
+def groups(part: pd.DataFrame, keys: Sequence[str]) -> Iterable[tuple[dict[str, Any], pd.DataFrame]]:
+    """Rows with equal keys, in order of appearance, and these keys."""
+    if part.empty:
+        return
+    for values, group in part.groupby(list(keys), sort=False, dropna=False):
+        yield dict(zip(keys, values, strict=True)), group
+
+
+def counts(part: pd.DataFrame) -> dict[str, int]:
+    """Rows left out: n_invalid, n_failed, n_unscored (ok, but without this metric)."""
+    return {
+        "n_invalid": int((part["status"] == "invalid").sum()),
+        "n_failed": int((part["status"] == "failed").sum()),
+        "n_unscored": int(((part["status"] == "ok") & part["effect"].isna()).sum()),
+    }
+
+
+def nested(part: pd.DataFrame, column: str = "effect") -> Floats:
+    """Prompts x seeds, a prompt's valid values first, then NaN. (P, S)"""
+    valid = part[["prompt_id", column]].dropna()
+    prompt, ids = pd.factorize(valid["prompt_id"])
+    place = valid.groupby("prompt_id", sort=False).cumcount().to_numpy()
+    cells = np.full((len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
+    cells[prompt, place] = valid[column].to_numpy(dtype=np.float64)
+    return cells
+
+
+def over_prompts(part: pd.DataFrame, column: str = "effect", **options: Any) -> Interval:
+    """The interval (options: those of `bootstrap.interval`) of a column in which 0 means that nothing changed.
+
+    Values that are all within 1e-4 of 0 are rounding: they get no interval, `n/a (no effect)`.
+    """
+    cells = nested(part, column)
+    found = interval(cells, **options)
+    if found.n_prompts > 1 and bool((np.abs(cells[np.isfinite(cells)]) <= NO_EFFECT).all()):
+        return without_limits(found, "no effect")
+    return found
+
+
+def over_seeds(part: pd.DataFrame, column: str = "effect", confidence: float = 0.95) -> Interval:
+    """Student's t over the seeds of one prompt: it speaks of that prompt only. `n/a (one seed)` for one."""
+    values = part[column].dropna().to_numpy(dtype=np.float64)
+    found = interval(values[:, None], "t", confidence)
+    reason = found.method.replace("one prompt", "one seed")
+    if found.n_images > 1 and bool((np.abs(values) <= NO_EFFECT).all()):
+        reason = "n/a (no effect)"
+    low, high = (found.low, found.high) if reason == "t" else (np.nan, np.nan)
+    n_prompts = min(found.n_images, 1)
+    return Interval(found.mean, low, high, reason, np.nan, found.sd_prompts, n_prompts, found.n_images)
+
+
+def without_limits(found: Interval, reason: str) -> Interval:
+    """The same without low and high."""
+    spread = (found.sd_prompts, found.sd_seeds, found.n_prompts, found.n_images)
+    return Interval(found.mean, np.nan, np.nan, f"n/a ({reason})", *spread)
+
+
+def flipped(found: Interval) -> Interval:
+    """Of 1 - x: from effects back to similarities."""
+    spread = (found.sd_prompts, found.sd_seeds, found.n_prompts, found.n_images)
+    return Interval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low, found.method, *spread)
+
+
+def matched(part: pd.DataFrame, columns: str = "layer", value: str = "effect") -> pd.DataFrame:
+    """Images (prompt_id, seed) that have a valid value for each of `columns`; columns without any are left out.
+
+    Index: prompt_id, seed. Columns: layers in depth order, else sorted.
+    """
+    wide = part.pivot_table(index=["prompt_id", "seed"], columns=columns, values=value, aggfunc="mean", sort=False)
+    if columns == "layer":
+        wide = wide.reindex(columns=[layer for layer in layers_in_order(part) if layer in wide])
+    else:
+        wide = wide.sort_index(axis=1)
+    return wide.dropna()
+
+
+def cube(wide: pd.DataFrame) -> Floats:
+    """`matched` as columns x prompts x seeds, a prompt's seeds first, then NaN. (L, P, S)"""
+    prompts = wide.index.get_level_values("prompt_id")
+    number, ids = pd.factorize(prompts)
+    place = pd.Series(0, index=range(len(wide))).groupby(number).cumcount().to_numpy()
+    cells = np.full((wide.shape[1], len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
+    cells[:, number, place] = wide.to_numpy(dtype=np.float64).T
+    return cells
+
+
+def prompt_averages(cells: Floats) -> Floats:
+    """Means over seeds of `cube`. (L, P)"""
+    found: Floats = np.nanmean(cells, axis=2) if cells.size else np.empty(cells.shape[:2])
+    return found
+
+
+def images(part: pd.DataFrame) -> int:
+    """Different pairs of prompt and seed."""
+    return len(part[["prompt_id", "seed"]].drop_duplicates())
+
+
+def names_of(lesioned: Any) -> tuple[str, ...]:
+    """Module paths in a `lesioned` cell: joined by '+' ("" for none), or a sequence of them."""
+    found = lesioned.split("+") if isinstance(lesioned, str) else lesioned
+    return tuple(in_order(str(name) for name in found if name))

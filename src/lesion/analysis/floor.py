@@ -1,0 +1,153 @@
+"""Noise floor: how similar images are that share nothing but the prompt, or nothing at all.
+
+Raw similarities have little headroom (two images of noise can score 0.99 by CLIP), so importance is also given as a
+share of what another seed, or another prompt, changes: normalised importance = (1 - s) / (1 - floor). 1 means that the
+lesion changes the image as much as a new seed (or prompt) does.
+
+Input, from whoever holds the images: a frame of similarities between baselines, one row an unordered pair, with columns
+prompt_id_a, seed_a, prompt_id_b, seed_b, similarity (1 for identical images; NaN where there is none) and, if several
+models or ways of generating are in the results, the columns that tell them apart (model, steps...).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from lesion.analysis.bootstrap import Interval, interval
+from lesion.analysis.cells import counts, groups, lesioned_rows, nested, over_prompts, without_limits
+from lesion.analysis.importance import LEAVE_ONE_OUT
+from lesion.analysis.settings import layers_in_order
+
+PAIR = ("prompt_id_a", "seed_a", "prompt_id_b", "seed_b", "similarity")
+FLOORS = ("other_seeds", "other_prompts")
+
+
+def _both_ways(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Each valid pair once from either side; an image with itself is no pair."""
+    if missing := [name for name in PAIR if name not in pairs]:
+        raise ValueError(f"pairs of baselines lack the columns {', '.join(missing)}")
+    valid = pairs[list(PAIR)].dropna(subset=["similarity"])
+    valid = valid[(valid["prompt_id_a"] != valid["prompt_id_b"]) | (valid["seed_a"] != valid["seed_b"])]
+    turned = valid.rename(columns=_turned)
+    both = pd.concat([valid, turned[list(PAIR)]])
+    return both.drop_duplicates(list(PAIR[:4]))
+
+
+def _turned(name: str) -> str:
+    return {"_a": name[:-1] + "b", "_b": name[:-1] + "a"}.get(name[-2:], name)
+
+
+def floor_by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
+    """One row a prompt (index prompt_id): other_seeds, other_prompts (mean similarities, NaN without such pairs).
+
+    other_seeds: over pairs of two seeds of this prompt. other_prompts: over pairs with one other prompt, then over the
+    other prompts. ValueError when a column is missing.
+    """
+    both = _both_ways(pairs)
+    same = both["prompt_id_a"] == both["prompt_id_b"]
+    seeds = both[same].groupby("prompt_id_a", sort=False)["similarity"].mean()
+    others = both[~same].groupby(["prompt_id_a", "prompt_id_b"], sort=False)["similarity"].mean()
+    table = pd.DataFrame(index=pd.Index(list(dict.fromkeys(both["prompt_id_a"])), name="prompt_id"), dtype="float64")
+    table["other_seeds"] = seeds
+    table["other_prompts"] = others.groupby(level=0, sort=False).mean()
+    return table.astype("float64")
+
+
+def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Two rows, floor = other_seeds, other_prompts: mean over prompts, low, high, method, n_prompts, n_pairs.
+
+    Limits: other_seeds `bootstrap.interval` over prompts. A pair of two prompts belongs to both, so other_prompts takes
+    the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat. 40, 1969); it needs 4 prompts.
+    """
+    both, by_prompt = _both_ways(pairs), floor_by_prompt(pairs)
+    same = both["prompt_id_a"] == both["prompt_id_b"]
+    seeds = interval(by_prompt[["other_seeds"]].to_numpy(), confidence=confidence)
+    found = {"other_seeds": (seeds, same), "other_prompts": (_jackknife(both[~same], confidence), ~same)}
+    records = []
+    for name, (one, kept) in found.items():
+        figures = {key: getattr(one, key) for key in ("mean", "low", "high", "method", "n_prompts")}
+        records.append({"floor": name, **figures, "n_pairs": int(kept.sum()) // 2})
+    return pd.DataFrame(records)
+
+
+def _jackknife(both: pd.DataFrame, confidence: float) -> Interval:
+    pairs = both.groupby(["prompt_id_a", "prompt_id_b"], sort=False)["similarity"].mean().unstack()
+    prompts = list(pairs.index)
+    square = pairs.reindex(index=prompts, columns=prompts).to_numpy(dtype=np.float64)
+    n = len(prompts)
+
+    def mean(keep: list[int]) -> float:
+        part = square[np.ix_(keep, keep)]
+        held = np.isfinite(part).any(axis=1)
+        return float(np.nanmean(part[held], axis=1).mean()) if held.any() else np.nan
+
+    whole = mean(list(range(n)))
+    spread = float(np.nanstd(np.nanmean(square, axis=1), ddof=1)) if n > 1 else np.nan
+    bare = Interval(whole, np.nan, np.nan, "", spread, np.nan, n, len(both))
+    if n < 4:
+        return without_limits(bare, "fewer than 4 prompts" if n else "no data")
+    without = np.array([mean([other for other in range(n) if other != one]) for one in range(n)])
+    error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    if not error > 1e-12:
+        return without_limits(bare, "constant")
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return Interval(whole, whole - reach, whole + reach, "jackknife", spread, np.nan, n, len(both))
+
+
+def of_setting(pairs: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
+    """The pairs of this setting's model and way of generating, as far as the pairs name them."""
+    for name, value in setting.items():
+        if name in pairs:
+            pairs = pairs[pairs[name].isna() if pd.isna(value) else pairs[name] == value]
+    return pairs
+
+
+def normalised_importance(
+    frame: pd.DataFrame, pairs: pd.DataFrame, metric: str = "clip_similarity", **options: Any
+) -> pd.DataFrame:
+    """One row a setting and layer: raw importance beside both normalised ones, each with its interval.
+
+    Columns: the setting's; layer; importance, low, high, method; for each floor (other_seeds, other_prompts) NAME (mean
+    similarity of its prompts), normalised_NAME, normalised_NAME_low, _high, _method; n_prompts, n_images, and the rows
+    left out. The normalised value is a ratio of means over the prompts that have both, never a mean of ratios, which
+    one prompt with a floor near 1 would rule. Its interval is that of the linearised ratio (Cochran, "Sampling
+    Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image. `pairs` must be scored by
+    the same metric. NaN where no prompt has a floor, or the mean floor is 1. options: those of `bootstrap.interval`.
+    """
+    part, keys = lesioned_rows(frame, metric)
+    part = part[part["selection"] == LEAVE_ONE_OUT]
+    records = []
+    for setting, whole in groups(part, keys):
+        floors = floor_by_prompt(of_setting(pairs, setting))
+        for layer in layers_in_order(whole):
+            group = whole[whole["layer"] == layer]
+            raw = over_prompts(group, **options)
+            record = {**setting, "layer": layer, "importance": raw.mean}
+            record |= {"low": raw.low, "high": raw.high, "method": raw.method}
+            for name in FLOORS:
+                record |= _normalised(group, floors[name], name, **options)
+            records.append({**record, "n_prompts": raw.n_prompts, "n_images": raw.n_images, **counts(group)})
+    ratios = [f"{prefix}{name}{suffix}" for name in FLOORS for prefix, suffix in _RATIO]
+    names = ["layer", "importance", "low", "high", "method", *ratios, "n_prompts", "n_images"]
+    return pd.DataFrame(records, columns=[*keys, *names, "n_invalid", "n_failed", "n_unscored"])
+
+
+_RATIO = (("", ""), *(("normalised_", suffix) for suffix in ("", "_low", "_high", "_method")))
+
+
+def _normalised(group: pd.DataFrame, floor: pd.Series, name: str, **options: Any) -> dict[str, Any]:
+    group = group.assign(headroom=1.0 - group["prompt_id"].map(floor).astype("float64"))
+    group = group.dropna(subset=["effect", "headroom"])
+    by_prompt = group.groupby("prompt_id")[["effect", "headroom"]].mean().mean()
+    headroom = float(by_prompt["headroom"])
+    ratio = float(by_prompt["effect"]) / headroom if headroom > 1e-9 else np.nan
+    linear = group.assign(linear=ratio + (group["effect"] - ratio * group["headroom"]) / headroom)
+    found = interval(nested(linear, "linear"), **options)
+    if over_prompts(group, **options).method == "n/a (no effect)":
+        found = without_limits(found, "no effect")
+    limits = {"": ratio, "_low": found.low, "_high": found.high, "_method": found.method}
+    return {name: 1.0 - headroom, **{f"normalised_{name}{suffix}": value for suffix, value in limits.items()}}

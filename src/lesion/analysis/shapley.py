@@ -1,0 +1,81 @@
+"""Shapley values of layers: their share of the effect of losing all layers, whatever else is lost.
+
+Estimated from sampled orders (Castro, Gómez & Tejada, "Polynomial calculation of the Shapley value based on sampling",
+Comput. Oper. Res. 36, 2009): along an order of the layers, each is worth what the effect grows by when it is lesioned
+on top of those before it. The mean over random orders is unbiased, and the values of every order add up to the effect
+of lesioning all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lesion.analysis.cells import groups, lesioned_rows, names_of, over_prompts
+
+COALITIONS = "coalitions"
+
+
+def contributions(part: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """What each layer adds in each order, and how many chains (prompt, seed, permutation) lack an image.
+
+    part: rows with prompt_id, seed, permutation (number of the order), lesioned (layers joined by '+', or a sequence;
+    only the set counts) and effect. A chain holds sets of 1, 2, ... n layers, each with one layer more than the last;
+    the empty set, of effect 0, may be missing. Result: prompt_id, seed, permutation, layer, worth.
+    A chain with a set that is not valid is left out whole. ValueError when sets do not make a chain.
+    """
+    sets = part["lesioned"].map(names_of).map(frozenset)
+    part = part.assign(_set=sets, _size=sets.map(len))
+    layers = frozenset().union(*sets)
+    parts, left_out = [], 0
+    for names, chain in groups(part, ["prompt_id", "seed", "permutation"]):
+        chain = chain[chain["_size"] > 0].sort_values("_size", kind="stable")
+        if chain["effect"].isna().any():
+            left_out += 1
+            continue
+        before = [frozenset(), *chain["_set"].iloc[:-1]]
+        added = [now - last for last, now in zip(before, chain["_set"], strict=True)]
+        if list(chain["_size"]) != list(range(1, len(layers) + 1)) or any(len(one) != 1 for one in added):
+            raise ValueError(f"permutation {names['permutation']!r} of prompt {names['prompt_id']!r} is not a chain")
+        worth = np.diff(chain["effect"].to_numpy(dtype=np.float64), prepend=0.0)
+        parts.append(pd.DataFrame({**names, "layer": [next(iter(one)) for one in added], "worth": worth}))
+    columns = ["prompt_id", "seed", "permutation", "layer", "worth"]
+    return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)), left_out
+
+
+def shapley_values(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+    """One row a setting and layer, most valuable first.
+
+    Needs rows of selection `coalitions` with the columns of `contributions`; effect = 1 - similarity. Columns: the
+    setting's; layer; shapley (mean over orders of each prompt and seed, then seeds, then prompts); se: standard error
+    of the sampling of orders, from the spread over orders of their means over prompts, NaN for one order (it holds if
+    orders are drawn independently; where prompts have orders of their own, give these different numbers of
+    `permutation`, and se is that of all of them); low, high, method, sd_prompts, sd_seeds, n_prompts, n_images: over
+    prompts (`bootstrap.interval`), the orders given; n_orders; n_left_out (chains with an image that is not valid).
+    ValueError when a column is missing or sets do not make chains.
+    """
+    part, keys = lesioned_rows(frame, metric)
+    part = part[part["selection"] == COALITIONS]
+    if missing := [name for name in ("permutation", "lesioned") if len(part) and name not in part]:
+        raise ValueError(f"rows of selection {COALITIONS} lack the columns {', '.join(missing)}")
+    figures = ["low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images", "n_orders", "n_left_out"]
+    tables = []
+    for setting, whole in groups(part, keys):
+        found, left_out = contributions(whole)
+        records = []
+        for names, group in groups(found, ["layer"]):
+            by_image = group.groupby(["prompt_id", "seed"], sort=False)["worth"].mean().reset_index()
+            one = over_prompts(by_image, "worth", **options).columns("shapley")
+            by_order = group.groupby(["permutation", "prompt_id"])["worth"].mean().groupby("permutation").mean()
+            error = float(by_order.std(ddof=1) / np.sqrt(len(by_order))) if len(by_order) > 1 else np.nan
+            record = {**setting, **names, **one, "se": error}
+            records.append({**record, "n_orders": len(by_order), "n_left_out": left_out})
+        table = pd.DataFrame(records, columns=[*keys, "layer", "shapley", "se", *figures])
+        tables.append(table.sort_values("shapley", ascending=False, kind="stable"))
+    return pd.concat(tables, ignore_index=True) if tables else _empty(keys, figures)
+
+
+def _empty(keys: list[str], figures: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(columns=[*keys, "layer", "shapley", "se", *figures])
