@@ -20,6 +20,7 @@ from lesion.study import Cell
 from lesion.surgery import replacement_key
 
 PROMPTS, SEEDS = ["a red circle", "two stars", "x"], [4, 9]
+ASKED = [Prompt(text) for text in PROMPTS]
 OPTIONS = {"calibration": {"prompts": {"name": "own", "items": PROMPTS}, "seeds": SEEDS}}
 
 
@@ -42,7 +43,7 @@ def outputs_by_hand(folder, site, guidance):
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_means_are_the_mean(tiny_folder, tiny_model, tmp_path, guidance):
     bench = Bench(tiny_model, settings(guidance=guidance), tmp_path, batch_size=4)  # 6 images: a full and a part batch
-    found = means.calibrated(bench, "own", PROMPTS, SEEDS)
+    found = means.calibrated(bench, "own", ASKED, SEEDS)
     assert set(found) == {site for sites in tiny_model.anatomy.sites.values() for site in sites}
     for layer in (0, 3, 5):
         site = tiny_model.anatomy.layers[layer].sites[0].path
@@ -59,7 +60,7 @@ def test_means_are_the_mean(tiny_folder, tiny_model, tmp_path, guidance):
 
 def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_path, monkeypatch):
     bench = Bench(tiny_model, settings(), tmp_path, batch_size=4)
-    first = means.calibrated(bench, "own", PROMPTS, SEEDS)
+    first = means.calibrated(bench, "own", ASKED, SEEDS)
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, "pt") as file:
         provenance = json.loads(file.metadata()["provenance"])
@@ -70,13 +71,13 @@ def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_pat
     assert provenance["settings"]["steps"] == 4
     with monkeypatch.context() as patch:
         patch.setattr(means, "measure", lambda *args: pytest.fail("measured again"))
-        again = means.calibrated(bench, "another name", PROMPTS, SEEDS)
+        again = means.calibrated(bench, "another name", ASKED, SEEDS)
     assert all(torch.equal(again[site], first[site]) for site in first)
     path.write_bytes(path.read_bytes()[:100])  # a torn file is noticed and made again
-    again = means.calibrated(bench, "own", PROMPTS, SEEDS)
+    again = means.calibrated(bench, "own", ASKED, SEEDS)
     assert all(torch.equal(again[site], first[site]) for site in first)
-    means.calibrated(Bench(tiny_model, settings(steps=3), tmp_path, 4), "own", PROMPTS, SEEDS)
-    means.calibrated(bench, "own", PROMPTS[:2], SEEDS)
+    means.calibrated(Bench(tiny_model, settings(steps=3), tmp_path, 4), "own", ASKED, SEEDS)
+    means.calibrated(bench, "own", ASKED[:2], SEEDS)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 

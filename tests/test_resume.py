@@ -182,7 +182,7 @@ def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
         making,
         "generate",
         lambda model, cells, *rest: (
-            (tried if cells[0].prompt.text == "a picture" else sizes).append(len(cells))
+            (tried if len(rest) == 1 else sizes).append(len(cells))
             or generate(model, cells, *rest)
         ),
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import settings
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.models.source import SCHEDULERS
@@ -141,7 +142,7 @@ def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, tmp_path
         assert np.array_equal(generate(tiny_model, baselines, {}, states, [LATE]), untouched)
         assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
     conv_in = tiny_model.denoiser.conv_in
-    total = calls_of(tiny_model.pipe.scheduler, 6)
+    total = calls_of(tiny_model.pipe.scheduler, settings(steps=6))
     start = first_step(LATE, total)
     calls, images = counted(tiny_model, conv_in, late, states=states, windows=[LATE])
     assert states.usable

@@ -112,12 +112,12 @@ def test_windows_branches_and_strength(tiny_model):
         maps = fillers(tiny_model, lesion)
         with (
             torch.inference_mode(),
-            lesioned(tiny_model.denoiser, tiny_model.pipe.scheduler, tiny_model.anatomy, [lesion], maps),
+            lesioned(tiny_model.denoiser, tiny_model.pipe, tiny_model.anatomy, [lesion], maps),
         ):
             handle = tiny_model.denoiser.get_submodule(site).register_forward_hook(
                 lambda module, args, output: seen.append((output == 0).all(dim=(1, 2)).tolist())
             )
-            call(tiny_model, [subject[0]], generators([subject[1]]), settings())
+            call(tiny_model, [Prompt(subject[0])], generators([subject[1]]), settings())
         handle.remove()
         return seen
 

@@ -19,11 +19,11 @@ from lesion.anatomy import GRANULARITIES, KINDS
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.models import DTYPES, ModelSpec
-from lesion.prompts import Prompt, parse_prompts, parse_seeds
+from lesion.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 from lesion.scoring import ScorerSpec
 
 DTYPE_NAMES = ("auto", *DTYPES)
-TASKS = ("txt2img",)
+TASKS = ("txt2img", "img2img")
 
 
 @dataclass
@@ -66,6 +66,8 @@ class GenerationConf:
     height: int = MISSING
     width: int = MISSING
     negative_prompt: str | None = None
+    init: str | None = None
+    strength: float = MISSING
     batch_size: Any = MISSING
 
 
@@ -151,6 +153,7 @@ class Request:
     height: int
     width: int
     negative_prompt: str | None
+    noising: float | None
     batch_size: int | None
     scorer: ScorerSpec
     tracker: dict[str, Any]
@@ -189,9 +192,18 @@ def parse(config: DictConfig) -> Request:
     given = {name: dict(options or {}) for name, options in data["replacement"].items()}
     if not given:
         raise RequestError("replacement", f"is empty; allowed: one or more of {', '.join(replacements.known())}")
+    prompts_name, prompts = parse_prompts(data["prompts"])
+    noising = None
+    if generation["task"] == "img2img":
+        prompts = with_inits(prompts, generation["init"], "generation.init")
+        noising = _noising(generation["strength"], generation["steps"])
+        for options in given.values():
+            if "calibration" in options:
+                options["init"] = generation["init"]
+    elif generation["init"] is not None:
+        raise RequestError("generation.init", "is for generation.task=img2img only; allowed here: null")
     for name, options in given.items():
         replacements.describe(name, options)
-    prompts_name, prompts = parse_prompts(data["prompts"])
     branches = tuple(_one_of("branch", branch, BRANCHES) for branch in _distinct("branch", data["branch"]))
     for name in given:
         replacements.check(name, layers["kind"], branches)
@@ -208,7 +220,7 @@ def parse(config: DictConfig) -> Request:
         exclude=_patterns("layers.exclude", layers["exclude"]),
         selections=selections,
         replacements=given,
-        windows=_windows(data["window"], generation["steps"]),
+        windows=_windows(data["window"], int(generation["steps"] * (noising or 1))),
         branches=branches,
         strengths=tuple(_share("strength", value) for value in _distinct("strength", data["strength"])),
         task=generation["task"],
@@ -217,6 +229,7 @@ def parse(config: DictConfig) -> Request:
         height=generation["height"],
         width=generation["width"],
         negative_prompt=generation["negative_prompt"],
+        noising=noising,
         batch_size=_batch_size(generation["batch_size"]),
         scorer=_scorer(data["scorer"]),
         tracker=_tracker(data["tracker"]),
@@ -230,6 +243,15 @@ def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise RequestError(key, f"got {value!r}; allowed: {', '.join(allowed)}")
     return str(value)
+
+
+def _noising(value: float, steps: int) -> float:
+    """Of img2img: int(steps * strength) steps are made, at least one."""
+    if not 0 < value <= 1:
+        raise RequestError("generation.strength", f"must be a number in (0, 1]; got {value}")
+    if int(steps * value) < 1:
+        raise RequestError("generation.strength", f"{value} of {steps} steps is none; make one of them larger")
+    return float(value)
 
 
 def _batch_size(value: Any) -> int | None:

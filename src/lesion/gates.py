@@ -43,15 +43,13 @@ class Gates:
             module.register_forward_hook(gate)
 
     @contextmanager
-    def lesioned(
-        self, scheduler: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
-    ) -> Iterator[None]:
+    def lesioned(self, pipe: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]) -> Iterator[None]:
         """As `surgery.lesioned`. Raises RuntimeError for a filler that reads the output: a gate cannot show it."""
         if any(
             hasattr(filler, name) for filler in fillers.values() for name in ("reads_output", "retell", "companion")
         ):
             raise RuntimeError("this replacement does more than put a value in: set performance.compile=false")
-        steps = Steps(scheduler)
+        steps = Steps(pipe)
         fitted = fittings(self.anatomy, lesions, fillers, steps)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:

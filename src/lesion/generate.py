@@ -6,13 +6,18 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from lesion.lesions import Lesion
 from lesion.models import Model
+from lesion.prompts import Prompt
 from lesion.reuse import text_projected_once
 from lesion.states import Enough, State, States, calls_of, first_step, going_on, recording
 from lesion.study import Cell, Settings
@@ -42,23 +47,34 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def call(
-    model: Model, prompts: Sequence[str], noise: Sequence[torch.Generator], settings: Settings
+    model: Model, prompts: Sequence[Prompt], noise: Sequence[torch.Generator], settings: Settings
 ) -> NDArray[np.float32]:
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
+    arguments: dict[str, Any] = {"height": settings.height, "width": settings.width}
+    if settings.task == "img2img":  # the init images say the size
+        inits = [_init(prompt.image, settings.width, settings.height) for prompt in prompts]
+        arguments = {"image": inits, "strength": settings.noising}
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
     with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
-        images = model.pipe(
-            prompt=list(prompts),
+        images = model.pipeline(settings.task)(
+            prompt=[prompt.text for prompt in prompts],
             negative_prompt=None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts),
             generator=list(noise),
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
-            height=settings.height,
-            width=settings.width,
             output_type="np",
+            **arguments,
         ).images
     return np.asarray(images)
+
+
+@lru_cache(maxsize=64)
+def _init(path: str, width: int, height: int) -> Image.Image:
+    """An init image as RGB at the size of the study, resampled by Lanczos if it has another."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def generate(
@@ -74,26 +90,28 @@ def generate(
     which lesions that begin late go on; None: every image is made from its noise. windows: those of the study, for
     which a baseline leaves its state.
     """
-    prompts, seeds, settings = [cell.prompt.text for cell in cells], [cell.seed for cell in cells], cells[0].settings
+    prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
     companions = [_companion(lesion, fillers) for lesion in lesions]
     together = any(companions)
     if together:  # beside every image one of the donor prompt, un-ablated, with the same noise
-        prompts += [donor or prompt for donor, prompt in zip(companions, prompts, strict=True)]
+        prompts += [
+            replace(prompt, text=donor or prompt.text) for donor, prompt in zip(companions, prompts, strict=True)
+        ]
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
-    scheduler, late = model.pipe.scheduler, any(start > 0 for start, _ in windows)
+    pipe, late = model.pipeline(settings.task), any(start > 0 for start, _ in windows)
     found: Mapping[int, list[State]] = {}
     with torch.inference_mode(), ExitStack() as stack:
         if states and states.usable and not together:
             if late and not any(lesions):
-                found = stack.enter_context(recording(scheduler, noise, windows))
+                found = stack.enter_context(recording(pipe, noise, windows))
             elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
-                stack.enter_context(going_on(scheduler, model.denoiser, noise, kept, start))
+                stack.enter_context(going_on(pipe.scheduler, model.denoiser, noise, kept, start))
         if model.gates:
-            stack.enter_context(model.gates.lesioned(scheduler, lesions, fillers))
+            stack.enter_context(model.gates.lesioned(pipe, lesions, fillers))
         else:
-            stack.enter_context(lesioned(model.denoiser, scheduler, model.anatomy, lesions, fillers))
+            stack.enter_context(lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers))
         images = call(model, prompts, noise, settings)[: len(cells)]
     if states:
         for step, batch in found.items():
@@ -111,7 +129,7 @@ def _companion(lesion: Lesion | None, fillers: Mapping[str, Filler]) -> str | No
 
 def _start(model: Model, cells: Sequence[Cell]) -> int:
     """The denoiser call at which the first lesion of a batch begins; 0 also where that cannot be told."""
-    total = calls_of(model.pipe.scheduler, cells[0].settings.steps)
+    total = calls_of(model.pipe.scheduler, cells[0].settings)
     if total is None:
         return 0
     return min(first_step(cell.lesion.window, total) if cell.lesion else 0 for cell in cells)
@@ -124,9 +142,10 @@ def _states(model: Model, cells: Sequence[Cell], states: States, start: int) -> 
     missing = [cell for key, cell in baselines.items() if found[key] is None]
     if missing:
         noise = generators([cell.seed for cell in missing])
-        total = calls_of(model.pipe.scheduler, missing[0].settings.steps) or 1
-        with suppress(Enough), recording(model.pipe.scheduler, noise, [(start / total, 1.0)], stop=True) as made:
-            call(model, [cell.prompt.text for cell in missing], noise, missing[0].settings)
+        settings = missing[0].settings
+        window = (start / (calls_of(model.pipe.scheduler, settings) or 1), 1.0)
+        with suppress(Enough), recording(model.pipeline(settings.task), noise, [window], stop=True) as made:
+            call(model, [cell.prompt for cell in missing], noise, settings)
         if start not in made:
             states.usable = False
             return None

@@ -183,12 +183,12 @@ class _Shelf:
 
 
 def _fitting(model: models.Model, study: Study) -> int:
-    return _fitting_for(model.identity, study.settings, model)
+    return _fitting_for(model.identity, study.settings, study.prompts[0], model)
 
 
 @lru_cache(maxsize=8)
-def _fitting_for(identity: ModelIdentity, settings: Settings, model: Any) -> int:
+def _fitting_for(identity: ModelIdentity, settings: Settings, prompt: Prompt, model: Any) -> int:
     """The batch size that memory allows, found once a process for each model and kind of image."""
-    short = replace(settings, steps=min(settings.steps, 2))
-    cell = Cell(identity, Prompt("a picture"), 0, short, None)
+    short = replace(settings, steps=min(settings.steps, 2), noising=1.0 if settings.noising else None)
+    cell = Cell(identity, prompt, 0, short, None)
     return memory.fitting(lambda number: generate(model, [cell] * number, {}), identity.device)

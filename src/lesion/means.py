@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lesion.generate import call, generators
+from lesion.prompts import Prompt
 from lesion.store import atomically
 from lesion.surgery import Steps, branches_of
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def calibrated(bench: Bench, name: str, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
+def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Tensor]:
     """Means of every site, (calls, 2, channels) float32, unconditional branch first (NaN there without guidance).
 
     Kept as safetensors with their provenance in the bench's folder, and read back if they are there.
@@ -40,12 +41,14 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[str], seeds: Sequence[
         "model": bench.model.identity.name,
         "fingerprint": bench.model.identity.fingerprint,
         "dtype": bench.model.identity.dtype,
-        "settings": vars(bench.settings),
+        "settings": {name: value for name, value in vars(bench.settings).items() if name != "noising" or value},
         "calibration": name,
-        "prompts": list(prompts),
+        "prompts": [prompt.text for prompt in prompts],
         "seeds": list(seeds),
         "statistic": "mean over calibration images and feature-map positions, accumulated in float64",
     }
+    if any(prompt.digest for prompt in prompts):
+        provenance["inits"] = [prompt.digest for prompt in prompts]
     if bench.model.anatomy.kind != "cross_attention":
         provenance["kind"] = bench.model.anatomy.kind
     labels = ("model", "calibration")  # names only: they change no value
@@ -59,14 +62,14 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[str], seeds: Sequence[
     return found
 
 
-def measure(bench: Bench, subjects: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
+def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:
     """One pass over the (prompt, seed) pairs in batches."""
     model = bench.model
     sums: dict[str, list[Tensor]] = {site: [] for sites in model.anatomy.sites.values() for site in sites}
     counts: dict[str, list[Tensor]] = {site: [] for site in sums}
     for start in range(0, len(subjects), bench.batch_size):
         batch = subjects[start : start + bench.batch_size]
-        steps = Steps(model.pipe.scheduler)
+        steps = Steps(model.pipeline(bench.settings.task))
         with torch.inference_mode(), ExitStack() as stack:
             if model.gates:  # compiled code would not run the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

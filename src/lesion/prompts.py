@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from lesion.errors import RequestError
 
 ENDINGS = (".txt", ".csv", ".jsonl")
-FIELDS = ("text", "aspects", "id")
+FIELDS = ("text", "aspects", "id", "image")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: what the model is asked. aspects: tags such as colour, shape, count. id: a readable, unique slug."""
+    """What the model is asked.
+
+    aspects: tags such as colour, shape, count. id: a readable, unique slug. image, digest: of img2img the path of the
+    init image and its SHA-256.
+    """
 
     text: str
     aspects: tuple[str, ...] = ()
     id: str = ""
+    image: str = ""
+    digest: str = ""
 
 
 def slug(text: str) -> str:
@@ -39,9 +48,15 @@ def parse_seeds(seeds: list[Any], key: str = "seeds") -> tuple[int, ...]:
     for seed in seeds:
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise RequestError(key, f"must be whole numbers from 0 to 2^63 - 1; got {seed!r}")
-        if seeds.count(seed) > 1:
-            raise RequestError(key, f"names {seed!r} twice; give each value once")
+    if twice := repeated(seeds):
+        raise RequestError(key, f"names {twice[0]!r} twice; give each value once")
     return tuple(seeds)
+
+
+def repeated(values: Iterable[Any]) -> Any:
+    """The first value that comes a second time, in a list of one; an empty list if each comes once."""
+    seen: set[Any] = set()
+    return next(([value] for value in values if value in seen or seen.add(value)), [])  # type: ignore[func-returns-value]
 
 
 def parse_prompts(given: Any, key: str = "prompts") -> tuple[str, tuple[Prompt, ...]]:
@@ -61,8 +76,7 @@ def parse_prompts(given: Any, key: str = "prompts") -> tuple[str, tuple[Prompt, 
     if not prompts:
         raise RequestError(key, f"the set {name!r} is empty; needs at least one prompt")
     for field in ("text", "id"):
-        values = [getattr(prompt, field) for prompt in prompts]
-        if twice := [value for value in values if values.count(value) > 1]:
+        if twice := repeated(getattr(prompt, field) for prompt in prompts):
             raise RequestError(key, f"{field} {twice[0][:80]!r} is given twice; give each prompt once")
     return name, prompts
 
@@ -87,7 +101,46 @@ def _prompt(entry: Any, key: str) -> Prompt:
     name = str(entry.get("id") or slug(text))
     if not re.fullmatch(r"[\w.-]{1,80}", name) or name.startswith("."):
         raise RequestError(key, f"prompt id {name[:80]!r} is not allowed; use up to 80 letters, digits, '.', '_', '-'")
-    return Prompt(text, tuple(aspects), name)
+    image = entry.get("image") or ""
+    if not isinstance(image, str):
+        raise RequestError(key, f"image is the path of an init image; got {image!r}")
+    return Prompt(text, tuple(aspects), name, image)
+
+
+def with_inits(prompts: Sequence[Prompt], init: str | None, key: str) -> tuple[Prompt, ...]:
+    """The prompts with the path and digest of their init images.
+
+    init: one image for all, or a folder that holds one named by the id of each prompt; a prompt's own `image` comes
+    first. Raises RequestError where there is none, or one that cannot be read.
+    """
+    found = []
+    for prompt in prompts:
+        path = _init_of(prompt, init, key)
+        try:
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RequestError(key, f"{str(path)!r} is no image that can be read: {error}") from None
+        found.append(replace(prompt, image=str(path.absolute()), digest=hashlib.sha256(content).hexdigest()))
+    return tuple(found)
+
+
+def _init_of(prompt: Prompt, init: str | None, key: str) -> Path:
+    if prompt.image:
+        return Path(prompt.image).expanduser()
+    if not init:
+        raise RequestError(
+            key, f"prompt {prompt.id!r} has no init image: give generation.init (a file or folder) or a column `image`"
+        )
+    path = Path(init).expanduser()
+    if not path.is_dir():
+        return path
+    fitting = sorted(file for file in path.iterdir() if file.stem == prompt.id)
+    if len(fitting) != 1:
+        number = "no image" if not fitting else f"{len(fitting)} images"
+        raise RequestError(key, f"folder {init!r} has {number} named {prompt.id!r}.*; needs one for each prompt id")
+    return fitting[0]
 
 
 def _read(path: Path, key: str) -> Iterable[Any]:
@@ -130,4 +183,5 @@ def _fields(row: Any, path: Path, key: str) -> Any:
         "text": text,
         "aspects": row.get("aspects") or row.get("aspect"),
         "id": row.get("id") or row.get("prompt_id"),
+        "image": row.get("image"),
     }

@@ -77,6 +77,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
             width=request.width,
             scheduler=source.scheduler,
             negative_prompt=request.negative_prompt,
+            noising=request.noising,
         ),
         prompts=request.prompts,
         seeds=request.seeds,

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from lesion.lesions import covers
 from lesion.reuse import forward_replaced
 from lesion.store import atomically
+from lesion.study import Settings
+from lesion.surgery import calls_in
 
 _LATENTS, _GENERATOR, _MEMORY = "latents", "generator", "memory."
 
@@ -51,14 +53,15 @@ def first_step(window: tuple[float, float], steps: int) -> int:
     return next(step for step in range(steps) if covers(window, step, steps))
 
 
-def calls_of(scheduler: Any, steps: int) -> int | None:
-    """How often the denoiser is called in `steps` steps; None where the scheduler cannot tell beforehand."""
+def calls_of(scheduler: Any, settings: Settings) -> int | None:
+    """How often the denoiser is called in one pipeline call; None where the scheduler cannot tell beforehand."""
     trial = copy.deepcopy(scheduler)
     try:
-        trial.set_timesteps(steps)
+        trial.set_timesteps(settings.steps)
     except Exception:  # one that wants more than a number of steps
         return None
-    return len(trial.timesteps)
+    left_out = settings.steps - int(settings.steps * settings.noising) if settings.noising else 0
+    return len(trial.timesteps) - left_out * int(getattr(trial, "order", 1))
 
 
 def _memory(scheduler: Any, rows: int, form: torch.Size) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,7 +115,7 @@ def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generat
                 _MEMORY + key: item[row : row + 1].cpu().clone() for key, item in items.items() if item is not None
             }
         lists = {name: len(value) for name, value in memory.items() if isinstance(value, list)}
-        states.append(State(tensors, {"scalars": plain, "lists": lists}))
+        states.append(State(tensors, {"scalars": plain, "lists": lists, "strides": list(latents.stride())}))
     return states
 
 
@@ -137,7 +140,10 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
         generator.set_state(state.tensors[_GENERATOR])
     latents = batch(_LATENTS)
     assert latents is not None
-    return latents
+    # The same numbers laid out in another order would take other kernels, which round differently.
+    order = sorted(range(latents.dim()), key=lambda dim: -plain["strides"][dim])
+    laid_out = latents.permute(order).contiguous()
+    return laid_out.permute([order.index(dim) for dim in range(latents.dim())])
 
 
 @contextmanager
@@ -156,12 +162,13 @@ def _stepping(scheduler: Any, make: Callable[[Callable[..., Any]], Callable[...,
 
 @contextmanager
 def recording(
-    scheduler: Any, generators: Sequence[torch.Generator], windows: Sequence[tuple[float, float]], stop: bool = False
+    pipe: Any, generators: Sequence[torch.Generator], windows: Sequence[tuple[float, float]], stop: bool = False
 ) -> Iterator[dict[int, list[State]]]:
     """For one pipeline call: the states of its images where a window begins, by step; filled as the call goes.
 
     stop: raise Enough once all are there. Nothing is recorded for a scheduler whose memory is Unknown.
     """
+    scheduler = pipe.scheduler
     found: dict[int, list[State]] = {}
     wanted: set[int] = set()
     done = 0
@@ -170,7 +177,7 @@ def recording(
         def counting(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
             if done == 0:
-                total = len(scheduler.timesteps)
+                total = calls_in(pipe)
                 wanted.update({first_step(window, total) for window in windows} - {0})
             result = step(*args, **kwargs)
             done += 1

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 from lesion.lesions import Choice, Lesion, Replacement, choices, digest_of
@@ -33,7 +34,11 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one pipeline call. guidance: classifier-free guidance scale, off at <= 1. height, width: pixels."""
+    """Of one pipeline call.
+
+    guidance: classifier-free guidance scale, off at <= 1. height, width: pixels. noising: of img2img, the strength in
+    (0, 1] to which the init image is noised.
+    """
 
     task: str
     steps: int
@@ -42,6 +47,7 @@ class Settings:
     width: int
     scheduler: str
     negative_prompt: str | None = None
+    noising: float | None = None
 
     @property
     def guided(self) -> bool:
@@ -72,7 +78,7 @@ class Cell:
         return {
             "format": FORMAT,
             "model": model,
-            "prompt": self.prompt.text,
+            "prompt": _asked(self.prompt),
             "seed": self.seed,
             "settings": settings,
             "lesion": None if self.lesion is None or self.lesion.strength == 0 else self.lesion.identity(),
@@ -83,7 +89,7 @@ class Cell:
         """The cell's hash: the first 32 hex digits of the SHA-256 of four parts, joined by newlines.
 
         1. `digest_of` the identity without its prompt, seed and lesion;
-        2. the SHA-256, in hex, of the prompt in UTF-8 (lone surrogates pass);
+        2. the SHA-256, in hex, of the prompt in UTF-8 (lone surrogates pass); `digest_of` it if it is no text;
         3. the seed in decimal;
         4. `digest_of` the identity's lesion.
 
@@ -101,7 +107,14 @@ def _context(identity: Mapping[str, Any]) -> str:
     return digest_of({name: part for name, part in identity.items() if name not in ("prompt", "seed", "lesion")})
 
 
+def _asked(prompt: Prompt) -> Any:
+    """The prompt's identity: its text, and with an init image also that image's digest."""
+    return {"text": prompt.text, "init": prompt.digest} if prompt.digest else prompt.text
+
+
 def _subject(context: str, prompt: Prompt) -> str:
+    if prompt.digest:
+        return f"{context}\n{digest_of(_asked(prompt))}"
     return f"{context}\n{hashlib.sha256(prompt.text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
@@ -165,9 +178,9 @@ class Study:
     def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
         # Two cells of a study have one key if their prompts' texts, seeds and lesions' digests are equal: to make these
         # unique takes far less memory than to remember every key.
-        prompts: dict[str, Prompt] = {}
+        prompts: dict[tuple[str, str], Prompt] = {}
         for prompt in self.prompts:
-            prompts.setdefault(prompt.text, prompt)
+            prompts.setdefault((prompt.text, prompt.digest), prompt)
         seeds = dict.fromkeys(self.seeds)
         done: set[str] = set()
         for lesion in itertools.chain([None], self.lesions()):
@@ -243,6 +256,8 @@ def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
         "width": settings.width,
         "scheduler": settings.scheduler,
         "negative_prompt": settings.negative_prompt or "",
+        "init": PurePath(cell.prompt.image).name,
+        "noising": settings.noising or 0.0,
         "dtype": cell.model.dtype,
         "device": cell.model.device,
         "fingerprint": cell.model.fingerprint,

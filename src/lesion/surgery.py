@@ -45,18 +45,18 @@ class TextFiller(Protocol):
 
 
 class Steps:
-    """Counts the denoiser's calls within one pipeline call, from 0; the number expected is the scheduler's."""
+    """Counts the denoiser's calls within one pipeline call, from 0; the number expected is the pipeline's."""
 
-    def __init__(self, scheduler: Any):
-        self.scheduler, self.call, self.total = scheduler, -1, 0
+    def __init__(self, pipe: Any):
+        self.pipe, self.call, self.total = pipe, -1, 0
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.call += 1
         if self.call == 0:  # known only now: the pipeline sets its timesteps after it is called
-            self.total = len(self.scheduler.timesteps)
+            self.total = calls_in(self.pipe)
         if self.call >= self.total:
             raise RuntimeError(
-                f"{type(self.scheduler).__name__} calls the denoiser more often than its {self.total} timesteps; "
+                f"{type(self.pipe.scheduler).__name__} calls the denoiser more often than its {self.total} timesteps; "
                 "steps cannot be told apart"
             )
 
@@ -68,6 +68,12 @@ class Steps:
             yield
         finally:
             handle.remove()
+
+
+def calls_in(pipe: Any) -> int:
+    """How often a pipeline at work calls its denoiser: img2img leaves out the scheduler's first timesteps."""
+    number = getattr(pipe, "_num_timesteps", None)
+    return number if isinstance(number, int) else len(pipe.scheduler.timesteps)
 
 
 def branches_of(rows: int, samples: int) -> Tensor:
@@ -114,7 +120,7 @@ def replacement_key(lesion: Lesion) -> str:
 @contextmanager
 def lesioned(
     denoiser: nn.Module,
-    scheduler: Any,
+    pipe: Any,
     anatomy: Anatomy,
     lesions: Sequence[Lesion | None],
     fillers: Mapping[str, Filler],
@@ -124,7 +130,7 @@ def lesioned(
     fillers: the replacement at work for each `replacement_key`. Hooks come off whatever happens. With no lesion in the
     batch nothing is attached at all.
     """
-    steps = Steps(scheduler)
+    steps = Steps(pipe)
     fitted = fittings(anatomy, lesions, fillers, steps)
     if not fitted:
         yield

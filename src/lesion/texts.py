@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lesion.generate import call, generators
+from lesion.prompts import Prompt
 from lesion.states import Enough
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def read_by_sites(model: Model, prompt: str, settings: Settings) -> Mapping[str,
             module = model.denoiser.get_submodule(site)
             stack.callback(module.register_forward_pre_hook(noting(site), with_kwargs=True).remove)
         stack.callback(model.denoiser.register_forward_hook(stop).remove)
-        call(model, [prompt], generators([0]), settings)
+        call(model, [Prompt(prompt)], generators([0]), replace(settings, task="txt2img", noising=None))
     return found
 
 

@@ -35,6 +35,17 @@ class Model:
     text_sites: tuple[str, ...] = ()
     texts: TextMemory = field(default_factory=TextMemory)
     gates: Gates | None = None  # of a compiled denoiser
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def pipeline(self, task: str) -> Any:
+        """The pipeline for a task, made of the same parts. Raises ValueError if diffusers has none for this model."""
+        if task == "txt2img":
+            return self.pipe
+        if task not in self.others:
+            other = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
+            other.set_progress_bar_config(disable=True)
+            self.others[task] = other
+        return self.others[task]
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

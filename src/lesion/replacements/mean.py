@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
-from lesion.prompts import Prompt, parse_prompts, parse_seeds
+from lesion.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
     key = "calibration"
-    if unknown := set(options) - {"calibration"}:
+    if unknown := set(options) - {"calibration", "init"}:
         raise RequestError("replacement.mean", f"unknown option {min(unknown)!r}; allowed: calibration")
     given = options.get("calibration")
     if not isinstance(given, Mapping) or not {"prompts", "seeds"} >= set(given):
         raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
     name, prompts = parse_prompts(given.get("prompts"), f"{key}.prompts")
+    if "init" in options:  # the study is one of img2img
+        prompts = with_inits(prompts, options["init"], f"{key}.prompts")
     seeds = given.get("seeds")
     if not isinstance(seeds, list):
         raise RequestError(f"{key}.seeds", f"needs a list of whole numbers; got {seeds!r}")
@@ -35,7 +37,7 @@ def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], t
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
     _, prompts, seeds = _calibration(options)
-    texts = json.dumps([prompt.text for prompt in prompts])
+    texts = json.dumps([prompt.text for prompt in prompts] + [prompt.digest for prompt in prompts if prompt.digest])
     return {"calibration": {"prompts": hashlib.sha256(texts.encode()).hexdigest(), "seeds": list(seeds)}}
 
 
@@ -54,4 +56,4 @@ def build(options: Mapping[str, Any], bench: Bench) -> Mean:
     from lesion.means import calibrated
 
     name, prompts, seeds = _calibration(options)
-    return Mean(calibrated(bench, name, [prompt.text for prompt in prompts], seeds))
+    return Mean(calibrated(bench, name, prompts, seeds))
