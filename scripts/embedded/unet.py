@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel
 
-from embedded.common import DECAY_SHARE, Average, Run, backward, loop, pick, scenes
+from embedded.common import Average, Run, backward, loop, pick, scenes
 from embedded.text import WIDTH, load_tokenizer, tokenize
-from embedded.vae import SCENES, encode
+from embedded.vae import SCALE, SCENES, encode
 
-STEPS, RATE, TEXT_RATE = 7000, 8e-4, 0.3
-BATCH, LAST_BATCH = 16, 32  # the larger one once the rate decays: most steps need no clean gradient
+STEPS, BATCH, RATE, TEXT_RATE = 3000, 32, 8e-4, 0.3
 DROPOUT = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 DECAY = 0.9985
 
@@ -84,19 +82,20 @@ def train(run: Run) -> None:
     )
 
     def step_fn(step: int, generator: torch.Generator) -> dict[str, float]:
-        batch = LAST_BATCH if step >= (1 - DECAY_SHARE) * STEPS else BATCH
-        rows = pick(len(latents), batch, generator)
+        rows = pick(len(latents), BATCH, generator)
         clean, tokens = latents[rows].float(), ids[rows]
-        dropped = torch.rand(batch, generator=generator) < DROPOUT
+        dropped = torch.rand(BATCH, generator=generator) < DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
         noise = torch.randn(clean.shape, generator=generator)
-        spread = (torch.arange(batch) + torch.rand((), generator=generator)) / batch  # stratified: less variance
+        spread = (torch.arange(BATCH) + torch.rand((), generator=generator)) / BATCH  # stratified: less variance
         times = (spread * schedule.config.num_train_timesteps).long()
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
         with run.autocast():
             hidden = text(tokens.to(run.device)).last_hidden_state
             guess = unet(noisy.to(run.device), times.to(run.device), hidden).sample.float()
-        loss = F.mse_loss(guess, target.to(run.device))
+        alpha = schedule.alphas_cumprod[times]
+        weight = 1 / (alpha + (1 - alpha) * SCALE**2)  # one over the target's variance: each noise level counts alike
+        loss = ((guess - target.to(run.device)) ** 2).mean((1, 2, 3)).mul(weight.to(run.device)).mean()
         backward(loss, optimizer)
         return {"loss": float(loss.detach())}
 

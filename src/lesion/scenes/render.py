@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +12,19 @@ from lesion.scenes.grammar import BACKGROUNDS, COLOURS, Scene
 
 IMAGE_SIZE = 64
 SUPERSAMPLE = 4  # anti-aliasing: samples per pixel edge
-MARGIN = 2  # pixels kept free at the border
 GAP = 4  # pixels kept free between the bounding boxes of two objects
 RADII = {"small": (10.0, 11.5), "large": (16.0, 19.0), "": (10.0, 19.0)}  # pixels, half the bounding box
 SIZE_BORDER = 13.5  # pixels: a reader calls an object "large" from here on
 PAIR_RADII = (10.0, 13.0)
 COUNT_RADII = {2: (10.0, 13.0), 3: (10.0, 11.5)}
+
+JITTER = 2.5  # pixels
+SLOTS: dict[str, tuple[tuple[float, float], ...]] = {  # centres, in pixels
+    "one": ((32, 32),),
+    "beside": ((17, 32), (47, 32)),
+    "stacked": ((32, 17), (32, 47)),
+    "three": ((17, 18), (47, 18), (32, 46)),
+}
 
 Circle = tuple[float, float, float]  # centre x, centre y, radius, in pixels
 
@@ -79,32 +87,29 @@ def render(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
 
 
 def place(scene: Scene, rng: random.Random) -> list[Circle]:
-    """Non-overlapping places for the objects of a scene, in the order of the caption."""
+    """Non-overlapping places for the objects of a scene, in the order of the caption: near fixed slots.
+
+    One object stands in the middle, two or a pair side by side or (of a relation) one above the other, three as a
+    triangle; each up to JITTER pixels off its slot in either direction. That is little to know about where, so that a
+    small model's capacity is left for what.
+    """
     if len(scene.things) == 2:
         relation = scene.relation or rng.choice(("left", "right", "above", "below"))
-        first, second = _place_pair(relation in ("left", "right"), rng)
-        return [first, second] if relation in ("left", "above") else [second, first]
-    low, high = RADII[scene.things[0].size] if scene.count == 1 else COUNT_RADII[scene.count]
-    radius = rng.uniform(low, high)
+        slots = SLOTS["beside" if relation in ("left", "right") else "stacked"]
+        if relation in ("right", "below"):
+            slots = slots[::-1]
+        radii: Callable[[], list[float]] = lambda: [rng.uniform(*PAIR_RADII) for _ in slots]  # noqa: E731
+    else:
+        slots = SLOTS[("one", "beside", "three")[scene.count - 1]]
+        low, high = RADII[scene.things[0].size] if scene.count == 1 else COUNT_RADII[scene.count]
+        radii = lambda: [rng.uniform(low, high)] * scene.count  # noqa: E731
     while True:
-        circles = [_somewhere(radius, rng) for _ in range(scene.count)]
+        circles = [
+            (x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER), radius)
+            for (x, y), radius in zip(slots, radii(), strict=True)
+        ]
         if all(_apart(a, b) for i, a in enumerate(circles) for b in circles[:i]):
             return circles
-
-
-def _place_pair(side_by_side: bool, rng: random.Random) -> tuple[Circle, Circle]:
-    """Two places along one axis (first before second), at most 10 px out of line on the other."""
-    while True:
-        a = _somewhere(rng.uniform(*PAIR_RADII), rng)
-        b = _somewhere(rng.uniform(*PAIR_RADII), rng)
-        along, across = (0, 1) if side_by_side else (1, 0)
-        if b[along] - a[along] >= a[2] + b[2] + GAP and abs(b[across] - a[across]) <= 10:
-            return a, b
-
-
-def _somewhere(radius: float, rng: random.Random) -> Circle:
-    low, high = radius + MARGIN, IMAGE_SIZE - radius - MARGIN
-    return rng.uniform(low, high), rng.uniform(low, high), radius
 
 
 def _apart(a: Circle, b: Circle) -> bool:
