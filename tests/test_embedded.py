@@ -41,8 +41,9 @@ def test_the_embedded_model_draws_what_held_out_captions_ask(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_demo_tells_layers_apart(cli):
-    """At least 8 of the 16 layers have an effect by the table's own rule, which is above what rounding does; leaving the
-    strongest out gives a similarity below 0.90.
+    """At least 8 of the 16 layers have an effect by the table's own rule, which lies above what rounding does.
+
+    Leaving the strongest out gives a similarity below 0.90.
     """
     cli.defaults = []
     code, out, err = cli("experiment=demo", "tracker=none")

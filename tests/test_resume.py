@@ -182,8 +182,7 @@ def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
         making,
         "generate",
         lambda model, cells, *rest: (
-            (tried if len(rest) == 1 else sizes).append(len(cells))
-            or generate(model, cells, *rest)
+            (tried if len(rest) == 1 else sizes).append(len(cells)) or generate(model, cells, *rest)
         ),
     )
     assert cli("generation.batch_size=auto", "seeds=[0,1,2,3]")[0] == 0

@@ -27,6 +27,11 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """At most `most` lines of at most `width` px, broken at spaces and after dots, inside a word only if it must be."""
+    return list(_wrapped(text, face, width, most))
+
+
+@lru_cache(maxsize=4096)  # the same layer names and prompts stand in picture after picture
+def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> tuple[str, ...]:
     pieces = re.findall(r"[^ .]*[ .]|[^ .]+", clean(text))
     lines, line = [], ""
     for piece in pieces:
@@ -49,7 +54,7 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> list
         while last and face.getlength(last + "…") > width:
             last = last[:-1]
         lines = [*lines[: most - 1], last + "…"]
-    return lines
+    return tuple(lines)
 
 
 def line_height(face: ImageFont.FreeTypeFont) -> int:

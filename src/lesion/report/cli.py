@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import posixpath
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +13,21 @@ from typing import NoReturn
 
 import pandas as pd
 
-from lesion.analysis.settings import GENERATION, LESION
+from lesion.analysis.settings import GENERATION, LESION, slug
 from lesion.report import ranking_lines, write_report
+from lesion.report.data import inside
 
 RESULTS = "results.parquet"
 NEEDED = (
-    *("model", "prompt_id", "prompt", "seed", "selection", "layer", "layer_index", *LESION),
+    *("model", "prompt_id", "prompt", "seed", "selection", "layer", "layer_index"),
+    *("replacement", "window_start", "window_end", "branch", "strength"),
     *("status", "reason", "image", "cell", "clip_similarity"),
 )
+LATER: dict[str, str | float] = {
+    "kind": "cross_attention",
+    "lesioned": "",
+    "noising": 0.0,
+}  # columns that results of earlier versions lack
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
 
 
@@ -58,13 +67,45 @@ def read(run: Path, out: Path) -> pd.DataFrame:
         frame["clip_similarity"] = frame["clip_similarity"].astype("float64")
     except (TypeError, ValueError) as error:
         raise Refused(f"{run / RESULTS}: column clip_similarity is not a number everywhere") from error
-    texts = ["prompt", "replacement", "layer", "reason", "image"]
+    for name, value in LATER.items():
+        if name not in frame:
+            frame[name] = value
+    texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image"]
     frame[texts] = frame[texts].astype(object).fillna("")
-    start = os.path.relpath(run.resolve(), out.resolve())
-    frame["image"] = [
-        os.path.normpath(os.path.join(start, name)).replace(os.sep, "/") if name else "" for name in frame["image"]
-    ]
+    start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
+    # A results file may come from anybody: what it names outside its own folder is no image of the run.
+    names = frame["image"].map(inside)
+    frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
     return frame
+
+
+def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """Links (or copies) images that lie outside `out` into it, so that the folder can be sent as it is.
+
+    They come to images/<run>/, where <run> tells the folders of the runs apart. A file that is not there stays away.
+    """
+    places = {name: name for name in frame["image"].unique()}
+    roots: dict[str, str] = {}
+    for name in places:
+        if name.startswith("../"):
+            root, _, rest = name.rpartition("/images/")
+            rest = rest or posixpath.basename(name)
+            if root not in roots:
+                roots[root] = slug(root)  # its hash is that of the whole path
+            places[name] = f"images/{roots[root]}/{rest}"
+            _link(out / name, out / places[name])
+    return frame.assign(image=frame["image"].map(places))
+
+
+def _link(source: Path, target: Path) -> None:
+    if not source.is_file() or (target.exists() and target.samefile(source)):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def merge(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -124,6 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="where to write (default: the run folder if there is one, else ./lesion-report)",
     )
+    parser.add_argument(
+        "--all-grids",
+        action="store_true",
+        help="draw every comparison picture of a large study, not just the first (the page shows every image anyway)",
+    )
     try:
         arguments = parser.parse_args(argv)
         runs = run_folders(arguments.folders)
@@ -136,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if alike := _alike(frame):
             message = f"{alike} images repeat others of another run in all that the results name; they are averaged"
             print(f"lesion-report: {message}", file=sys.stderr)
-        written = write_report(out, frame)
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_report(out, gather(frame, out), all_grids=arguments.all_grids)
     except (Refused, OSError) as error:
         print(f"lesion-report: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

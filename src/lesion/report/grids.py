@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def _selections(part: pd.DataFrame) -> list[str]:
     return [name for name in (LEAVE_ONE_OUT, ONLY_ONE, *others, "all") if name in present]
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What every comparison picture of one setting shares; made once, not once a picture."""
+
+    setting: Setting
+    layers: list[str]
+    selections: list[str]
+
+    @classmethod
+    def of(cls, part: pd.DataFrame, setting: Setting) -> Scope:
+        """`part` holds the rows of the setting."""
+        layers = layers_in_order(part[part["selection"].isin((LEAVE_ONE_OUT, ONLY_ONE))])
+        return cls(setting, layers, _selections(part))
+
+
 def _tile(record: dict[Hashable, Any] | None, caption: str, run_dir: Path, metric: str) -> Tile:
     if record is None:
         return Tile(caption, "n/a", trouble="missing: not in the results")
@@ -57,11 +73,17 @@ def _tile(record: dict[Hashable, Any] | None, caption: str, run_dir: Path, metri
     return Tile(caption, number(float(record.get(metric, math.nan))), picture, trouble)
 
 
-def _block(part: pd.DataFrame, selection: str, layers: Sequence[str], run_dir: Path, metric: str) -> list[Tile]:
-    records = part[part["selection"] == selection].to_dict("records")
-    by_layer = {record["layer"] or "": record for record in records}
-    names = layers if selection in (LEAVE_ONE_OUT, ONLY_ONE) else list(by_layer)
-    return [_tile(by_layer.get(name), name or f"{selection} layers", run_dir, metric) for name in names]
+def _block(records: list[dict[Hashable, Any]], selection: str, scope: Scope, run_dir: Path, metric: str) -> list[Tile]:
+    here = [record for record in records if record["selection"] == selection]
+    if selection in (LEAVE_ONE_OUT, ONLY_ONE):
+        by_layer = {record["layer"]: record for record in here}
+        return [_tile(by_layer.get(name), name, run_dir, metric) for name in scope.layers]
+    return [_tile(record, _together(record) or f"{selection} layers", run_dir, metric) for record in here]
+
+
+def _together(record: dict[Hashable, Any]) -> str:
+    """What is lesioned where it is not one layer: of a group, `lesioned` names the members."""
+    return clean(record["layer"] or "") or clean(record.get("lesioned") or "", 200).replace("+", " + ")
 
 
 def comparison(
@@ -81,16 +103,30 @@ def comparison(
     Missing, failed and invalid images are placeholders that name the reason. The score under a tile is the raw metric.
     """
     setting, part = _setting(frame, replacement, wanted)
-    layers = layers_in_order(part[part["selection"].isin((LEAVE_ONE_OUT, ONLY_ONE))])
     here = part[(part["prompt_id"] == prompt_id) & (part["seed"] == seed)]
-    first = next(iter(here[here["selection"] == BASELINE].to_dict("records")), None)
+    return compare(here, Scope.of(part, setting), run_dir, prompt_id, seed, metric=metric, max_width=max_width)
+
+
+def compare(
+    here: pd.DataFrame,
+    scope: Scope,
+    run_dir: Path,
+    prompt_id: str,
+    seed: int,
+    *,
+    metric: str = "clip_similarity",
+    max_width: int = MAX_WIDTH,
+) -> Image.Image:
+    """`comparison` of rows that are already those of one setting, prompt and seed."""
+    records = here.to_dict("records")
+    first = next((record for record in records if record["selection"] == BASELINE), None)
     baseline = _tile(first, "baseline", run_dir, metric)
-    blocks = [(HEADINGS.get(name, name), _block(here, name, layers, run_dir, metric)) for name in _selections(part)]
+    blocks = [(HEADINGS.get(name, name), _block(records, name, scope, run_dir, metric)) for name in scope.selections]
     blocks = blocks or [("baseline", [])]
     tiles = [baseline, *(tile for _, block in blocks for tile in block)]
     size = tile_size([tile.picture for tile in tiles if tile.picture])
-    prompt = str(here["prompt"].iloc[0]) if len(here) else prompt_id
-    where = f"prompt {clean(prompt_id, 60)} · seed {seed} · {setting.label}"
+    prompt = str(records[0]["prompt"]) if records else prompt_id
+    where = f"prompt {clean(prompt_id, 60)} · seed {seed} · {scope.setting.label}"
     details = f"{where} · under each image: {metric} to the baseline"
     return _draw_comparison(clean(prompt), details, baseline, blocks, size, max_width)
 
@@ -149,9 +185,27 @@ def layers_by_prompts(
 ) -> Image.Image:
     """Rows: the baseline, then layers in depth order; columns: prompts (those that do not fit start a block below)."""
     setting, part = _setting(frame, replacement, wanted)
+    return layer_grid(
+        part, setting, run_dir, seed, selection, prompt_ids=prompt_ids, metric=metric, max_width=max_width
+    )
+
+
+def layer_grid(
+    part: pd.DataFrame,
+    setting: Setting,
+    run_dir: Path,
+    seed: int,
+    selection: str,
+    *,
+    prompt_ids: Sequence[str] | None = None,
+    metric: str = "clip_similarity",
+    max_width: int = MAX_WIDTH,
+) -> Image.Image:
+    """`layers_by_prompts` of rows that are already those of one setting."""
     part = part[(part["seed"] == seed) & part["selection"].isin((BASELINE, selection))]
     names = ["", *layers_in_order(part)]
     ids = list(prompt_ids) if prompt_ids is not None else in_order(part["prompt_id"])
+    part = part[part["prompt_id"].isin(ids)]
     texts = dict(zip(part["prompt_id"], part["prompt"], strict=True))
     records = {
         (record["prompt_id"], "" if record["selection"] == BASELINE else record["layer"] or selection): record

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from lesion.analysis.importance import status_counts
-from lesion.report.tables import EFFECTS
+from lesion.report.data import as_json
+from lesion.report.tables import EFFECTS, HEADERS
 from lesion.report.text import clean, number
+
+SCRIPTS = ("data", "table", "filters", "compare", "heatmap", "gallery", "main")  # page/*.js, in this order
+DATA_FILE = "report_data.js"
+INLINE_ROWS = 2000  # more images than this go to DATA_FILE, so that the page itself opens at once
+PROMPTS = 200  # rows of the table of prompts
+NUMERIC = tuple(name for name in HEADERS if name not in ("layer", "effect"))
 
 
 @dataclass
@@ -33,10 +46,39 @@ class Section:
     table: pd.DataFrame
     figures: list[Picture] = field(default_factory=list)
     comparisons: list[Picture] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)  # links to tables and figures
+    notes: list[str] = field(default_factory=list)
 
 
-def page(frame: pd.DataFrame, sections: list[Section], metric: str = "clip_similarity") -> str:
-    """The page's HTML; every text is escaped by the template."""
+def _asset(name: str) -> str:
+    return files("lesion.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _raw(value: object) -> str:
+    """A number as the table sorts it; "" for a missing one."""
+    return "" if value is None or value is pd.NA or value != value else str(value)
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _columns(numeric: tuple[str, ...]) -> list[dict[str, Any]]:
+    heads = [{"head": "depth", "text": False, "up": True}, {"head": "layer", "text": True, "up": True}]
+    heads += [{"head": HEADERS[name], "text": False, "up": name == "rank"} for name in numeric]
+    return [*heads, {"head": "effect", "text": True, "up": True}]
+
+
+def page(
+    frame: pd.DataFrame,
+    sections: list[Section],
+    data: Mapping[str, Any] | None,
+    metric: str = "clip_similarity",
+) -> str:
+    """The page's HTML; every text is escaped by the template. `data` is inlined; None: it stands in DATA_FILE.
+
+    The page's policy allows its own script and style by their hashes, images and DATA_FILE beside it, nothing else.
+    """
     environment = Environment(
         loader=PackageLoader("lesion.report"),
         autoescape=True,
@@ -44,18 +86,44 @@ def page(frame: pd.DataFrame, sections: list[Section], metric: str = "clip_simil
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, clean=clean)
-    prompts = frame.drop_duplicates("prompt_id")[["prompt_id", "prompt"]].to_dict("records") if len(frame) else []
+    environment.filters.update(number=number, clean=clean, raw=_raw)
+    style = _asset("style.css")
+    script = "\n".join(['(() => {"use strict";', *(_asset(f"{name}.js") for name in SCRIPTS), "})();"])
+    beside = "" if data is not None else " 'self' file:"
+    policy = (
+        f"default-src 'none'; img-src 'self' file:; style-src {_digest(style)}; script-src {_digest(script)}{beside}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    firsts = frame.drop_duplicates("prompt_id")[["prompt_id", "prompt"]] if len(frame) else frame
+    unscored = any(section.table["n_unscored"].any() for section in sections if len(section.table))
+    numeric = tuple(name for name in NUMERIC if name != "n_unscored" or unscored)
     return environment.get_template("report.html.j2").render(
         sections=sections,
         statuses=status_counts(frame).to_dict("records"),
-        prompts=prompts,
+        prompts=firsts.head(PROMPTS).to_dict("records"),
+        n_prompts=len(firsts),
         metric=metric,
         effects=EFFECTS,
+        numeric=numeric,
+        columns=_columns(numeric),
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        data_file=DATA_FILE if data is None else "",
+        data=Markup(as_json(data or {})),
     )
 
 
-def write(path: Path, html: str) -> Path:
-    """Write the page as UTF-8."""
-    path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
-    return path
+def write(
+    folder: Path, frame: pd.DataFrame, sections: list[Section], data: Mapping[str, Any], metric: str = "clip_similarity"
+) -> list[Path]:
+    """Write report.html, and DATA_FILE where there are many images. Returns the paths, the page last."""
+    path, beside = folder / "report.html", folder / DATA_FILE
+    many = len(frame) > INLINE_ROWS
+    if many:
+        beside.write_text(f"globalThis.LESION_REPORT = {as_json(data)};\n", encoding="ascii", newline="\n")
+    else:
+        beside.unlink(missing_ok=True)  # of an earlier, larger report
+    text = page(frame, sections, None if many else data, metric)
+    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    return [beside, path] if many else [path]

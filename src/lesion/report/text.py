@@ -13,14 +13,22 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+_REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would also turn what follows
 
 
 def clean(text: object, limit: int = 400) -> str:
-    """One printable line of at most `limit` characters; longer text ends in an ellipsis."""
+    """One printable line of at most `limit` characters; longer text ends in an ellipsis.
+
+    Control characters are dropped, among them those that override the direction of the text around them.
+    """
     line = str(text)[: 4 * limit]  # a bound on the work for very long prompts
-    line = "".join(" " if c.isspace() else "" if unicodedata.category(c) in ("Cc", "Cs") else c for c in line)
+    line = "".join(" " if c.isspace() else "" if _dropped(c) else c for c in line)
     line = re.sub(" +", " ", line).strip()
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def _dropped(character: str) -> bool:
+    return character in _REORDER or unicodedata.category(character) in ("Cc", "Cs")
 
 
 def latex(text: object, limit: int = 400) -> str:

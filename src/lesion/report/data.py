@@ -1,0 +1,135 @@
+"""The results as the page's script reads them: columns of small numbers that point into lists of names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import matplotlib
+import pandas as pd
+
+from lesion.analysis.settings import BASELINE, GENERATION, in_order, layers_in_order, rows, settings
+from lesion.report.text import clean
+
+PROMPT_LIMIT = 2000  # characters of a prompt that the page shows
+METRICS = ("clip_similarity", "clip_text", "ssim", "psnr", "lpips")
+SHADES = 64  # of the heat map's colour scale
+
+
+def inside(image: object) -> str:
+    """The path of an image if it lies below the page's folder, else "" (a results file may come from anybody)."""
+    name = str(image or "")
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        return ""
+    return path.as_posix()
+
+
+def _numbered(values: Iterable[Any]) -> tuple[list[Any], Callable[[Any], int]]:
+    """The distinct values in order of appearance, and each one's place (-1 for others)."""
+    distinct = in_order(values)
+    places = {value: index for index, value in enumerate(distinct)}
+    return distinct, lambda value: places.get(value, -1)
+
+
+def _number(value: Any) -> float | None:
+    return round(float(value), 5) if value is not None and math.isfinite(value) else None
+
+
+def _memberships(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], list[int], list[int]]:
+    """Settings with their group (model and generation, which share baselines), and both numbers of every row.
+
+    A baseline belongs to a group, not to a setting: its setting is -1.
+    """
+    found = settings(frame)
+    groups = in_order((one.model, one.generation) for one in found)
+    of_setting, of_group = [-1] * len(frame), [-1] * len(frame)
+    for number, one in enumerate(found):
+        group = groups.index((one.model, one.generation))
+        part = rows(frame, one)
+        for place, selection in zip(part.index, part["selection"], strict=True):
+            of_group[place] = group
+            if selection != BASELINE:
+                of_setting[place] = number
+    named = [{"label": clean(one.label), "group": groups.index((one.model, one.generation))} for one in found]
+    return named, of_setting, of_group
+
+
+def _baselines(frame: pd.DataFrame) -> list[int]:
+    """The row of each row's baseline, -1 where it is missing; a baseline is its own."""
+    own = ["model", "prompt_id", "seed", *(name for name in GENERATION if name in frame)]
+    keys = list(map(tuple, frame[own].astype(object).where(frame[own].notna(), None).to_numpy()))
+    first: dict[tuple[Any, ...], int] = {}
+    for place, (key, selection) in enumerate(zip(keys, frame["selection"], strict=True)):
+        if selection == BASELINE:
+            first.setdefault(key, place)
+    return [
+        place if selection == BASELINE else first.get(key, -1)
+        for place, (key, selection) in enumerate(zip(keys, frame["selection"], strict=True))
+    ]
+
+
+def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "clip_similarity") -> dict[str, Any]:
+    """Everything the script shows, as plain lists; paths are quoted for URLs and lie below the page's folder."""
+    frame = frame.reset_index(drop=True)
+    prompt_ids, prompt = _numbered(frame["prompt_id"])
+    firsts = frame.drop_duplicates("prompt_id")
+    aspects = firsts["aspects"].fillna("") if "aspects" in frame else [""] * len(firsts)
+    layer_names = layers_in_order(frame)
+    _, layer = _numbered(layer_names)
+    modes, mode = _numbered(frame["selection"])
+    statuses, status = _numbered(frame["status"])
+    reasons, reason = _numbered(["", *frame["reason"].fillna("").astype(str)])
+    together = frame["lesioned"].fillna("").astype(str) if "lesioned" in frame else pd.Series("", frame.index)
+    groups, group = _numbered(["", *together])
+    named, of_setting, of_group = _memberships(frame)
+    images = [inside(name) for name in frame["image"].fillna("")]
+    extra = [name for name in METRICS if name != metric and name in frame]
+    colours = matplotlib.colormaps["cividis"]
+    return {
+        "metric": metric,
+        "metrics": [metric, *extra],
+        "settings": named,
+        "prompts": [
+            {"id": clean(one), "text": clean(text, PROMPT_LIMIT), "aspects": _tags(tags)}
+            for one, text, tags in zip(prompt_ids, firsts["prompt"], aspects, strict=True)
+        ],
+        "layers": [clean(name) for name in layer_names],
+        "groups": [clean(names, PROMPT_LIMIT).replace("+", " + ") for names in groups],
+        "modes": [clean(name) for name in modes],
+        "statuses": [clean(name) for name in statuses],
+        "reasons": [clean(text) for text in reasons],
+        "palette": [matplotlib.colors.to_hex(colours(shade / (SHADES - 1))) for shade in range(SHADES)],
+        "rows": {
+            "setting": of_setting,
+            "group": of_group,
+            "prompt": [prompt(value) for value in frame["prompt_id"]],
+            "seed": [int(value) for value in frame["seed"]],
+            "mode": [mode(value) for value in frame["selection"]],
+            "layer": [layer(value) for value in frame["layer"].fillna("")],
+            "lesioned": [group(value) for value in together],
+            "status": [status(value) for value in frame["status"]],
+            "reason": [reason(value) for value in frame["reason"].fillna("").astype(str)],
+            "baseline": _baselines(frame),
+            "image": [_url(name) for name in images],
+            "thumb": [_url(thumbs[name]) if name in thumbs else 0 for name in images],
+        },
+        "scores": {name: [_number(value) for value in frame[name].astype("float64")] for name in (metric, *extra)},
+    }
+
+
+def _url(path: str) -> str:
+    return quote(path, errors="replace")
+
+
+def _tags(text: object) -> list[str]:
+    return [clean(tag, 60) for tag in str(text).split(",") if tag.strip()]
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """JSON that is safe inside a script element: no "<", nothing outside ASCII."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,0 +1,26 @@
+// Layer tables that sort by a click on a heading; missing values stay last.
+function sortable(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  const sort = (column) => {
+    const head = heads[column];
+    const text = head.classList.contains("text");
+    const before = head.getAttribute("aria-sort");
+    const down = before === "none" ? !text && !head.dataset.up : before === "ascending";
+    for (const other of heads) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const sign = down ? -1 : 1;
+    const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+    const compare = (one, other) => {
+      const [a, b] = [key(one), key(other)];
+      if (a === "" || b === "") return (a === "") - (b === "");
+      return sign * (text ? a.localeCompare(b, "en", { numeric: true }) : Number(a) - Number(b));
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  };
+  heads.forEach((head, column) => {
+    const button = el("button", { type: "button" }, ...head.childNodes);
+    if (!head.hasAttribute("aria-sort")) head.setAttribute("aria-sort", "none");
+    head.append(button);
+    button.addEventListener("click", () => sort(column));
+  });
+}

@@ -1,0 +1,136 @@
+"""Every picture of a report: comparison pictures, layers x prompts, figures, thumbnails, made in a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import pandas as pd
+from PIL import Image
+
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, layer_by_prompt
+from lesion.analysis.settings import Setting, in_order, slug
+from lesion.report import figures, grids
+from lesion.report.text import clean
+
+COMPARISONS, SHEETS = 64, 12  # pictures of each kind a report holds unless all are asked for
+THUMB = 256  # px, longest side; smaller images are their own thumbnail
+COMPRESSION = 3  # of 9: half the time of Pillow's default for files a few per cent larger
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of one kind: those drawn, as (path, text for those who cannot see it), and how many there could be."""
+
+    pictures: list[tuple[Path, str]]
+    possible: int
+
+
+def in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    """`work` of every item, in order. Pillow decodes, resizes and encodes without the interpreter's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, items))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, compress_level=COMPRESSION)
+
+
+def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int | None) -> Drawn:
+    """One comparison picture a prompt and seed of one setting, the first `most` of them (None: all)."""
+    scope = grids.Scope.of(part, setting)
+    by_subject = part.groupby(["prompt_id", "seed"], sort=False)
+    subjects = in_order(zip(part["prompt_id"], part["seed"], strict=True))
+
+    def draw(subject: tuple[str, int]) -> tuple[Path, str]:
+        prompt_id, seed = subject
+        name = f"comparison--{setting.slug}--{slug(str(prompt_id))}--seed{seed}.png"
+        here = by_subject.get_group(subject)
+        _save(grids.compare(here, scope, run_dir, prompt_id, seed), run_dir / "grids" / name)
+        return run_dir / "grids" / name, f"Comparison for prompt {clean(prompt_id, 100)}, seed {seed}"
+
+    return Drawn(in_threads(draw, subjects[:most]), len(subjects))
+
+
+def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int | None) -> Drawn:
+    """Layers x prompts, one picture a selection and seed, more where the prompts do not fit side by side."""
+    room = grids.prompts_a_picture(part, run_dir)
+    ids = in_order(part["prompt_id"])
+    pages = [ids[start : start + room] for start in range(0, len(ids), room)]
+    present = [name for name in (LEAVE_ONE_OUT, ONLY_ONE) if (part["selection"] == name).any()]
+    jobs = [
+        (name, seed, index)
+        for seed in in_order(part["seed"])
+        for index in range(len(pages))
+        for name in present  # both kinds of one page before the next page: the first few then hold both
+    ]
+
+    def draw(job: tuple[str, int, int]) -> tuple[Path, str]:
+        selection, seed, index = job
+        suffix = f"--page{index + 1}" if len(pages) > 1 else ""
+        name = f"layers-by-prompts--{selection}--{setting.slug}--seed{seed}{suffix}.png"
+        picture = grids.layer_grid(part, setting, run_dir, seed, selection, prompt_ids=pages[index])
+        _save(picture, run_dir / "grids" / name)
+        return run_dir / "grids" / name, f"Layers by prompts, {selection.replace('_', '-')}, seed {seed}"
+
+    return Drawn(in_threads(draw, jobs[:most]), len(jobs))
+
+
+def draw_figures(run_dir: Path, part: pd.DataFrame, setting: Setting, table: pd.DataFrame) -> list[tuple[Path, str]]:
+    """Heat maps and the layer figure of one setting as .png and .pdf, each with a text alternative."""
+    written: list[tuple[Path, str]] = []
+    for selection, meaning in (
+        (LEAVE_ONE_OUT, "importance: 1 - clip_similarity (leave-one-out)"),
+        (ONLY_ONE, "sufficiency: clip_similarity (only-one)"),
+    ):
+        by_prompt = layer_by_prompt(part, selection=selection)
+        if by_prompt.size:
+            figure = figures.heat_map(by_prompt, meaning, setting.label, from_zero=selection == LEAVE_ONE_OUT)
+            text = f"Heat map of layers by prompts, {meaning}; the same numbers are in the tables"
+            stem = run_dir / "figures" / f"heatmap--{selection}--{setting.slug}"
+            written += [(path, text) for path in figures.save(figure, stem)]
+    if len(table):
+        blind = controls(part)["similarity"]
+        figure = figures.layer_figure(table, setting.label, float(blind.iloc[0]) if len(blind) else float("nan"))
+        text = "Importance and sufficiency by layer, in depth order; the same numbers are in the layer table"
+        written += [(path, text) for path in figures.save(figure, run_dir / "figures" / f"layers--{setting.slug}")]
+    return written
+
+
+def thumbnail_path(image: str) -> str:
+    """Where the thumbnail of an image lies; both paths are relative to the run folder."""
+    path = PurePosixPath(image)
+    inner = path.relative_to("images") if path.is_relative_to("images") else path
+    return f"thumbs/{inner.with_suffix('.jpg')}"
+
+
+def _thumbnail(run_dir: Path, image: str) -> str:
+    source, target = run_dir / image, run_dir / thumbnail_path(image)
+    try:
+        with Image.open(source) as picture:
+            if max(picture.size) <= THUMB:
+                return ""
+            if target.is_file() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns:
+                return thumbnail_path(image)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            small = picture.convert("RGB")
+            small.thumbnail((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0)
+            small.save(target, quality=85)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""  # the page says so where it cannot show an image
+    return thumbnail_path(image)
+
+
+def thumbnails(run_dir: Path, images: Iterable[str]) -> dict[str, str]:
+    """Write thumbs/ for images larger than THUMB that have no newer one; image path -> thumbnail path."""
+    names = list(dict.fromkeys(images))
+    made = in_threads(partial(_thumbnail, run_dir), names)
+    return {name: thumb for name, thumb in zip(names, made, strict=True) if thumb}
