@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_a_wrong_request_is_refused(capsys):
             benchmark.main(wrong)
         assert end.value.code == 2
     assert "unknown part 'fast'; choose from speed, overhead" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def loud_again():
+    """The script quietens lesion's log for its whole process; the tests after it want to read it."""
+    log = logging.getLogger("lesion")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 def test_every_part_runs_on_a_cpu(tmp_path, capfd):
