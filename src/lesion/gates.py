@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy
 from lesion.lesions import Lesion
-from lesion.surgery import Filler, Fitting, Steps, fittings
+from lesion.surgery import Filler, Fitting, Steps, fittings, sample_of
 
 _WEIGHT, _VALUE = "lesion_weight", "lesion_value"
 
@@ -53,9 +53,8 @@ class Gates:
         fitted = fittings(self.anatomy, lesions, fillers, steps)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
             for path in self.modules:
-                self._fill(path, fitted.get(path), len(sample))
+                self._fill(path, fitted.get(path), len(sample_of(args, kwargs)))
 
         with ExitStack() as stack:
             stack.enter_context(steps.counting(self.denoiser))

@@ -103,8 +103,8 @@ def generate(
     pipe, late = model.pipeline(settings.task), any(start > 0 for start, _ in windows)
     found: Mapping[int, list[State]] = {}
     with torch.inference_mode(), ExitStack() as stack:
-        if states and states.usable and not together:
-            if late and not any(lesions):
+        if late and states and states.usable and not together:  # only then are the scheduler's calls counted beforehand
+            if not any(lesions):
                 found = stack.enter_context(recording(pipe, noise, windows))
             elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
                 stack.enter_context(going_on(pipe.scheduler, model.denoiser, noise, kept, start))

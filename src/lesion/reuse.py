@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,17 +20,24 @@ KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used fir
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """`module.forward` is `make(its forward)` within the block; hooks on the module run as ever."""
-    own, forward = module.__dict__.get("forward"), module.forward  # own: set by an enclosing block, or by nobody
-    module.forward = functools.wraps(forward)(make(forward))  # some pipelines read its signature
+def method_replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """The method `name` of this one object is `make(what it was)` within the block."""
+    own, method = vars(owner).get(name), getattr(owner, name)  # own: set by an enclosing block, or by nobody
+    setattr(owner, name, functools.wraps(method)(make(method)))  # some pipelines read its signature
     try:
         yield
     finally:
         if own is None:
-            del module.forward
+            delattr(owner, name)
         else:
-            module.forward = own
+            setattr(owner, name, own)
+
+
+def forward_replaced(
+    module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> AbstractContextManager[None]:
+    """`module.forward` is `make(its forward)` within the block; hooks on the module run as ever."""
+    return method_replaced(module, "forward", make)
 
 
 def _rows(value: Any, pick: Callable[[Tensor], Any]) -> Any:

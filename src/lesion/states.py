@@ -8,7 +8,6 @@ generator. The pipeline itself still runs its own loop; during the first k steps
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lesion.lesions import covers
-from lesion.reuse import forward_replaced
+from lesion.reuse import forward_replaced, method_replaced
 from lesion.store import atomically
 from lesion.study import Settings
-from lesion.surgery import calls_in
+from lesion.surgery import calls_in, sample_of
 
 _LATENTS, _GENERATOR, _MEMORY = "latents", "generator", "memory."
 
@@ -147,20 +146,6 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
 
 
 @contextmanager
-def _stepping(scheduler: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    own = scheduler.__dict__.get("step")
-    step = scheduler.step
-    scheduler.step = functools.wraps(step)(make(step))  # pipelines read its signature
-    try:
-        yield
-    finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
-
-
-@contextmanager
 def recording(
     pipe: Any, generators: Sequence[torch.Generator], windows: Sequence[tuple[float, float]], stop: bool = False
 ) -> Iterator[dict[int, list[State]]]:
@@ -192,7 +177,7 @@ def recording(
 
         return counting
 
-    with _stepping(scheduler, make):
+    with method_replaced(scheduler, "step", make):
         yield found
 
 
@@ -207,7 +192,7 @@ def going_on(
         def maybe(*args: Any, **kwargs: Any) -> Any:
             if done >= start:
                 return forward(*args, **kwargs)
-            sample: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+            sample = sample_of(args, kwargs)
             channels = getattr(denoiser.config, "out_channels", None)  # more than it takes in, for a learned variance
             form = list(sample.shape)
             if sample.dim() == 4 and isinstance(channels, int):
@@ -229,7 +214,7 @@ def going_on(
 
     with ExitStack() as stack:
         stack.enter_context(forward_replaced(denoiser, stub))
-        stack.enter_context(_stepping(scheduler, make))
+        stack.enter_context(method_replaced(scheduler, "step", make))
         yield
 
 

@@ -76,6 +76,12 @@ def calls_in(pipe: Any) -> int:
     return number if isinstance(number, int) else len(pipe.scheduler.timesteps)
 
 
+def sample_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The noisy latents among the arguments of a denoiser call: UNets and transformers name them differently."""
+    sample: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+    return sample
+
+
 def branches_of(rows: int, samples: int) -> Tensor:
     """The CFG branch of each row, (rows,): diffusers puts the unconditional half first; without guidance, all COND."""
     if rows == samples:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import Floats, Interval, interval
-from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, similarity
+from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, left_out, similarity
 from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
 
 MEASURES = {LEAVE_ONE_OUT: "importance", ONLY_ONE: "sufficiency"}
@@ -45,11 +45,7 @@ def groups(part: pd.DataFrame, keys: Sequence[str]) -> Iterable[tuple[dict[str, 
 
 def counts(part: pd.DataFrame) -> dict[str, int]:
     """Rows left out: n_invalid, n_failed, n_unscored (ok, but without this metric)."""
-    return {
-        "n_invalid": int((part["status"] == "invalid").sum()),
-        "n_failed": int((part["status"] == "failed").sum()),
-        "n_unscored": int(((part["status"] == "ok") & part["effect"].isna()).sum()),
-    }
+    return left_out(part, "effect")
 
 
 def nested(part: pd.DataFrame, column: str = "effect") -> Floats:

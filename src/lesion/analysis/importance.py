@@ -46,12 +46,19 @@ def _over_prompts(part: pd.DataFrame) -> tuple[float, float]:
     return float(by_prompt.mean()), float(by_prompt.std(ddof=1)) if len(by_prompt) > 1 else np.nan
 
 
+def left_out(part: pd.DataFrame, column: str) -> dict[str, int]:
+    """Rows that no mean of `column` takes in: n_invalid, n_failed, n_unscored (ok, but without a value)."""
+    return {
+        "n_invalid": int((part["status"] == "invalid").sum()),
+        "n_failed": int((part["status"] == "failed").sum()),
+        "n_unscored": int(((part["status"] == "ok") & part[column].isna()).sum()),
+    }
+
+
 def _counts(part: pd.DataFrame) -> dict[str, int]:
     return {
         "n_images": int(part["_similarity"].notna().sum()),
-        "n_invalid": int((part["status"] == "invalid").sum()),
-        "n_failed": int((part["status"] == "failed").sum()),
-        "n_unscored": int(((part["status"] == "ok") & part["_similarity"].isna()).sum()),
+        **left_out(part, "_similarity"),
     }
 
 

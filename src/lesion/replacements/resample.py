@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lesion.errors import RequestError
+from lesion.replacements._donor import donor_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := set(options) - {"prompt"}:
-        raise RequestError("replacement.resample", f"unknown option {min(unknown)!r}; allowed: prompt")
-    prompt = options.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise RequestError("replacement.resample.prompt", f"must be the donor's text; got {prompt!r}")
-    return {"prompt": prompt}
+    return donor_of(options, "resample")
 
 
 class FromCompanion:
