@@ -7,8 +7,9 @@ replaced in every row of the batch is not computed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ class Filler(Protocol):
 
     A filler that reads the values of `output`, not only its shape, dtype and device, has an attribute
     `reads_output = True`; without it a site that is replaced in every row is not computed. A TextFiller changes what a
-    site reads instead. A filler with an attribute `companion: str` gets beside every lesioned image an un-ablated one
+    site reads instead, a Rerunner the condition it runs in. A filler with an attribute `companion: str` gets beside every lesioned image an un-ablated one
     of that prompt, with the same noise; their rows follow in the same order (see `generate`) and are dropped.
     """
 
@@ -41,6 +42,14 @@ class TextFiller(Protocol):
 
     def retell(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Text (rows, tokens, channels) and attention mask (None if the site is given none) in the place of its own."""
+        ...
+
+
+class Rerunner(Protocol):
+    """A replacement whose values are what the site itself puts out under another condition, say without its LoRA."""
+
+    def rerun(self, site: str, module: nn.Module) -> AbstractContextManager[None]:
+        """Within it the condition holds: the site is run a second time in it, with the same arguments."""
         ...
 
 
@@ -145,9 +154,11 @@ def lesioned(
         stack.enter_context(steps.counting(denoiser))
         for path, fitting in fitted.items():
             module = denoiser.get_submodule(path)
+            if fitting.reruns:
+                stack.enter_context(forward_replaced(module, functools.partial(fitting.rerun, module)))
             if fitting.retells:
                 stack.enter_context(forward_replaced(module, fitting.retold))
-            elif _keeps_shape(module):
+            elif _keeps_shape(module) and not fitting.reruns:
                 stack.enter_context(forward_replaced(module, fitting.spared))
             stack.callback(module.register_forward_hook(fitting.hook).remove)
         yield
@@ -175,6 +186,7 @@ class Fitting:
         self.names = [name for name in dict.fromkeys(plan.replacement) if name]
         self.all_steps = all(window == (0.0, 1.0) for window in plan.window)
         self.retells = [name for name in self.names if hasattr(fillers[name], "retell")]
+        self.reruns = [name for name in self.names if hasattr(fillers[name], "rerun")]
         self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
         self._weights: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
         self._shares: dict[tuple[Any, ...], tuple[Tensor, dict[str, Share]]] = {}
@@ -231,6 +243,23 @@ class Fitting:
 
         return told
 
+    def rerun(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, and its output under another condition for the rows that are to have it."""
+
+        def twice(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(hidden_states, *args, **kwargs)
+            if not self.weights(len(hidden_states))[1]:
+                return output
+            shares = self.shares(output)[1]
+            for name in self.reruns:
+                filler: Any = self.fillers[name]
+                with filler.rerun(self.path, module):  # seen anew, so that nothing remembered of the text is used
+                    other = forward(*map(_anew, (hidden_states, *args)), **{k: _anew(v) for k, v in kwargs.items()})
+                output = blend(output, other, shares[name])
+            return output
+
+        return twice
+
     def _retell(self, kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
         """Arguments with the text of these replacements' rows in its place; the same tensor at every step."""
         text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
@@ -254,7 +283,7 @@ class Fitting:
             return None
         branches, shares = self.shares(output)
         for name, share in shares.items():
-            if name in self.retells:
+            if name in self.retells or name in self.reruns:
                 continue
             values = self.fillers[name].fill(self.path, self.steps.call, branches, output)
             output = blend(output, values, share)
@@ -274,6 +303,11 @@ class Share:
         """weights: (rows,) on the CPU, in [0, 1]."""
         column = weights.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
         return cls(column, bool((weights == 1).all()), bool(((weights > 0) & (weights < 1)).any()))
+
+
+def _anew(value: Any) -> Any:
+    """The same numbers as another tensor object: `reuse.text_projected_once` goes by identity."""
+    return value.view_as(value) if isinstance(value, Tensor) else value
 
 
 def _keeps_shape(module: nn.Module) -> bool:
