@@ -110,7 +110,7 @@ def test_sd15_processors_and_tree():
     )
     lines = inspect.layer_lines(unet)
     assert lines[2].split() == ["down_blocks.0.attentions.0", "down", "64", "320", "8", "40", "768", "1"]
-    assert lines[-1].startswith("16 layers, 16 sites")
+    assert lines[-2].startswith("16 layers, 16 sites")
     tree = list(inspect.tree(unet, 1, "unet"))
     assert tree[0].startswith("unet: UNet2DConditionModel (859.52 M parameters)")
     assert "  conv_in: Conv2d(4, 320, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))" in tree
