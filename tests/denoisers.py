@@ -5,7 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
 from conftest import small_unet
 from lesion.lesions import Lesion, Replacement
@@ -37,6 +43,46 @@ def build(name, seed=0, **changes):
                 **changes,
             }
         )
+    elif name == "pixart":
+        denoiser = PixArtTransformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            caption_channels=12,
+            cross_attention_dim=24,
+            out_channels=8,
+            use_additional_conditions=False,
+        )
+    elif name == "sana":
+        denoiser = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=12,
+            sample_size=8,
+        )
+    elif name == "hunyuan":
+        denoiser = HunyuanDiT2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=4,  # the last ones have long skips
+            attention_head_dim=8,
+            num_attention_heads=3,
+            hidden_size=24,
+            cross_attention_dim=12,
+            cross_attention_dim_t5=8,
+            pooled_projection_dim=4,
+            text_len=5,
+            text_len_t5=5,
+            activation_fn="gelu-approximate",
+        )
     else:
         denoiser = FluxTransformer2DModel(
             in_channels=4,
@@ -67,6 +113,20 @@ def inputs(name, rows, seed=1):
         timestep = torch.full((rows,), 900.0 - 200 * step)
         if name == "unet":
             call = {"sample": noise(rows, 4, 8, 8), "timestep": timestep, "encoder_hidden_states": noise(rows, 7, 16)}
+        elif name in ("pixart", "sana", "hunyuan"):
+            call = {"timestep": timestep, "encoder_hidden_states": noise(rows, 5, 12)}
+            call |= {"hidden_states": noise(rows, 4, 8, 8)}
+            if name == "pixart":
+                call |= {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+            if name == "hunyuan":
+                call |= {
+                    "text_embedding_mask": torch.ones(rows, 5),
+                    "encoder_hidden_states_t5": noise(rows, 5, 8),
+                    "text_embedding_mask_t5": torch.ones(rows, 5),
+                    "image_meta_size": torch.ones(rows, 6),
+                    "style": torch.zeros(rows, dtype=torch.int64),
+                    "image_rotary_emb": [noise(16, 8), noise(16, 8)],
+                }
         else:
             call = {"pooled_projections": noise(rows, 16), "encoder_hidden_states": noise(rows, TEXT, 12)}
             if name == "sd3":
