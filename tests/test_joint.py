@@ -8,6 +8,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
 from lesion.anatomy import AnatomyError, examine, kinds_of
+from lesion.branches import two_branches
 from lesion.replacements.resample import FromCompanion
 
 LAYERS = {
@@ -241,6 +242,83 @@ def test_blocks_run_again_under_another_condition(name, layer):
     assert apart([one[:1] for one in ours], [one[:1] for one in reference]) < 1e-6
     assert same([one[1:] for one in ours], [one[1:] for one in plain])
     assert apart(reference, plain) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["joint_attention", "block"])
+@each_layer
+def test_only_the_lesioned_half_is_taken_from_a_rerun(name, layer, kind):
+    from contextlib import contextmanager
+
+    denoiser, calls, halves = build(name), inputs(name, 2), []
+    path = f"{layer}.attn" if kind == "joint_attention" else layer
+
+    class Scaled:
+        @contextmanager
+        def rerun(self, site, module):
+            attention = denoiser.get_submodule(f"{layer}.attn")
+            attention.to_v.weight.data.mul_(2)
+            yield
+            attention.to_v.weight.data.div_(2)
+
+    def note(module, args, kwargs, output):
+        if not isinstance(output, tuple):
+            output = output[:, TEXT:], output[:, :TEXT]
+        halves.append([half for half in output if half is not None])
+
+    def first(calls, lesions):
+        handle = denoiser.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+        halves.clear()
+        under(denoiser, examine(denoiser, kind=kind), lesions, calls, Scaled())
+        handle.remove()
+        return halves[0]
+
+    plain = first(calls, [None, None])
+    changed = first(calls, [lesion(layer, kind=kind)] * 2)
+    partly = first(calls, [lesion(layer, kind=kind, strength=0.5)] * 2)
+    image_at = 0 if kind == "joint_attention" or len(plain) == 1 else 1
+    for half, (was, now, some) in enumerate(zip(plain, changed, partly)):
+        kept = kind == "joint_attention" and half != image_at
+        assert torch.equal(was, now) == torch.equal(was, some) == kept, half
+        assert torch.allclose(some, (was + now) / 2, atol=1e-5)
+
+
+def test_a_guidance_in_calls_of_its_own_is_refused():
+    """Two calls a step, as `true_cfg_scale` makes them, cannot be told apart."""
+    from types import SimpleNamespace
+
+    from lesion.replacements.zero import Zero
+    from lesion.surgery import lesioned, replacement_key
+
+    denoiser, calls = build("flux"), inputs("flux", 1)
+    pipe = SimpleNamespace(_num_timesteps=2, scheduler=SimpleNamespace(timesteps=range(2)))
+    one = lesion("transformer_blocks.0", kind="block")
+    with (
+        pytest.raises(RuntimeError, match="called more often than the 2 timesteps"),
+        torch.inference_mode(),
+        lesioned(denoiser, pipe, examine(denoiser, kind="block"), [one], {replacement_key(one): Zero()}),
+    ):
+        for call in calls:
+            denoiser(**call)
+
+
+def test_which_pipelines_have_two_branches():
+    import diffusers
+
+    denoisers = {name: build(name) for name in ("unet", "sd3", "flux", "pixart")}
+    for pipeline, name, guidance, expected in (
+        ("StableDiffusionPipeline", "unet", 3.0, True),
+        ("StableDiffusionPipeline", "unet", 1.0, False),
+        ("StableDiffusion3Pipeline", "sd3", 7.0, True),
+        ("PixArtAlphaPipeline", "pixart", 4.5, True),
+        ("FluxPipeline", "flux", 3.5, False),
+        ("FluxImg2ImgPipeline", "flux", 3.5, False),
+    ):
+        assert two_branches(getattr(diffusers, pipeline), denoisers[name], guidance) == expected, pipeline
+    lcm = diffusers.UNet2DConditionModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
+        time_cond_proj_dim=4,
+    )  # fmt: skip
+    assert not two_branches(diffusers.StableDiffusionPipeline, lcm, 8.0)
 
 
 @each_layer

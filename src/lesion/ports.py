@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,15 @@ class Port:
     """The whole output of a module, a tensor: (rows, tokens, channels) or (rows, channels, height, width).
 
     module: path of the module that is called. block: path of the block whose call says how long the text is, "" if
-    that does not matter. parts: how many tensors make up the quantity; each gets values of its own.
+    that does not matter.
     """
 
     module: str
     block: str = ""
+    everything: ClassVar[bool] = True  # whether the quantity is all that the module puts out or adds
 
     def parts(self, output: Any) -> int:
+        """How many tensors make up the quantity; each gets values of its own."""
         return 1
 
     def placeholder(self, call: Call) -> Any | None:
@@ -114,18 +116,21 @@ class Port:
             output = blend(output, change.values, change.share)
         return output
 
-    def merge(self, output: Any, other: Any, share: Share) -> Any:
-        """The output with the rows of another output of the same module."""
+    def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
+        """The output with rows of what the module puts out in another run of the same call."""
         if isinstance(output, Tensor):
             return blend(output, other, share)
         if isinstance(output, tuple):
-            return tuple(None if mine is None else self.merge(mine, its, share) for mine, its in zip(output, other))
-        return type(output)(**{name: self.merge(output[name], other[name], share) for name in output})
+            pairs = zip(output, other, strict=True)
+            return tuple(None if mine is None else self.merge(call, mine, its, share) for mine, its in pairs)
+        return type(output)(**{name: self.merge(call, output[name], other[name], share) for name in output})
 
 
 @dataclass(frozen=True)
 class ImageStream(Port):
     """The image's half of what a joint attention puts out: the first of its tensors, (rows, tokens, channels)."""
+
+    everything = False
 
     def placeholder(self, call: Call) -> Any | None:
         return None  # the text's half is needed
@@ -137,10 +142,15 @@ class ImageStream(Port):
     def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
         return (super().write(call, output[0], changes), *output[1:])
 
+    def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
+        return (blend(output[0], other[0], share), *output[1:])
+
 
 @dataclass(frozen=True)
 class ImageTokens(Port):
     """The image's tokens of a sequence that has the text's in front, (rows, image tokens, channels)."""
+
+    everything = False
 
     def placeholder(self, call: Call) -> Any | None:
         return None
@@ -151,6 +161,10 @@ class ImageTokens(Port):
 
     def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
         image = super().write(call, output[:, call.text_tokens :], changes)
+        return torch.cat([output[:, : call.text_tokens], image], dim=1)
+
+    def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
+        image = blend(output[:, call.text_tokens :], other[:, call.text_tokens :], share)
         return torch.cat([output[:, : call.text_tokens], image], dim=1)
 
 
@@ -233,6 +247,7 @@ class FromText(Port):
     single: whether text and image come concatenated.
     """
 
+    everything = False
     single: bool = False
 
     def placeholder(self, call: Call) -> Any | None:
@@ -285,6 +300,7 @@ class Head(Port):
     heads by zero give zeros to the bit. head: from 0. heads: H.
     """
 
+    everything = False
     head: int = 0
     heads: int = 1
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy, Site
 from lesion.lesions import Lesion, covers
-from lesion.ports import Call, Change, Share
+from lesion.ports import Call, Change, Head, HeadTokens, Share
 from lesion.reuse import forward_replaced
 
 UNCOND, COND = 0, 1
@@ -205,6 +205,8 @@ class Fitting:
         self.retells = [name for name in self.names if hasattr(fillers[name], "retell")]
         self.reruns = [name for name in self.names if hasattr(fillers[name], "rerun")]
         self.fills = [name for name in self.names if name not in self.retells and name not in self.reruns]
+        if (self.retells or self.reruns) and isinstance(site.port, Head | HeadTokens):
+            raise RuntimeError(f"{site.path}: this replacement changes a whole attention, not a head")
         self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
         self._weights: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
         self._shares: dict[tuple[Any, ...], tuple[Tensor, dict[str, Share]]] = {}
@@ -248,13 +250,13 @@ class Fitting:
         port, shares = self.site.port, self.shares(call.hidden)[1]
         mixed = [name for name in self.retells if shares[name].mixed]
         at_once = [name for name in self.retells if name not in mixed]
-        if len(self.names) == 1 and self.reruns and shares[self.names[0]].whole:
+        if port.everything and len(self.names) == 1 and self.reruns and shares[self.names[0]].whole:
             return self._rerun(self.names[0], call)
-        output = call.forward(*call.args, **self._retell(call.kwargs, at_once)) if at_once else call.run()
+        output = self._told(call, at_once) if at_once else call.run()
         for name in mixed:
-            output = port.merge(output, call.forward(*call.args, **self._retell(call.kwargs, [name])), shares[name])
+            output = port.merge(call, output, self._told(call, [name]), shares[name])
         for name in self.reruns:
-            output = port.merge(output, self._rerun(name, call), shares[name])
+            output = port.merge(call, output, self._rerun(name, call), shares[name])
         return output
 
     def changes(self, call: Call, output: Any) -> list[Change]:
@@ -267,6 +269,9 @@ class Fitting:
                 values = self.fillers[name].fill(self.site.part(part), self.steps.call, branches, quantity)
                 found.append(Change(port, part, values.to(quantity.dtype), shares[name]))
         return found
+
+    def _told(self, call: Call, names: list[str]) -> Any:
+        return call.forward(*call.args, **self._retell(call.kwargs, names))
 
     def _rerun(self, name: str, call: Call) -> Any:
         """Every tensor is handed over anew, so that nothing is used that was remembered of it."""
