@@ -321,6 +321,27 @@ def test_which_pipelines_have_two_branches():
     assert not two_branches(diffusers.StableDiffusionPipeline, lcm, 8.0)
 
 
+def test_a_branch_of_distilled_guidance_is_refused_before_loading():
+    from types import SimpleNamespace
+
+    from lesion.errors import RequestError
+    from lesion.runner import _check_branches
+
+    def check(pipeline, name, *branches):
+        source = SimpleNamespace(
+            spec=SimpleNamespace(pipeline=None),
+            index={"_class_name": pipeline},
+            skeleton=lambda component: build(name),
+            denoiser="transformer",
+        )
+        _check_branches(SimpleNamespace(branches=branches, guidance=3.5), source)
+
+    with pytest.raises(RequestError, match="branch: FluxPipeline hands its guidance to the denoiser"):
+        check("FluxPipeline", "flux", "both", "cond")
+    check("FluxPipeline", "flux", "both")
+    check("StableDiffusion3Pipeline", "sd3", "cond", "uncond")
+
+
 @each_layer
 def test_hooks_come_off_after_an_error(name, layer):
     denoiser, calls = build(name), inputs(name, 2)

@@ -322,7 +322,7 @@ class Head(Port):
         for change in changes:
             port = change.port
             assert isinstance(port, Head)
-            before = parts[port] if port in parts else self._of(port, call)
+            before = parts[port] if port in parts else port.read(call, output, change.part)
             parts[port] = blend(before, change.values, change.share)
             touched = touched | (change.share.column > 0)
         for port, quantity in parts.items():
@@ -331,10 +331,6 @@ class Head(Port):
         bias = call.forward(inputs.new_zeros(1, 1, inputs.shape[-1]))
         changed = call.forward(inputs) + bias * (lost / self.heads)
         return torch.where(touched, changed, output)
-
-    @staticmethod
-    def _of(port: Head, call: Call) -> Tensor:
-        return port.read(call, None, 0)
 
 
 @dataclass(frozen=True)
