@@ -46,7 +46,9 @@ class Gates:
     def lesioned(self, pipe: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]) -> Iterator[None]:
         """As `surgery.lesioned`. Raises RuntimeError for a filler that reads the output: a gate cannot show it."""
         if any(
-            hasattr(filler, name) for filler in fillers.values() for name in ("reads_output", "retell", "companion")
+            hasattr(filler, name)
+            for filler in fillers.values()
+            for name in ("reads_output", "retell", "rerun", "companion")
         ):
             raise RuntimeError("this replacement does more than put a value in: set performance.compile=false")
         steps = Steps(pipe)
