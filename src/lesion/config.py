@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
+from lesion.analysis.importance import why_unsuited
 from lesion.anatomy import GRANULARITIES, KINDS
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
@@ -85,6 +86,7 @@ class ScorerConf:
     clip_model: str = MISSING
     clip_pretrained: str | None = None
     metrics: list[str] = MISSING
+    importance: str = "clip_similarity"
     batch_size: int = 64
 
 
@@ -319,7 +321,11 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
     for metric in metrics:
         _one_of("scorer.metrics", metric, scoring.known_metrics())
     if "clip_similarity" not in metrics:
-        raise RequestError("scorer.metrics", "must name clip_similarity: importance is computed from it")
+        raise RequestError("scorer.metrics", "must name clip_similarity: every table of results has it")
+    importance = _one_of("scorer.importance", value["importance"], tuple(metrics))
+    if why := why_unsuited(importance):
+        suited = ", ".join(metric for metric in metrics if not why_unsuited(metric))
+        raise RequestError("scorer.importance", f"cannot be {importance}: {why}; allowed: {suited}")
     _at_least("scorer.batch_size", value["batch_size"], 1)
     return ScorerSpec(
         name=value["name"],
@@ -327,6 +333,7 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
         clip_pretrained=value["clip_pretrained"],
         metrics=tuple(metrics),
         batch_size=value["batch_size"],
+        importance=importance,
     )
 
 

@@ -79,6 +79,7 @@ class ScorerSpec:
     clip_pretrained: str | None  # of an open_clip name: a pretrained tag or a checkpoint file
     metrics: tuple[str, ...]
     batch_size: int = 64  # images a forward pass
+    importance: str = "clip_similarity"  # the one of the metrics that importance and sufficiency are computed from
 
 
 class Scorer:
