@@ -87,6 +87,7 @@ class ScorerConf:
     clip_pretrained: str | None = None
     metrics: list[str] = MISSING
     importance: str = "clip_similarity"
+    dino_model: str = "facebook/dinov2-base"
     batch_size: int = 64
 
 
@@ -334,6 +335,7 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
         metrics=tuple(metrics),
         batch_size=value["batch_size"],
         importance=importance,
+        dino_model=value["dino_model"],
     )
 
 

@@ -19,6 +19,7 @@ NO_EFFECT = 1e-4  # similarities this close to 1 are float32 and batch-size nois
 IMPORTANCE_METRIC = "importance_metric"  # the column that names a study's choice
 DEFAULT_METRIC = "clip_similarity"
 STATUSES = ("ok", "invalid", "failed")
+SIMILARITIES = ("clip_similarity", "dino_similarity", "ssim")  # 1 for identical images
 DISTANCES = ("lpips",)  # 0 for identical images
 UNSUITED = {
     "psnr": "it has no finite value for identical images",
@@ -27,10 +28,12 @@ UNSUITED = {
 
 
 def why_unsuited(metric: str) -> str | None:
-    """Why a metric cannot be `scorer.importance`; None if nothing speaks against it."""
+    """Why a metric cannot be `scorer.importance`; None for a similarity to the baseline, 1 for identical images."""
+    if metric in SIMILARITIES:
+        return None
     if metric in DISTANCES:
         return "it is a distance, 0 for identical images"
-    return UNSUITED.get(metric)
+    return UNSUITED.get(metric, "it is no similarity to the baseline")
 
 
 def importance_metric(frame: pd.DataFrame) -> str:
