@@ -7,7 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from lesion.analysis import controls, layer_by_prompt, layer_table, settings, status_counts
+from lesion.analysis import controls, importance_metric, layer_by_prompt, layer_table, settings, status_counts
+from lesion.analysis.estimates import layer_estimates
 
 DEEP, SHALLOW = "up_blocks.1.attentions.0", "down_blocks.0.attentions.0"  # alphabetical order is not depth order
 MIDDLE = "mid_block.attentions.0"
@@ -42,6 +43,25 @@ def test_importance_is_the_mean_over_seeds_then_prompts_with_unequal_counts():
     assert one["sufficiency"] == pytest.approx(0.6)
     assert math.isnan(one["sufficiency_sd"])  # one prompt says nothing about spread
     assert (one["n_images"], one["n_invalid"], one["n_failed"], one["rank"], one["effect"]) == (4, 0, 0, 1, "yes")
+
+
+def test_importance_is_computed_from_the_metric_that_the_study_chose():
+    chosen = {"importance_metric": "ssim", "ssim": 0.4}
+    frame = pd.DataFrame([row("leave_one_out", DEEP, 0.9, **chosen), row("only_one", DEEP, 0.8, **chosen)])
+    assert importance_metric(frame) == "ssim"
+    (one,) = layer_table(frame).to_dict("records")
+    assert (one["importance"], one["sufficiency"]) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert layer_by_prompt(frame).to_numpy().tolist() == [[pytest.approx(0.6)]]
+    assert layer_table(frame, "clip_similarity")["importance"].tolist() == [pytest.approx(0.1)]
+    (estimate,) = layer_estimates(frame)["mean"][lambda column: column > 0.5]
+    assert estimate == pytest.approx(0.6)
+
+
+def test_without_a_choice_or_with_several_importance_is_computed_from_clip():
+    old = pd.DataFrame([row("leave_one_out", DEEP, 0.9)])
+    assert importance_metric(old) == "clip_similarity"
+    assert importance_metric(old.head(0).assign(importance_metric="ssim")) == "clip_similarity"
+    assert importance_metric(pd.concat([old, old.assign(importance_metric="ssim")])) == "clip_similarity"
 
 
 def test_invalid_and_failed_rows_are_counted_not_averaged():

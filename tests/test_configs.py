@@ -99,34 +99,70 @@ def test_the_demo_is_as_large_as_it_says():
     }  # fmt: skip
 
 
-def small(pipeline_folder: Path, clip: Path) -> list[str]:
+def stand_in(model: str, folder: Path) -> Path:
+    """Writes a tiny model of the same class, and of the same layers where it is a UNet."""
+    import layouts
+
+    if model == "sd15":
+        return layouts.sd15_layout(folder)
+    if model == "sdxl":
+        return layouts.sdxl_layout(folder)
+    import pipelines
+
+    return pipelines.build({"flux_dev": "flux", "sd3_medium": "sd3"}[model], folder)
+
+
+def small(pipeline_folder: Path, clip: Path, dino: Path, steps: int = 2) -> list[str]:
     """Overrides that put a tiny stand-in in the place of an experiment's model and scorer."""
     return [
         f"model.id={pipeline_folder}",
         "model.variant=null",
         "model.dtype=float32",
         f"scorer.clip_model=local-dir:{clip}",
-        "generation.steps=2",
+        "scorer.clip_pretrained=null",
+        f"scorer.dino_model={dino}",
+        f"generation.steps={steps}",
         "generation.height=16",
         "generation.width=16",
         "tracker=none",
         "prompts=inline",
         "prompts.items=[a red circle]",
+        "seeds=0",
     ]
 
 
+SIZES = {
+    "demo": 1 + 7 + 7,
+    "sdxl_layers": 1 + 11 + 11 + 1,
+    "sdxl_style_layout": 1 + 6 + 1,
+    "sd15_per_layer_prompts": 1 + 2 + 16,
+    "prompt_swap_windows": 1 + 10 + 4,
+    "flux_vital_layers": 1 + 2 + 3,  # the stand-in has 2 double and 3 single blocks
+    "sd3_vital_layers": 1 + 3,
+}  # images of one prompt and seed on the stand-in
+
+
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "experiment"])
-def test_every_experiment_runs(cli, name, tiny_folder, tiny_sdxl_folder, tiny_clip):
-    """On a tiny model of the same class: two steps, one prompt."""
+def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
+    """On a tiny model of the same class: few steps, one prompt, one seed."""
+    from test_scoring import write_dino
+
     cli.defaults = []
-    folder = tiny_sdxl_folder if "sdxl" in name else tiny_folder
-    code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip))
+    request = parse(composed(f"experiment={name}"))
+    model = request.model.name
+    folder = tiny_folder if model == "embedded" else stand_in(model, tmp_path / "stand_in")
+    dino = write_dino(tmp_path / "dino")
+    steps = 10 if len(request.windows) > 1 else 2
+    code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip, dino, steps))
     assert code == 0, err
     (frame,) = cli.frames()
     assert (frame.status == "ok").all()
+    assert len(frame) == SIZES.get(name, len(frame))
+    lesioned = frame[frame.selection != "none"]
+    assert (lesioned[request.scorer.importance] < 1).any()  # the lesions reach the images
+    assert set(frame.importance_metric) == {request.scorer.importance}
     if name == "sdxl_layers":
         assert set(frame.selection) == {"none", "only_one", "leave_one_out", "all"}
-        assert frame.layer.nunique() - 1 == 4
         assert frame.scheduler.unique().tolist() == ["EulerDiscreteScheduler"]
 
 

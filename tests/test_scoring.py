@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -19,9 +20,12 @@ from safetensors.torch import save_file
 from scipy.ndimage import correlate
 
 import lesion.scoring
-from lesion.scoring import Scorer, ScorerError, ScorerSpec, Shot, identities, known_metrics, make_scorer
+from lesion.errors import RequestError
+from lesion.scoring import Scorer, ScorerError, ScorerSpec, Shot, check, identities, known_metrics, make_scorer
 from lesion.scoring import _clip as clip_module
 from lesion.scoring import _clip_weights as weights_module
+from lesion.scoring import _dino as dino_module
+from lesion.scoring import _embeddings as embeddings_module
 
 CONFIGS = sorted((Path(__file__).parents[1] / "conf" / "scorer").glob("*.yaml"))
 WORDS = ["a", "red", "green", "blue", "circle", "square", "above", "below", "on", "white"]
@@ -78,6 +82,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fresh_models() -> None:
     clip_module._embedder.cache_clear()
+    dino_module._embedder.cache_clear()
 
 
 def spec(clip: Path | str, *metrics: str, **more: object) -> ScorerSpec:
@@ -177,7 +182,7 @@ def test_memory_is_bounded_and_still_right(clip_folder: Path, monkeypatch: pytes
     given = shots(6)
     scorer = make_scorer(spec(clip_folder, "clip_similarity", batch_size=2), "cpu")
     expected = scorer.score(given)["clip_similarity"]
-    monkeypatch.setattr(clip_module, "KEPT", 3)
+    monkeypatch.setattr(embeddings_module, "KEPT", 3)
     np.testing.assert_allclose(scorer.score(given)["clip_similarity"], expected, atol=1e-6)
     np.testing.assert_allclose(scorer.score(given[::-1])["clip_similarity"], expected[::-1], atol=1e-6)
     assert len(scorer.metrics[0].clip.images.kept) == 3  # type: ignore[attr-defined]
@@ -291,7 +296,7 @@ def test_missing_weights_are_one_clear_line(
         make_scorer(spec("embedded", "clip_similarity"), "cpu")
     assert "train_embedded.py" in one_line(error)
 
-    monkeypatch.setattr(weights_module, "_hub_answers", lambda: False)
+    monkeypatch.setattr(weights_module, "hub_answers", lambda: False)
     monkeypatch.setattr(weights_module.hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(weights_module.hub, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ScorerError) as error:
@@ -329,6 +334,115 @@ def test_identity_follows_the_weights_not_the_place(clip_folder: Path, tmp_path:
 
     save_file({k: v * 2 if "text_projection" in k else v for k, v in load_file(file).items()}, file)
     assert identities(spec(copy, *wanted))["clip_similarity"] != first["clip_similarity"]
+
+
+def write_dino(folder: Path, seed: int = 0) -> Path:
+    """A random DINOv2 of a few thousand weights whose position table is smaller than the crop's 16 x 16 patches."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    model = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56))
+    with torch.no_grad():  # fresh weights are so small that all images would look alike
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "position" not in name:
+                parameter.mul_(20)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dino(tmp_path_factory.mktemp("models") / "dino")
+
+
+def test_dino_scores_equal_transformers_by_hand(dino_folder: Path) -> None:
+    from transformers import Dinov2Model
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    given = [*shots(3, height=40, width=57), *shots(2, height=300, width=512)]
+    scorer = make_scorer(spec("unused", "dino_similarity", dino_model=str(dino_folder), batch_size=2), "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scorer.score(given)["dino_similarity"]
+
+    published = BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    )  # fmt: skip
+    model = Dinov2Model.from_pretrained(dino_folder).eval()
+    for value, shot in zip(found, given, strict=True):
+        pixels = published([Image.fromarray(shot.image), Image.fromarray(shot.baseline)], return_tensors="pt")
+        np.testing.assert_allclose(dino_module.preprocess(shot.image), pixels["pixel_values"][0], atol=1e-6)
+        with torch.no_grad():
+            x, y = model(**pixels).pooler_output
+        assert value == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=2e-6)
+    assert np.ptp(found) > 1e-3
+
+
+def test_dino_of_an_unchanged_image_is_exactly_one_and_each_image_is_embedded_once(dino_folder: Path) -> None:
+    base = picture(1)
+    given = [Shot("same", base.copy(), "base", base, ""), Shot("other", picture(2), "base", base, "")]
+    scorer = make_scorer(spec("unused", "dino_similarity", dino_model=str(dino_folder)), "cpu")
+    found = scorer.score(given)["dino_similarity"]
+    assert found[0] == 1.0
+    assert found[1] < 0.9999
+    assert len(scorer.metrics[0].dino.images.kept) == 2  # type: ignore[attr-defined]
+
+
+def test_dino_identity_follows_the_weights_not_the_place(dino_folder: Path, tmp_path: Path) -> None:
+    def named(folder: Path) -> str:
+        return identities(spec("unused", "dino_similarity", dino_model=str(folder)))["dino_similarity"]
+
+    first = named(dino_folder)
+    assert first.startswith("dino_similarity/1 (dino ")
+    assert str(dino_folder) not in first
+    assert named(write_dino(tmp_path / "copy" / "dino")) == first
+    assert named(write_dino(tmp_path / "other" / "dino", seed=1)) != first
+
+
+def test_a_missing_dino_is_one_line_that_names_the_key(
+    dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: object) -> str:
+        with pytest.raises(RequestError) as error:
+            check(spec("unused", "dino_similarity", dino_model=str(name)))
+        assert "\n" not in str(error.value)
+        assert error.value.key == "scorer.dino_model"
+        return str(error.value)
+
+    check(spec("unused", "dino_similarity", dino_model=str(dino_folder)))
+    assert "no such folder" in refused(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    assert "model.safetensors" in refused(tmp_path / "bare")
+    odd = write_dino(tmp_path / "odd")
+    (odd / "config.json").write_text('{"model_type": "vit"}')
+    assert "is of vit; allowed: dinov2" in refused(odd)
+    monkeypatch.setattr(dino_module.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(dino_module, "hub_answers", lambda: False)
+    assert "hub's cache" in refused("facebook/dinov2-base")
+    with pytest.raises(ScorerError, match="hub's cache"):
+        identities(spec("unused", "dino_similarity"))
+
+
+def test_a_dino_with_half_its_weights_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = write_dino(tmp_path / "half")
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "layer.1" not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ScorerError, match="weights lack"):
+        make_scorer(spec("unused", "dino_similarity", dino_model=str(folder)), "cpu")
+
+
+def test_a_dino_in_the_hubs_cache_is_taken_from_there(
+    dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / "abc"
+    shutil.copytree(dino_folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    assert dino_module.resolve("org/tiny") == (snapshot / "config.json", snapshot / "model.safetensors")
 
 
 def test_lpips_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +502,7 @@ def test_lpips_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_metrics_are_found_by_module_name_without_torch() -> None:
-    assert known_metrics() == ("clip_similarity", "clip_text", "lpips", "psnr", "ssim")
+    assert known_metrics() == ("clip_similarity", "clip_text", "dino_similarity", "lpips", "psnr", "ssim")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -418,7 +532,11 @@ def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("metrics", "more", "says"),
     [
-        (("ssim", "sim"), {}, "unknown metric sim; allowed: clip_similarity, clip_text, lpips, psnr, ssim"),
+        (
+            ("ssim", "sim"),
+            {},
+            "unknown metric sim; allowed: clip_similarity, clip_text, dino_similarity, lpips",
+        ),
         (("_clip",), {}, "unknown metric _clip"),
         ((), {}, "at least one"),
         (("ssim", "ssim"), {}, "distinct"),
@@ -457,7 +575,12 @@ def test_configs_fit_the_spec(path: Path) -> None:
     values = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
     assert set(values) == {field.name for field in fields(ScorerSpec)}
     assert values["name"] == path.stem
-    assert tuple(values["metrics"]) == ("clip_similarity", "clip_text", "ssim", "psnr")
+    assert values["importance"] in values["metrics"]
+    if path.stem == "dino":
+        assert (values["importance"], values["dino_model"]) == ("dino_similarity", "facebook/dinov2-base")
+        assert tuple(values["metrics"]) == ("clip_similarity", "dino_similarity")
+    else:
+        assert tuple(values["metrics"]) == ("clip_similarity", "clip_text", "ssim", "psnr")
     if values["clip_model"] != "embedded":
         assert weights_module.resolve(values["clip_model"], values["clip_pretrained"])
         weights = open_clip.get_pretrained_cfg(values["clip_model"], values["clip_pretrained"])

@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
+from lesion.analysis.importance import why_unsuited
 from lesion.anatomy import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
@@ -85,6 +86,8 @@ class ScorerConf:
     clip_model: str = MISSING
     clip_pretrained: str | None = None
     metrics: list[str] = MISSING
+    importance: str = "clip_similarity"
+    dino_model: str = "facebook/dinov2-base"
     batch_size: int = 64
 
 
@@ -326,7 +329,11 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
     for metric in metrics:
         _one_of("scorer.metrics", metric, scoring.known_metrics())
     if "clip_similarity" not in metrics:
-        raise RequestError("scorer.metrics", "must name clip_similarity: importance is computed from it")
+        raise RequestError("scorer.metrics", "must name clip_similarity: every table of results has it")
+    importance = _one_of("scorer.importance", value["importance"], tuple(metrics))
+    if why := why_unsuited(importance):
+        suited = ", ".join(metric for metric in metrics if not why_unsuited(metric))
+        raise RequestError("scorer.importance", f"cannot be {importance}: {why}; allowed: {suited}")
     _at_least("scorer.batch_size", value["batch_size"], 1)
     return ScorerSpec(
         name=value["name"],
@@ -334,6 +341,8 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
         clip_pretrained=value["clip_pretrained"],
         metrics=tuple(metrics),
         batch_size=value["batch_size"],
+        importance=importance,
+        dino_model=value["dino_model"],
     )
 
 

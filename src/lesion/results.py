@@ -109,7 +109,11 @@ class Results:
         columns: defaultdict[str, list[Any]] = defaultdict(list)
         publisher = _Publisher(self.store, folder)
         protocol = self.study.protocol
-        scorer = {"scorer": self.spec.name, "scorer_identity": "; ".join(self.identities.values())}
+        scorer = {
+            "scorer": self.spec.name,
+            "scorer_identity": "; ".join(self.identities.values()),
+            "importance_metric": self.spec.importance,
+        }
         for cell in self.study.cells():
             status, reason = self._status(cell, failures)
             values = self.scores.values(cell.key, cell.baseline.key) if status == "ok" else {}

@@ -21,7 +21,7 @@ BETWEEN = ("measure", "replacement", "model")
 def correlations(
     frame: pd.DataFrame,
     between: str = "measure",
-    metric: str = "clip_similarity",
+    metric: str | None = None,
     confidence: float = 0.95,
     replicates: int = REPLICATES,
     seed: int = 0,

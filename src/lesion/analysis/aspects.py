@@ -18,7 +18,7 @@ def tags(aspects: Any) -> list[str]:
     return list(dict.fromkeys(tag.strip() for tag in str(aspects or "").split(",") if tag.strip()))
 
 
-def aspect_estimates(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def aspect_estimates(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """`layer_estimates` (see there), one row an aspect tag too (column aspect).
 
     A prompt with several tags counts under each; prompts without tags are in none. An aspect of one prompt has no
@@ -46,7 +46,7 @@ def _tagged(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def aspect_interaction(
-    frame: pd.DataFrame, metric: str = "clip_similarity", permutations: int = 1999, seed: int = 0
+    frame: pd.DataFrame, metric: str | None = None, permutations: int = 1999, seed: int = 0
 ) -> pd.DataFrame:
     """Do layers matter differently for different aspects? One row a setting.
 

@@ -19,7 +19,7 @@ from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order
 MEASURES = {LEAVE_ONE_OUT: "importance", ONLY_ONE: "sufficiency"}
 
 
-def lesioned_rows(frame: pd.DataFrame, metric: str = "clip_similarity") -> tuple[pd.DataFrame, list[str]]:
+def lesioned_rows(frame: pd.DataFrame, metric: str | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Every row with a lesion, setting after setting, and the names of the columns that tell settings apart.
 
     Adds the columns of its setting where the frame lacks them, and `effect` (float, NaN unless ok and scored).

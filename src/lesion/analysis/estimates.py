@@ -13,7 +13,7 @@ FIGURES = ("mean", "low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts
 LEFT_OUT = ("n_invalid", "n_failed", "n_unscored")
 
 
-def layer_estimates(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def layer_estimates(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """One row a setting (model, replacement, window, branch, strength...), measure and layer, in depth order.
 
     Columns: those of the setting; measure (importance: 1 - similarity under leave_one_out; sufficiency: similarity
@@ -24,7 +24,7 @@ def layer_estimates(frame: pd.DataFrame, metric: str = "clip_similarity", **opti
     return measured(*lesioned_rows(frame, metric), [], **options)
 
 
-def prompt_estimates(frame: pd.DataFrame, metric: str = "clip_similarity", confidence: float = 0.95) -> pd.DataFrame:
+def prompt_estimates(frame: pd.DataFrame, metric: str | None = None, confidence: float = 0.95) -> pd.DataFrame:
     """Like `layer_estimates`, one row a prompt too (prompt_id); limits are Student's t over the prompt's seeds."""
     return measured(*lesioned_rows(frame, metric), ["prompt_id"], confidence=confidence)
 

@@ -107,7 +107,7 @@ def of_setting(pairs: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
 
 
 def normalised_importance(
-    frame: pd.DataFrame, pairs: pd.DataFrame, metric: str = "clip_similarity", **options: Any
+    frame: pd.DataFrame, pairs: pd.DataFrame, metric: str | None = None, **options: Any
 ) -> pd.DataFrame:
     """One row a setting and layer: raw importance beside both normalised ones, each with its interval.
 

@@ -2,6 +2,7 @@
 
 importance of a layer = 1 - similarity(baseline, image with this layer lesioned)         (leave-one-out)
 sufficiency of a layer = similarity(baseline, image with every other layer lesioned)     (only-one)
+The similarity is the study's choice (`scorer.importance`, see `importance_metric`).
 Means are taken over the seeds of a prompt first, then over prompts, so a prompt with more seeds weighs no more.
 """
 
@@ -15,7 +16,10 @@ from lesion.analysis.settings import in_order, layers_in_order, only_setting, ro
 LEAVE_ONE_OUT = "leave_one_out"
 ONLY_ONE = "only_one"
 NO_EFFECT = 1e-4  # similarities this close to 1 are float32 and batch-size noise, not an effect
+IMPORTANCE_METRIC = "importance_metric"  # the column that names a study's choice
+DEFAULT_METRIC = "clip_similarity"
 STATUSES = ("ok", "invalid", "failed")
+SIMILARITIES = ("clip_similarity", "dino_similarity", "ssim")  # 1 for identical images
 DISTANCES = ("lpips",)  # 0 for identical images
 UNSUITED = {
     "psnr": "it has no finite value for identical images",
@@ -23,11 +27,34 @@ UNSUITED = {
 }
 
 
-def similarity(frame: pd.DataFrame, metric: str = "clip_similarity") -> pd.Series:
+def why_unsuited(metric: str) -> str | None:
+    """Why a metric cannot be `scorer.importance`; None for a similarity to the baseline, 1 for identical images."""
+    if metric in SIMILARITIES:
+        return None
+    if metric in DISTANCES:
+        return "it is a distance, 0 for identical images"
+    return UNSUITED.get(metric, "it is no similarity to the baseline")
+
+
+def importance_metric(frame: pd.DataFrame) -> str:
+    """The metric that importance is computed from: the column `importance_metric`, written by `scorer.importance`.
+
+    "clip_similarity", which every study has, where there is no such column (results of earlier versions), no row, or
+    where studies that chose differently lie in one frame.
+    """
+    if IMPORTANCE_METRIC not in frame:
+        return DEFAULT_METRIC
+    chosen = frame[IMPORTANCE_METRIC].fillna(DEFAULT_METRIC).unique()
+    return str(chosen[0]) if len(chosen) == 1 else DEFAULT_METRIC
+
+
+def similarity(frame: pd.DataFrame, metric: str | None = None) -> pd.Series:
     """Similarity to the baseline, 1 for identical images; NaN unless the image is ok. (rows,)
 
-    A distance (lpips) becomes 1 - distance. ValueError for a metric that is absent or not such a similarity.
+    metric: a column, by default the study's own choice. A distance (lpips) becomes 1 - distance. ValueError for a
+    metric that is absent or not such a similarity.
     """
+    metric = metric or importance_metric(frame)
     if metric in UNSUITED:
         raise ValueError(f"importance cannot be read from {metric}: {UNSUITED[metric]}")
     if metric not in frame:
@@ -69,7 +96,7 @@ def _effect(similarities: pd.Series) -> str:
     return "none" if bool(((1.0 - valid).abs() <= NO_EFFECT).all()) else "yes"
 
 
-def layer_table(frame: pd.DataFrame, metric: str = "clip_similarity") -> pd.DataFrame:
+def layer_table(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """One row a setting and layer, in depth order.
 
     Columns: those of the setting, layer, importance, importance_sd, sufficiency, sufficiency_sd (sd over prompts, NaN
@@ -120,7 +147,7 @@ def _empty_layer_table() -> pd.DataFrame:
 
 def layer_by_prompt(
     frame: pd.DataFrame,
-    metric: str = "clip_similarity",
+    metric: str | None = None,
     selection: str = LEAVE_ONE_OUT,
     replacement: str | None = None,
 ) -> pd.DataFrame:
@@ -154,7 +181,7 @@ def status_counts(frame: pd.DataFrame) -> pd.DataFrame:
     return counts.reset_index()
 
 
-def controls(frame: pd.DataFrame, metric: str = "clip_similarity") -> pd.DataFrame:
+def controls(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """The text-blind control (selection "all"), one row a setting: mean similarity, its sd over prompts, the counts."""
     frame = frame.assign(_similarity=similarity(frame, metric))
     records = []

@@ -38,7 +38,7 @@ def _with_layers(part: pd.DataFrame, selection: str) -> pd.DataFrame:
     return part.assign(_layers=part["lesioned"].map(names_of)) if len(part) else part.assign(_layers=None)
 
 
-def pair_interactions(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def pair_interactions(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """Effect of losing two layers, minus the sum of losing each: one row a setting and pair.
 
     > 0: each can stand in for the other (redundant); < 0: they work on the same thing one after the other; 0: additive.
@@ -105,7 +105,7 @@ def areas(part: pd.DataFrame, x: str, top: float) -> pd.DataFrame:
     return wide.index.to_frame(index=False).assign(area=trapezoid(values, points, axis=1) / top)
 
 
-def cumulative_curves(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def cumulative_curves(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """Effect against the number of lesioned layers: one row a setting, order and number.
 
     Columns: the setting's; order (which layers go first; a column of the frame, "" if it has none); n_lesioned; added
@@ -128,7 +128,7 @@ def cumulative_curves(frame: pd.DataFrame, metric: str = "clip_similarity", **op
     return pd.DataFrame(records, columns=[*keys, "order", "n_lesioned", "added", *FIGURES, *LEFT_OUT])
 
 
-def _cumulative(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, list[str]]:
+def _cumulative(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
     part, keys = lesioned_rows(frame, metric)
     part = _with_layers(part, CUMULATIVE)
     part["_layers"] = part["_layers"].map(lambda names: tuple(sorted(names)))
@@ -136,7 +136,7 @@ def _cumulative(frame: pd.DataFrame, metric: str) -> tuple[pd.DataFrame, list[st
     return part.assign(order=order, n_lesioned=part["_layers"].map(len)), keys
 
 
-def cumulative_areas(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def cumulative_areas(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """Area under each cumulative curve over the share of lesioned layers (0 to 1; 1 is the order's largest number).
 
     The mean effect along the way: higher if the layers that go first matter more. One row a setting and order; columns:
@@ -154,7 +154,7 @@ def cumulative_areas(frame: pd.DataFrame, metric: str = "clip_similarity", **opt
     return pd.DataFrame(records, columns=[*keys, *names])
 
 
-def dose_response(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def dose_response(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """How effect grows with strength under leave_one_out: one row a setting without strength, and layer.
 
     Layers lesioned at one strength only are left out.
@@ -187,7 +187,7 @@ def dose_response(frame: pd.DataFrame, metric: str = "clip_similarity", **option
 
 
 def window_map(
-    frame: pd.DataFrame, metric: str = "clip_similarity", measure: str = "importance", value: str = "mean"
+    frame: pd.DataFrame, metric: str | None = None, measure: str = "importance", value: str = "mean"
 ) -> pd.DataFrame:
     """Layers in depth order x windows of the denoising, one block of rows a setting without its window.
 

@@ -41,7 +41,7 @@ def _ranks(means: Floats, method: str) -> Floats:
 
 def ranks(
     frame: pd.DataFrame,
-    metric: str = "clip_similarity",
+    metric: str | None = None,
     top: Sequence[int] = (1, 3),
     confidence: float = 0.95,
     replicates: int = REPLICATES,
@@ -95,7 +95,7 @@ def _rank_limits(by_prompt: Floats, alpha: float) -> tuple[Floats, Floats]:
 
 def top_stability(
     frame: pd.DataFrame,
-    metric: str = "clip_similarity",
+    metric: str | None = None,
     top: Sequence[int] = (1, 3),
     replicates: int = REPLICATES,
     seed: int = 0,
@@ -125,7 +125,7 @@ def top_stability(
     return pd.DataFrame(records, columns=[*keys, "k", "layers", "overlap", "same", "n_prompts"])
 
 
-def kendalls_w(frame: pd.DataFrame, metric: str = "clip_similarity") -> pd.DataFrame:
+def kendalls_w(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Do prompts agree on the order of layers? One row a setting and measure (importance, sufficiency).
 
     W = chi2 / (m (n - 1)) from Friedman's tie-corrected chi2, with m prompts as judges of n layers: 0 no agreement, 1

@@ -61,7 +61,7 @@ def _tested(cells: Floats, **options: Any) -> dict[str, Any]:
     return {**values, "t": float(t), "p": float(p), "n_prompts": found.n_prompts}
 
 
-def neighbours(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def neighbours(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """Is a layer more important than the next one? One row a setting and pair of neighbouring ranks.
 
     Columns: the setting's; rank (of `layer`, the more important one), layer, next_layer, difference (mean of importance
@@ -88,7 +88,7 @@ def neighbours(frame: pd.DataFrame, metric: str = "clip_similarity", **options: 
 def against_floor(
     frame: pd.DataFrame,
     pairs: pd.DataFrame,
-    metric: str = "clip_similarity",
+    metric: str | None = None,
     floor: str = "other_seeds",
     **options: Any,
 ) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def contributions(part: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return (pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)), left_out
 
 
-def shapley_values(frame: pd.DataFrame, metric: str = "clip_similarity", **options: Any) -> pd.DataFrame:
+def shapley_values(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """One row a setting and layer, most valuable first.
 
     Needs rows of selection `coalitions` with the columns of `contributions`; effect = 1 - similarity. Columns: the

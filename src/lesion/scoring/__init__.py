@@ -79,6 +79,8 @@ class ScorerSpec:
     clip_pretrained: str | None  # of an open_clip name: a pretrained tag or a checkpoint file
     metrics: tuple[str, ...]
     batch_size: int = 64  # images a forward pass
+    importance: str = "clip_similarity"  # the one of the metrics that importance and sufficiency are computed from
+    dino_model: str = "facebook/dinov2-base"  # of dino_similarity: a name on the hub, or a folder
 
 
 class Scorer:
@@ -114,7 +116,14 @@ def known_metrics() -> tuple[str, ...]:
 
 
 def check(spec: ScorerSpec) -> None:
-    """Whether its CLIP can exist, without loading it: RequestError names the key."""
+    """Whether its models can exist, without loading them: RequestError names the key."""
+    if "dino_similarity" in spec.metrics:
+        from lesion.scoring import _dino
+
+        try:
+            _dino.resolve(spec.dino_model)
+        except (ValueError, OSError) as error:
+            raise RequestError("scorer.dino_model", f"{spec.dino_model!r}: {error}") from None
     if any(name.startswith("clip_") for name in spec.metrics):
         from lesion.scoring import _clip_weights
 

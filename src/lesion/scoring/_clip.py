@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,35 +13,12 @@ from PIL import Image
 
 from lesion.scoring import ScorerError, ScorerSpec
 from lesion.scoring._clip_weights import advice, identity, load, resolve
+from lesion.scoring._embeddings import Memory, Vectors, cosine, digest, unit
 from lesion.scoring._exact import exact
 
+__all__ = ["Embedder", "clip_identity", "cosine", "embedder"]
+
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Vectors = NDArray[np.float64]
-KEPT = 32768  # embeddings of images and of prompts, each; 128 MB at 1024 dimensions
-
-
-class _Memory(Generic[Item]):
-    """Computes the vectors of items it has not seen lately; forgets the least recently used beyond `KEPT`."""
-
-    def __init__(self, name_of: Callable[[Item], str], compute: Callable[[list[Item]], Vectors]):
-        self.name_of, self.compute = name_of, compute
-        self.kept: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
-
-    def __call__(self, items: Sequence[Item], batch_size: int) -> Vectors:
-        names = [self.name_of(item) for item in items]
-        found = {name: self.kept[name] for name in names if name in self.kept}
-        missing = list({name: item for name, item in zip(names, items, strict=True) if name not in found}.items())
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            vectors = self.compute([item for _, item in batch])
-            found.update(zip((name for name, _ in batch), vectors, strict=True))
-        for name in names:
-            self.kept[name] = found[name]
-            self.kept.move_to_end(name)
-        while len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
-        return np.stack([found[name] for name in names])
 
 
 class Embedder:
@@ -58,14 +32,14 @@ class Embedder:
         self.model, self.preprocess, self.tokenizer = model, preprocess, tokenizer
         self.device = device
         self.context_length: int = tokenizer.context_length
-        self.images: _Memory[NDArray[np.uint8]] = _Memory(_digest, self._embed_images)
-        self.texts: _Memory[str] = _Memory(str, self._embed_texts)
+        self.images: Memory[NDArray[np.uint8]] = Memory(digest, self._embed_images)
+        self.texts: Memory[str] = Memory(str, self._embed_texts)
         self._cut: set[str] = set()
 
     def _embed_images(self, images: list[NDArray[np.uint8]]) -> Vectors:
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])  # (n, 3, size, size)
         with exact(self.device):
-            return _unit(self.model.encode_image(pixels.to(self.device)))
+            return unit(self.model.encode_image(pixels.to(self.device)))
 
     def _embed_texts(self, prompts: list[str]) -> Vectors:
         tokens = self.tokenizer(prompts)  # (n, context_length)
@@ -77,7 +51,7 @@ class Embedder:
                 shown = repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
                 log.warning("clip_text sees only the first %d tokens of prompt %s", self.context_length, shown)
         with exact(self.device):
-            return _unit(self.model.encode_text(tokens.to(self.device)))
+            return unit(self.model.encode_text(tokens.to(self.device)))
 
 
 def embedder(spec: ScorerSpec, device: str) -> Embedder:
@@ -99,19 +73,3 @@ def clip_identity(spec: ScorerSpec) -> str:
 @lru_cache(maxsize=4)
 def _embedder(model: str, pretrained: str | None, device: torch.device) -> Embedder:
     return Embedder(*load(model, pretrained, device), device)
-
-
-def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:
-    """Cosines (n,) of unit vectors (n, d); rounding cannot take them out of [-1, 1]."""
-    cosines: NDArray[np.float64] = np.einsum("nd,nd->n", a, b)
-    return cosines.clip(-1.0, 1.0)
-
-
-def _unit(vectors: torch.Tensor) -> Vectors:
-    wide = vectors.cpu().double()  # not all devices have float64
-    unit: Vectors = (wide / wide.norm(dim=1, keepdim=True)).numpy()
-    return unit
-
-
-def _digest(image: NDArray[np.uint8]) -> str:
-    return f"{image.shape}{hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()}"

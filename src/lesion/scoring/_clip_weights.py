@@ -58,7 +58,7 @@ def advice(model: str) -> str:
 
 def load(model: str, pretrained: str | None, device: torch.device) -> tuple[Any, Any, Any]:
     """Model (eval, float32), PIL preprocessing and tokenizer."""
-    offline = model.startswith(LOCAL) or not _hub_answers()
+    offline = model.startswith(LOCAL) or not hub_answers()
     with _silent(), _hub_offline(offline):
         network, _, preprocess = open_clip.create_model_and_transforms(
             model, pretrained, precision="fp32", device=device, require_pretrained=True
@@ -87,7 +87,7 @@ def _digest(files: list[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached at all; without it each file would be retried for 20 seconds, cached ones too."""
     if hub.HF_HUB_OFFLINE:
         return False

@@ -1,0 +1,57 @@
+"""Embeddings of images and prompts as unit vectors, each computed once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Item = TypeVar("Item")
+Vectors = NDArray[np.float64]
+KEPT = 32768  # embeddings that a memory holds; 128 MB at 1024 dimensions
+
+
+class Memory(Generic[Item]):
+    """Computes the vectors of items it has not seen lately; forgets the least recently used beyond `KEPT`."""
+
+    def __init__(self, name_of: Callable[[Item], str], compute: Callable[[list[Item]], Vectors]):
+        self.name_of, self.compute = name_of, compute
+        self.kept: OrderedDict[str, NDArray[np.float64]] = OrderedDict()
+
+    def __call__(self, items: Sequence[Item], batch_size: int) -> Vectors:
+        names = [self.name_of(item) for item in items]
+        found = {name: self.kept[name] for name in names if name in self.kept}
+        missing = list({name: item for name, item in zip(names, items, strict=True) if name not in found}.items())
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            vectors = self.compute([item for _, item in batch])
+            found.update(zip((name for name, _ in batch), vectors, strict=True))
+        for name in names:
+            self.kept[name] = found[name]
+            self.kept.move_to_end(name)
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return np.stack([found[name] for name in names])
+
+
+def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:
+    """Cosines (n,) of unit vectors (n, d); rounding cannot take them out of [-1, 1]."""
+    cosines: NDArray[np.float64] = np.einsum("nd,nd->n", a, b)
+    return cosines.clip(-1.0, 1.0)
+
+
+def unit(vectors: torch.Tensor) -> Vectors:
+    """The vectors (n, d), scaled to length 1 in float64."""
+    wide = vectors.cpu().double()  # not all devices have float64
+    ones: Vectors = (wide / wide.norm(dim=1, keepdim=True)).numpy()
+    return ones
+
+
+def digest(image: NDArray[np.uint8]) -> str:
+    """Names an image by its pixels."""
+    return f"{image.shape}{hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()}"
