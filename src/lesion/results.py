@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lesion import scoring
+from lesion import floor, scoring
+from lesion.analysis.importance import DISTANCES
+from lesion.analysis.settings import GENERATION
 from lesion.errors import RequestError
 from lesion.parts import Picture, Scores
 from lesion.scoring import Scorer, ScorerSpec, Shot
@@ -124,6 +127,57 @@ class Results:
             for name, value in record.items():
                 columns[name].append(value)
         return pd.DataFrame(columns)
+
+    def floor(self) -> pd.DataFrame:
+        """How similar baselines are to each other: what `lesion.analysis.floor` reads, one row a pair of
+        `lesion.floor.pairs`. Scores what has no score yet; a pair with an image that is not valid has no row.
+        """
+        metric = self.importance
+        baselines = takewhile(lambda cell: cell.lesion is None, self.study.cells())  # they come first
+        valid = {cell.key for cell in baselines if (facts := self.scores.picture(cell.key)) and not facts.reason}
+        pairs = [(a, b) for a, b in floor.pairs(self.study) if a.key != b.key and {a.key, b.key} <= valid]
+        lacking = [(a, b) for a, b in pairs if self.scores.pair(metric, a.key, b.key) is None]
+        size = max(1, min(CHUNK, CHUNK_BYTES // (6 * self.study.settings.height * self.study.settings.width)))
+        for start in range(0, len(lacking), size):
+            self._score_pairs(metric, lacking[start : start + size])
+        self.scores.flush()
+        records = []
+        for a, b in pairs:
+            value = self.scores.pair(metric, a.key, b.key)
+            if value is None or not np.isfinite(value):
+                continue
+            records.append(
+                {
+                    "model": self.study.model.name,
+                    "prompt_id_a": a.prompt.id,
+                    "seed_a": a.seed,
+                    "prompt_id_b": b.prompt.id,
+                    "seed_b": b.seed,
+                    "similarity": 1.0 - value if metric in DISTANCES else value,
+                    **{name: value for name, value in row(a, ()).items() if name in GENERATION},
+                    "metric": metric,
+                    "scorer_identity": self.identities[metric],
+                }
+            )
+        columns = ["model", *floor.COLUMNS, *GENERATION, "metric", "scorer_identity"]
+        return pd.DataFrame(records, columns=columns)
+
+    @property
+    def importance(self) -> str:
+        """The metric that importance is computed from."""
+        return str(getattr(self.spec, "importance", "clip_similarity"))
+
+    def _score_pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> None:
+        shots = []
+        for a, b in pairs:
+            first, second = sorted((a.key, b.key))  # whichever way round they are asked for
+            try:
+                shots.append(Shot(first, self._pixels(first), second, self._pixels(second), a.prompt.text))
+            except Damaged as error:
+                log.warning("a pair for the noise floor is left out: %s", error.args[0])
+        values = self.scorer.score(shots, only={metric})[metric] if shots else ()
+        for shot, value in zip(shots, values, strict=True):
+            self.scores.add_pair(metric, shot.key, shot.baseline_key, float(value))
 
     def _status(self, cell: Cell, failures: Mapping[str, str]) -> tuple[str, str]:
         if why := failures.get(cell.key):

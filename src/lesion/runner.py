@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -139,7 +139,7 @@ def run(request: Request, context: JobContext) -> None:
         failures = _complete(request, source, study, store, results, counts, tracker)
         paths = _anatomy(request, source).paths
         frame = results.frame(paths, failures, context.folder)
-        code = _write(frame, context.folder, tracker)
+        code = _write(frame, {"floor": results.floor()}, context.folder, tracker)
     finally:
         tracker.close(code)
     if code:
@@ -231,15 +231,21 @@ def _generate(
     return maker.failures
 
 
-def _write(frame: pd.DataFrame, folder: Path, tracker: Tracker) -> int:
-    """results.parquet, report and tracker; prints the ranking. The exit code: 1 if a cell is not fine."""
+def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:
+    """results.parquet and frames beside it, report and tracker; prints the ranking. Exit code: 1 if a cell is not fine.
+
+    beside: by name; they lie there before the report is made, which may read them.
+    """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
     from lesion.report import ranking_lines, write_report
 
-    with atomically(folder / "results.parquet") as temporary:
-        frame.to_parquet(temporary, index=False)
-    written = [folder / "results.parquet", *write_report(folder, frame)]
+    written = []
+    for name, table in {"results": frame, **beside}.items():
+        written.append(folder / f"{name}.parquet")
+        with atomically(written[-1]) as temporary:
+            table.to_parquet(temporary, index=False)
+    written += write_report(folder, frame)
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):
