@@ -8,7 +8,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Results:
         self._unwritten = 0
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
+        self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
         self._pixels = lru_cache(maxsize=64)(self._read)  # of baselines: a lesion follows its neighbours
 
     @property
@@ -89,7 +90,7 @@ class Results:
                 against = facts if baseline == cell.key else self.scores.picture(baseline)
                 if facts.reason or against is None or against.reason or baseline in failures:
                     continue
-                if not self._lacking(cell.key, baseline):
+                if not self._lacking(cell):
                     continue
                 pixels = self._pixels(cell.key) if cell.key == baseline else self._read(cell.key)
                 self._enqueue(cell, pixels, self._pixels(baseline))
@@ -222,11 +223,11 @@ class Results:
             self.scores.flush()
             self._unwritten = 0
 
-    def _lacking(self, key: str, baseline: str) -> frozenset[str]:
-        return frozenset(self.identities.keys() - self.scores.values(key, baseline).keys())
+    def _lacking(self, cell: Cell) -> frozenset[str]:
+        return self._asked(cell.prompt.text).difference(self.scores.values(cell.key, cell.baseline.key))
 
     def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
-        lacking = self._lacking(cell.key, cell.baseline.key)
+        lacking = self._lacking(cell)
         queue = self._queue[lacking]
         queue.append(Shot(cell.key, pixels, cell.baseline.key, baseline, cell.prompt.text))
         if len(queue) >= CHUNK or len(queue) * pixels.nbytes >= CHUNK_BYTES:
