@@ -168,6 +168,10 @@ class Results:
         """The metric that importance is computed from."""
         return str(getattr(self.spec, "importance", "clip_similarity"))
 
+    def value(self, cell: Cell) -> float:
+        """What `importance` says of an image; NaN if it has no score or is not valid."""
+        return self.scores.values(cell.key, cell.baseline.key).get(self.importance, float("nan"))
+
     def _score_pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> None:
         shots = []
         for a, b in pairs:

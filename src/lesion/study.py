@@ -198,6 +198,23 @@ class Study:
         """Digest, 64 hex digits, of what all its cells share: model and settings."""
         return _context(Cell(self.model, Prompt(""), 0, self.settings, None).identity())
 
+    def rows(self) -> Iterator[tuple[Lesion | None, int]]:
+        """Each lesion, the baseline (None) first, with the number of its cells."""
+        for lesion in itertools.chain([None], self.lesions()):
+            yield lesion, len(self.prompts) * len(self.seeds)
+
+    def subject(self, prompt: Prompt) -> str:
+        """The part of a key that the cells of one prompt share; for `key` and `cell`."""
+        return _subject(self.context, prompt)
+
+    def key(self, subject: str, seed: int, lesion: Lesion | None) -> str:
+        """A cell's key."""
+        return _key(subject, seed, lesion)
+
+    def cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, subject: str | None = None) -> Cell:
+        """A cell of the study, with its key."""
+        return self._cell(prompt, seed, lesion, _key(subject or self.subject(prompt), seed, lesion))
+
     def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str) -> Cell:
         cell = Cell(self.model, prompt, seed, self.settings, lesion)
         cell.__dict__["key"] = key  # fills the cached property

@@ -7,6 +7,7 @@ an image: 1 where the lesion broke the aspect. Its mean is the loss of accuracy.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -69,12 +70,8 @@ def _accuracies(group: pd.DataFrame) -> dict[str, float]:
 def _interval(group: pd.DataFrame, **options: Any) -> Interval:
     found = over_prompts(group, "_drop", **options)
     if found.n_images and not group.dropna(subset=["_drop"])["_before"].any():
-        return without_limits(Interval(*(float("nan"),) * 3, "", *_spread(found)), "baseline is never right")
+        return replace(without_limits(found, "baseline is never right"), mean=float("nan"))
     return found
-
-
-def _spread(found: Interval) -> tuple[float, float, int, int]:
-    return found.sd_prompts, found.sd_seeds, found.n_prompts, found.n_images
 
 
 def reading_table(drops: pd.DataFrame, value: str = "drop") -> pd.DataFrame:
