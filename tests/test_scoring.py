@@ -388,7 +388,8 @@ def test_lpips_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_metrics_are_found_by_module_name_without_torch() -> None:
-    assert known_metrics() == ("clip_similarity", "clip_text", "lpips", "psnr", "ssim")
+    read = ("background", "binding", "colour", "count", "relation", "shape", "size")
+    assert known_metrics() == ("clip_similarity", "clip_text", "lpips", "psnr", *(f"read_{one}" for one in read), "ssim")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -418,7 +419,7 @@ def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("metrics", "more", "says"),
     [
-        (("ssim", "sim"), {}, "unknown metric sim; allowed: clip_similarity, clip_text, lpips, psnr, ssim"),
+        (("ssim", "sim"), {}, "unknown metric sim; allowed: clip_similarity, clip_text, lpips, psnr, read_"),
         (("_clip",), {}, "unknown metric _clip"),
         ((), {}, "at least one"),
         (("ssim", "ssim"), {}, "distinct"),
@@ -457,7 +458,9 @@ def test_configs_fit_the_spec(path: Path) -> None:
     values = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
     assert set(values) == {field.name for field in fields(ScorerSpec)}
     assert values["name"] == path.stem
-    assert tuple(values["metrics"]) == ("clip_similarity", "clip_text", "ssim", "psnr")
+    own = [metric for metric in values["metrics"] if not metric.startswith("read_")]
+    assert own == ["clip_similarity", "clip_text", "ssim", "psnr"]
+    assert (own != values["metrics"]) == (values["clip_model"] == "embedded")  # the reader knows the toy world only
     if values["clip_model"] != "embedded":
         assert weights_module.resolve(values["clip_model"], values["clip_pretrained"])
         weights = open_clip.get_pretrained_cfg(values["clip_model"], values["clip_pretrained"])
