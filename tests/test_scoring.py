@@ -502,7 +502,8 @@ def test_lpips_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_metrics_are_found_by_module_name_without_torch() -> None:
-    assert known_metrics() == ("clip_similarity", "clip_text", "dino_similarity", "lpips", "psnr", "ssim")
+    read = [f"read_{one}" for one in ("background", "binding", "colour", "count", "relation", "shape", "size")]
+    assert known_metrics() == ("clip_similarity", "clip_text", "dino_similarity", "lpips", "psnr", *read, "ssim")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -576,11 +577,13 @@ def test_configs_fit_the_spec(path: Path) -> None:
     assert set(values) == {field.name for field in fields(ScorerSpec)}
     assert values["name"] == path.stem
     assert values["importance"] in values["metrics"]
+    own = [metric for metric in values["metrics"] if not metric.startswith("read_")]
+    assert (own != values["metrics"]) == (values["clip_model"] == "embedded")  # the reader knows the toy world only
     if path.stem == "dino":
         assert (values["importance"], values["dino_model"]) == ("dino_similarity", "facebook/dinov2-base")
-        assert tuple(values["metrics"]) == ("clip_similarity", "dino_similarity")
+        assert own == ["clip_similarity", "dino_similarity"]
     else:
-        assert tuple(values["metrics"]) == ("clip_similarity", "clip_text", "ssim", "psnr")
+        assert own == ["clip_similarity", "clip_text", "ssim", "psnr"]
     if values["clip_model"] != "embedded":
         assert weights_module.resolve(values["clip_model"], values["clip_pretrained"])
         weights = open_clip.get_pretrained_cfg(values["clip_model"], values["clip_pretrained"])

@@ -78,14 +78,17 @@ def test_selections_of_several_layers():
 
 def test_coalitions_are_the_prefixes_of_random_orders():
     layers = tuple("abcdef")
-    found = [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 3}, layers)]
-    assert found == [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 3}, layers)]
-    assert found != [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 4}, layers)]
-    assert len(found) == len(set(found)) <= 5 * 6
-    assert found[5] == layers
-    assert [len(coalition) for coalition in found[:6]] == [1, 2, 3, 4, 5, 6]
-    assert all(set(small) < set(large) for small, large in itertools.pairwise(found[:6]))
-    assert all(coalition == tuple(sorted(coalition)) for coalition in found)  # in forward order
+    found = choices("coalitions", {"permutations": 5, "seed": 3}, layers)
+    assert found == choices("coalitions", {"permutations": 5, "seed": 3}, layers)
+    sets = [choice.lesioned for choice in found]
+    assert sets != [choice.lesioned for choice in choices("coalitions", {"permutations": 5, "seed": 4}, layers)]
+    assert len(sets) == 5 * 6 > len(set(sets))  # every order ends with all layers
+    assert all(lesioned == tuple(sorted(lesioned)) for lesioned in sets)  # in forward order
+    for number in range(5):
+        chain = found[6 * number : 6 * number + 6]
+        assert [(one.place.permutation, one.place.position) for one in chain] == [(number, k) for k in range(1, 7)]
+        assert [len(one.lesioned) for one in chain] == [1, 2, 3, 4, 5, 6]
+        assert all(set(small.lesioned) < set(large.lesioned) for small, large in itertools.pairwise(chain))
 
 
 @pytest.mark.parametrize(

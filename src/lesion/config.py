@@ -15,8 +15,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
+from lesion.analysis.bootstrap import FEWEST
 from lesion.analysis.importance import why_unsuited
 from lesion.anatomy import GRANULARITIES, KINDS, WITH_HEADS
+from lesion.budget import Budget
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.models import DTYPES, ModelSpec
@@ -92,6 +94,14 @@ class ScorerConf:
 
 
 @dataclass
+class BudgetConf:
+    ci_halfwidth: Any = None
+    max_images: Any = None
+    start: Any = 12
+    round: Any = 6
+
+
+@dataclass
 class StoreConf:
     dir: str = MISSING
 
@@ -114,6 +124,7 @@ class LesionConf:
     scorer: ScorerConf = field(default_factory=ScorerConf)
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConf = field(default_factory=BudgetConf)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING
     dry_run: bool = False
@@ -134,7 +145,7 @@ class Request:
     """One checked study.
 
     height, width: pixels. device: cpu, cuda or cuda:N. by, kind, include, exclude: what the layers under study are, see
-    `lesion.anatomy`. batch_size: None for as many as memory allows.
+    `lesion.anatomy`. batch_size: None for as many as memory allows. budget: None for the whole grid.
     """
 
     model: ModelSpec
@@ -160,6 +171,7 @@ class Request:
     batch_size: int | None
     scorer: ScorerSpec
     tracker: dict[str, Any]
+    budget: Budget | None
     store: Path
     device: str
     dry_run: bool
@@ -243,6 +255,7 @@ def parse(config: DictConfig) -> Request:
         batch_size=_batch_size(generation["batch_size"]),
         scorer=_scorer(data["scorer"]),
         tracker=_tracker(data["tracker"]),
+        budget=_budget(data["budget"]),
         store=Path(data["store"]["dir"]).expanduser(),
         device=_device(data["device"]),
         dry_run=data["dry_run"],
@@ -344,6 +357,23 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
         importance=importance,
         dino_model=value["dino_model"],
     )
+
+
+def _budget(value: Mapping[str, Any]) -> Budget | None:
+    most, width = value["max_images"], value["ci_halfwidth"]
+    for name, low in (("start", FEWEST), ("round", 1), ("max_images", 1)):
+        number = value[name]
+        if name == "max_images" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < low:
+            raise RequestError(f"budget.{name}", f"must be a whole number >= {low}; got {number!r}")
+    if width is None:
+        if most is not None:
+            raise RequestError("budget.max_images", "needs budget.ci_halfwidth; allowed without it: null")
+        return None
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1:
+        raise RequestError("budget.ci_halfwidth", f"must be null or a number in (0, 1); got {width!r}")
+    return Budget(float(width), most, value["start"], value["round"])
 
 
 def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:

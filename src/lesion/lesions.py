@@ -37,13 +37,29 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a lesion stands in a sequence that lesions one layer more at every step.
+
+    order: which sequence, of its selection. permutation: its number, for random sequences. position: layers so far.
+    """
+
+    order: str = ""
+    permutation: int = -1
+    position: int = -1
+
+
+NOWHERE = Place()
+
+
+@dataclass(frozen=True)
 class Lesion:
     """What is done to a model while one image is made.
 
     layers: module paths of the lesioned layers, in forward order. kind: which of their modules are touched. window:
     fraction of the denoising steps [start, end). branch: which half of classifier-free guidance is touched. strength: 0
     leaves the output, 1 replaces it fully.
-    selection and layer only label the lesion (how it was chosen, and for which layer); they do not change pixels.
+    selection, layer and place only label the lesion (how it was chosen, and for which layer); they do not change
+    pixels.
     """
 
     selection: str
@@ -54,6 +70,7 @@ class Lesion:
     branch: str = "both"
     strength: float = 1.0
     kind: str = "cross_attention"
+    place: Place = NOWHERE
 
     def identity(self) -> dict[str, Any]:
         """Everything of it that can change pixels, as JSON data; a value at its default is left out."""
@@ -85,10 +102,11 @@ def covers(window: tuple[float, float], step: int, steps: int) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer of a selection: the layer it is about ("" if about none) and the layers to lesion."""
+    """One answer of a selection: the layer it is about ("" if about none), the layers to lesion, and the place."""
 
     layer: str
     lesioned: tuple[str, ...]
+    place: Place = NOWHERE
 
 
 Selection = Callable[..., Iterator[Choice]]
@@ -152,8 +170,9 @@ def cumulative(layers: Sequence[str], order: str | Sequence[str] = "depth") -> I
         )
     else:
         ordered = list(order)
+    name = order if isinstance(order, str) else f"list {digest_of(ordered)[:8]}"
     for number in range(1, len(ordered) + 1):
-        yield Choice(ordered[number - 1], _in_depth(ordered[:number], layers))
+        yield Choice(ordered[number - 1], _in_depth(ordered[:number], layers), Place(name, position=number))
 
 
 @selection
@@ -184,19 +203,18 @@ def custom(layers: Sequence[str], groups: Sequence[Sequence[str]] = ()) -> Itera
 def coalitions(layers: Sequence[str], permutations: int = 8, seed: int = 0) -> Iterator[Choice]:
     """Sets of layers lesioned along random orders of all layers: what Shapley values are estimated from.
 
-    permutations: how many orders. seed: of the orders. Castro, Gómez and Tejada 2009, doi:10.1016/j.cor.2008.04.004.
+    A set that several orders reach is asked for by each, and made once. permutations: how many orders. seed: of the
+    orders. Castro, Gómez and Tejada 2009, doi:10.1016/j.cor.2008.04.004.
     """
     for name, value, low in (("permutations", permutations, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise RequestError(f"selection.coalitions.{name}", f"must be a whole number >= {low}; got {value!r}")
-    dice, seen = random.Random(seed), set()
-    for _ in range(permutations):
+    dice = random.Random(seed)
+    for permutation in range(permutations):
         order = dice.sample(list(layers), len(layers))
         for number in range(1, len(order) + 1):
-            lesioned = _in_depth(order[:number], layers)
-            if lesioned not in seen:
-                seen.add(lesioned)
-                yield Choice("", lesioned)
+            place = Place(f"seed {seed}", permutation, number)
+            yield Choice("", _in_depth(order[:number], layers), place)
 
 
 def _in_depth(chosen: Sequence[str], layers: Sequence[str]) -> tuple[str, ...]:

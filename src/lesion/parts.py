@@ -1,7 +1,8 @@
 """What is known of stored images: their facts and scores, in part files that many processes append side by side.
 
 A part is written once, in one step, and never changed; its name is the time and a digest of its bytes, so that later
-records win and any damage is noticed. folder/pictures/ holds facts, folder/COLUMN-IDENTITY/ one metric's values.
+records win and any damage is noticed. folder/pictures/ holds facts, folder/COLUMN-IDENTITY/ one metric's values of
+images against their baselines, folder/pairs-COLUMN-IDENTITY/ its values of two baselines.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,21 @@ class Scores:
         self._values = {
             column: _Records(folder / _folder_name(column, identity), _VALUES) for column, identity in metrics.items()
         }
+        self._pairs = {
+            column: _Records(folder / f"pairs-{_folder_name(column, identity)}", _VALUES)
+            for column, identity in metrics.items()
+        }
 
     def load(self) -> None:
         """Read what any process has flushed. Damaged parts are reported and removed. Raises OSError."""
         self._numbers = {}
-        for records in (self._pictures, *self._values.values()):
+        for records in self._records():
             records.load(self._numbers)
+
+    def _records(self) -> Iterator[_Records]:
+        yield self._pictures
+        yield from self._values.values()
+        yield from self._pairs.values()
 
     def picture(self, key: str) -> Picture | None:
         """The latest facts of an image. They are old if the file has another size or time by now."""
@@ -222,9 +232,26 @@ class Scores:
             if not math.isnan(value):
                 records.add(raw, (baseline, *digests, float(value)))
 
+    def pair(self, column: str, key: str, other: str) -> float | None:
+        """What a metric says of two images, whichever comes first, as both are by their latest facts."""
+        first, second = sorted((bytes.fromhex(key), bytes.fromhex(other)))
+        row = self._row(self._pairs[column], _pair_key(first, second))
+        if row is None or None in (row_digests := (self._digest(first), self._digest(second))):
+            return None
+        return float(row[3]) if row[:3] == (second, *row_digests) else None
+
+    def add_pair(self, column: str, key: str, other: str, value: float) -> None:
+        """Note what a metric says of two images. KeyError and NaN as in `add_values`."""
+        first, second = sorted((bytes.fromhex(key), bytes.fromhex(other)))
+        digests = self._digest(first), self._digest(second)
+        if None in digests:
+            raise KeyError(f"no facts of {key} or of {other}")
+        if not math.isnan(value):
+            self._pairs[column].add(_pair_key(first, second), (second, *digests, float(value)))
+
     def flush(self) -> None:
         """Write what was added as new parts, facts first. Raises OSError; what is not written stays for the next."""
-        for records in (self._pictures, *self._values.values()):
+        for records in self._records():
             records.flush()
 
     def _row(self, records: _Records, key: bytes) -> _Row | None:
@@ -233,6 +260,10 @@ class Scores:
     def _digest(self, key: bytes) -> bytes | None:
         row = self._row(self._pictures, key)
         return None if row is None else row[2]
+
+
+def _pair_key(first: bytes, second: bytes) -> bytes:
+    return hashlib.blake2b(first + second, digest_size=16).digest()
 
 
 def _folder_name(column: str, identity: str) -> str:

@@ -80,10 +80,8 @@ def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally
     """Count a study's rows, its distinct images and those that exist already. A study is counted fastest."""
     counts = Tally()
     if isinstance(cells, Study):
-        subjects = len(cells.prompts) * len(cells.seeds)
-        counts.add(None, subjects)
-        for lesion in cells.lesions():
-            counts.add(lesion, subjects)
+        for lesion, rows in cells.rows():
+            counts.add(lesion, rows)
         keys = cells.keys()
     else:
         keys = (cell.key for cell in _once(_counted(cells, counts)))

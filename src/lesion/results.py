@@ -8,7 +8,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lesion import scoring
+from lesion import floor, scoring
+from lesion.analysis.importance import DISTANCES
+from lesion.analysis.settings import GENERATION
 from lesion.errors import RequestError
 from lesion.parts import Picture, Scores
 from lesion.scoring import Scorer, ScorerSpec, Shot
@@ -46,6 +49,7 @@ class Results:
         self._unwritten = 0
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
+        self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
         self._pixels = lru_cache(maxsize=64)(self._read)  # of baselines: a lesion follows its neighbours
 
     @property
@@ -86,7 +90,7 @@ class Results:
                 against = facts if baseline == cell.key else self.scores.picture(baseline)
                 if facts.reason or against is None or against.reason or baseline in failures:
                     continue
-                if not self._lacking(cell.key, baseline):
+                if not self._lacking(cell):
                     continue
                 pixels = self._pixels(cell.key) if cell.key == baseline else self._read(cell.key)
                 self._enqueue(cell, pixels, self._pixels(baseline))
@@ -128,6 +132,61 @@ class Results:
             for name, value in record.items():
                 columns[name].append(value)
         return pd.DataFrame(columns)
+
+    def floor(self) -> pd.DataFrame:
+        """How similar baselines are to each other: what `lesion.analysis.floor` reads, one row a pair of
+        `lesion.floor.pairs`. Scores what has no score yet; a pair with an image that is not valid has no row.
+        """
+        metric = self.importance
+        baselines = takewhile(lambda cell: cell.lesion is None, self.study.cells())  # they come first
+        valid = {cell.key for cell in baselines if (facts := self.scores.picture(cell.key)) and not facts.reason}
+        pairs = [(a, b) for a, b in floor.pairs(self.study) if a.key != b.key and {a.key, b.key} <= valid]
+        lacking = [(a, b) for a, b in pairs if self.scores.pair(metric, a.key, b.key) is None]
+        size = max(1, min(CHUNK, CHUNK_BYTES // (6 * self.study.settings.height * self.study.settings.width)))
+        for start in range(0, len(lacking), size):
+            self._score_pairs(metric, lacking[start : start + size])
+        self.scores.flush()
+        records = []
+        for a, b in pairs:
+            value = self.scores.pair(metric, a.key, b.key)
+            if value is None or not np.isfinite(value):
+                continue
+            records.append(
+                {
+                    "model": self.study.model.name,
+                    "prompt_id_a": a.prompt.id,
+                    "seed_a": a.seed,
+                    "prompt_id_b": b.prompt.id,
+                    "seed_b": b.seed,
+                    "similarity": 1.0 - value if metric in DISTANCES else value,
+                    **{name: value for name, value in row(a, ()).items() if name in GENERATION},
+                    "metric": metric,
+                    "scorer_identity": self.identities[metric],
+                }
+            )
+        columns = ["model", *floor.COLUMNS, *GENERATION, "metric", "scorer_identity"]
+        return pd.DataFrame(records, columns=columns)
+
+    @property
+    def importance(self) -> str:
+        """The metric that importance is computed from."""
+        return self.spec.importance
+
+    def value(self, cell: Cell) -> float:
+        """What `importance` says of an image; NaN if it has no score or is not valid."""
+        return self.scores.values(cell.key, cell.baseline.key).get(self.importance, float("nan"))
+
+    def _score_pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> None:
+        shots = []
+        for a, b in pairs:
+            first, second = sorted((a.key, b.key))  # whichever way round they are asked for
+            try:
+                shots.append(Shot(first, self._pixels(first), second, self._pixels(second), a.prompt.text))
+            except Damaged as error:
+                log.warning("a pair for the noise floor is left out: %s", error.args[0])
+        values = self.scorer.score(shots, only={metric})[metric] if shots else ()
+        for shot, value in zip(shots, values, strict=True):
+            self.scores.add_pair(metric, shot.key, shot.baseline_key, float(value))
 
     def _status(self, cell: Cell, failures: Mapping[str, str]) -> tuple[str, str]:
         if why := failures.get(cell.key):
@@ -172,11 +231,11 @@ class Results:
             self.scores.flush()
             self._unwritten = 0
 
-    def _lacking(self, key: str, baseline: str) -> frozenset[str]:
-        return frozenset(self.identities.keys() - self.scores.values(key, baseline).keys())
+    def _lacking(self, cell: Cell) -> frozenset[str]:
+        return self._asked(cell.prompt.text).difference(self.scores.values(cell.key, cell.baseline.key))
 
     def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
-        lacking = self._lacking(cell.key, cell.baseline.key)
+        lacking = self._lacking(cell)
         queue = self._queue[lacking]
         queue.append(Shot(cell.key, pixels, cell.baseline.key, baseline, cell.prompt.text))
         if len(queue) >= CHUNK or len(queue) * pixels.nbytes >= CHUNK_BYTES:

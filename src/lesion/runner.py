@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, scoring
 from lesion.anatomy import Anatomy, AnatomyError, examine
 from lesion.branches import two_branches
+from lesion.budget import Budget, Rounds
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import make_deterministic
@@ -92,6 +93,8 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         kind=request.kind,
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
+    if request.budget:
+        Rounds(study, request.budget)
     scoring.check(request.scorer)
     _check_writable(request.store)
     return source, study
@@ -137,10 +140,12 @@ def run(request: Request, context: JobContext) -> None:
     """Run one study and write its run folder. Raises RequestError before, StudyFailed after all that could be made."""
     source, study = survey(request)
     store = Store(request.store)
-    counts = tally(study, store.known().lists)
     if request.dry_run:
-        print("\n".join(plan_lines(study, counts, store)))
+        print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request.budget)))
         return
+    rounds = Rounds(study, request.budget) if request.budget else None
+    study = rounds.part if rounds else study
+    counts = tally(study, store.known().lists)
     results = Results(study, store, request.scorer, request.device)
     if counts.missing:
         _ = results.scorer  # a scorer that cannot be loaded is refused before anything is made
@@ -149,9 +154,18 @@ def run(request: Request, context: JobContext) -> None:
     code = 1
     try:
         failures = _complete(request, source, study, store, results, counts, tracker)
+        while rounds and rounds.look(results.value, results.importance):
+            study = results.study = rounds.part
+            log.info("round %d: %d images more", rounds.number, len(study))
+            counts = tally(study, store.known().lists)
+            failures |= _complete(request, source, study, store, results, counts, tracker)
+        results.study = rounds.whole if rounds else study
         paths = _anatomy(request, source).paths
         frame = results.frame(paths, failures, context.folder)
-        code = _write(frame, context.folder, tracker)
+        beside = {"floor": results.floor()}
+        if rounds:
+            frame, beside["budget"] = rounds.marked(frame), rounds.table()
+        code = _write(frame, beside, context.folder, tracker)
     finally:
         tracker.close(code)
     if code:
@@ -165,12 +179,18 @@ def run(request: Request, context: JobContext) -> None:
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
     source, study = survey(request)
-    found = Results(study, Store(request.store), request.scorer, request.device)
+    rounds = Rounds(study, request.budget) if request.budget else None
+    found = Results(rounds.part if rounds else study, Store(request.store), request.scorer, request.device)
     absent = found.complete({})
-    return found.frame(_anatomy(request, source).paths, dict.fromkeys(absent, "not made yet"))
+    while rounds and not absent and rounds.look(found.value, found.importance):
+        found.study = rounds.part
+        absent |= found.complete({})
+    found.study = rounds.whole if rounds else study
+    frame = found.frame(_anatomy(request, source).paths, dict.fromkeys(absent, "not made yet"))
+    return rounds.marked(frame) if rounds else frame
 
 
-def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
+def plan_lines(study: Study, counts: Tally, store: Store, budget: Budget | None = None) -> list[str]:
     """What a study would make, for `dry_run=true`."""
     size = counts.missing * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL
     each = (counts.rows - counts.baselines) // counts.baselines
@@ -182,7 +202,19 @@ def plan_lines(study: Study, counts: Tally, store: Store) -> list[str]:
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {store.folder}: {counts.stored}",
         f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
+        *_budget_lines(study, budget),
         "dry run: nothing was generated",
+    ]
+
+
+def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
+    if budget is None:
+        return []
+    most = "" if budget.max_images is None else f", or {budget.max_images} images are there"
+    return [
+        "  with its budget at most that: the first round takes "
+        f"{len(Rounds(study, budget).part)} images, then {budget.round} prompts and seeds a round for each layer until "
+        f"its interval is within +-{budget.ci_halfwidth:g}{most}"
     ]
 
 
@@ -243,15 +275,21 @@ def _generate(
     return maker.failures
 
 
-def _write(frame: pd.DataFrame, folder: Path, tracker: Tracker) -> int:
-    """results.parquet, report and tracker; prints the ranking. The exit code: 1 if a cell is not fine."""
+def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:
+    """results.parquet and frames beside it, report and tracker; prints the ranking. Exit code: 1 if a cell is not fine.
+
+    beside: by name; they lie there before the report is made, which may read them.
+    """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
     from lesion.report import ranking_lines, write_report
 
-    with atomically(folder / "results.parquet") as temporary:
-        frame.to_parquet(temporary, index=False)
-    written = [folder / "results.parquet", *write_report(folder, frame)]
+    written = []
+    for name, table in {"results": frame, **beside}.items():
+        written.append(folder / f"{name}.parquet")
+        with atomically(written[-1]) as temporary:
+            table.to_parquet(temporary, index=False)
+    written += write_report(folder, frame)
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
-from lesion.lesions import Choice, Lesion, Replacement, choices, digest_of
+from lesion.lesions import NOWHERE, Choice, Lesion, Replacement, choices, digest_of
 from lesion.prompts import Prompt
 
 FORMAT = 2  # raise it when the same cell would give other pixels or another key
@@ -151,7 +151,7 @@ class Study:
         for name, picked in self._choices.items():
             for kind in itertools.product(self.replacements, self.windows, self.branches, self.strengths):
                 for choice in picked:
-                    yield Lesion(name, choice.layer, choice.lesioned, *kind, kind=self.kind)
+                    yield Lesion(name, choice.layer, choice.lesioned, *kind, kind=self.kind, place=choice.place)
 
     def cells(self) -> Iterator[Cell]:
         """The order of the results: baselines first, then kind by kind, and within a kind by prompt and seed."""
@@ -198,6 +198,23 @@ class Study:
         """Digest, 64 hex digits, of what all its cells share: model and settings."""
         return _context(Cell(self.model, Prompt(""), 0, self.settings, None).identity())
 
+    def rows(self) -> Iterator[tuple[Lesion | None, int]]:
+        """Each lesion, the baseline (None) first, with the number of its cells."""
+        for lesion in itertools.chain([None], self.lesions()):
+            yield lesion, len(self.prompts) * len(self.seeds)
+
+    def subject(self, prompt: Prompt) -> str:
+        """The part of a key that the cells of one prompt share; for `key` and `cell`."""
+        return _subject(self.context, prompt)
+
+    def key(self, subject: str, seed: int, lesion: Lesion | None) -> str:
+        """A cell's key."""
+        return _key(subject, seed, lesion)
+
+    def cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, subject: str | None = None) -> Cell:
+        """A cell of the study, with its key."""
+        return self._cell(prompt, seed, lesion, _key(subject or self.subject(prompt), seed, lesion))
+
     def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str) -> Cell:
         cell = Cell(self.model, prompt, seed, self.settings, lesion)
         cell.__dict__["key"] = key  # fills the cached property
@@ -227,10 +244,13 @@ def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
 def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
     """The cell's own columns of the results: what was asked, not what came of it.
 
-    layers: every layer of the model in forward order. `lesioned` names the lesioned layers where `layer` does not.
+    layers: every layer of the model in forward order. `lesioned` names the lesioned layers where `layer` does not, and
+    in every step of a sequence (`order`, `permutation`, `position`; "" or -1 outside of one).
     """
     lesion, settings = cell.lesion, cell.settings
-    together = lesion.layers if lesion and (not lesion.layer or {lesion.layer} < set(lesion.layers)) else ()
+    place = lesion.place if lesion else NOWHERE
+    named = lesion is not None and lesion.layer and not {lesion.layer} < set(lesion.layers)
+    together = lesion.layers if lesion and (place != NOWHERE or not named) else ()
     layer = lesion.layer if lesion else ""
     window = lesion.window if lesion else (0.0, 1.0)
     return {
@@ -243,6 +263,9 @@ def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
         "replacement": lesion.replacement.name if lesion else "",
         "layer": layer,
         "lesioned": "+".join(together),
+        "order": place.order,
+        "permutation": place.permutation,
+        "position": place.position,
         "kind": lesion.kind if lesion else "",
         "layer_index": layers.index(layer) if layer else -1,
         "window_start": window[0],

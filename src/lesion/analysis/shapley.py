@@ -48,7 +48,8 @@ def contributions(part: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 def shapley_values(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
     """One row a setting and layer, most valuable first.
 
-    Needs rows of selection `coalitions` with the columns of `contributions`; effect = 1 - similarity. Columns: the
+    Needs rows of selection `coalitions` with the columns of `contributions`, and if orders were drawn with several
+    seeds, `order`, which tells these apart; effect = 1 - similarity. Columns: the
     setting's; layer; shapley (mean over orders of each prompt and seed, then seeds, then prompts); se: standard error
     of the sampling of orders, from the spread over orders of their means over prompts, NaN for one order (it holds if
     orders are drawn independently; where prompts have orders of their own, give these different numbers of
@@ -60,6 +61,8 @@ def shapley_values(frame: pd.DataFrame, metric: str | None = None, **options: An
     part = part[part["selection"] == COALITIONS]
     if missing := [name for name in ("permutation", "lesioned") if len(part) and name not in part]:
         raise ValueError(f"rows of selection {COALITIONS} lack the columns {', '.join(missing)}")
+    if len(part) and "order" in part:
+        part = part.assign(permutation=part["order"].fillna("") + " " + part["permutation"].astype(str))
     figures = ["low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images", "n_orders", "n_left_out"]
     tables = []
     for setting, whole in groups(part, keys):

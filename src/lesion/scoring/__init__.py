@@ -5,6 +5,10 @@ A metric module has two functions:
     identity(spec) -> str           all that can change its values (formula version, model), without loading anything
     build(spec, device) -> Metric
 
+and, if it has nothing to say of some prompts (its values there are NaN), a third:
+
+    asks(prompt) -> bool            whether it has a value for images of this prompt
+
 To add a metric, add `scoring/<name>.py` and list `<name>` in the config's `scorer.metrics`; nothing else changes. Its
 module is imported only when a scorer is made, so it may import torch at the top; this file must not.
 """
@@ -140,6 +144,12 @@ def identities(spec: ScorerSpec) -> dict[str, str]:
     Loads nothing. Raises ScorerError where a package is missing.
     """
     return {name: str(_module(name, spec).identity(spec)) for name in spec.metrics}
+
+
+def columns_for(spec: ScorerSpec, prompt: str) -> frozenset[str]:
+    """The metrics that have a value for images of this prompt. Loads nothing; ScorerError as for `identities`."""
+    modules = {name: _module(name, spec) for name in spec.metrics}
+    return frozenset(name for name, module in modules.items() if not hasattr(module, "asks") or module.asks(prompt))
 
 
 def make_scorer(spec: ScorerSpec, device: str) -> Scorer:

@@ -1,0 +1,84 @@
+"""Which lesion breaks what: how often images still show each aspect of their prompt, as a rule reads it from pixels.
+
+Input: the `read_…` columns of results of the embedded model (1 right, 0 wrong, NaN where the prompt does not ask; see
+`lesion.scoring._reader`). drop = read(baseline) - read(lesioned image) of the same prompt and seed, so -1, 0 or 1 for
+an image: 1 where the lesion broke the aspect. Its mean is the loss of accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from lesion.analysis.bootstrap import Interval
+from lesion.analysis.cells import over_prompts, without_limits
+from lesion.analysis.estimates import FIGURES
+from lesion.analysis.importance import LEAVE_ONE_OUT, left_out
+from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
+
+PREFIX = "read_"
+
+
+def reading_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns of aspects that are read from pixels."""
+    return [name for name in frame.columns if str(name).startswith(PREFIX)]
+
+
+def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options: Any) -> pd.DataFrame:
+    """One row a setting, aspect and layer (in depth order; "" for a selection without layers, such as `all`).
+
+    Columns: the setting's; aspect; layer; baseline, lesioned (accuracy, 0 to 1: share of images that show what is
+    asked, means over seeds, then prompts, of the same images); drop (their difference), low, high, method, sd_prompts,
+    sd_seeds, n_prompts, n_images (`bootstrap.Interval`, over prompts that ask for the aspect); n_invalid, n_failed,
+    n_unscored (ok, asked, but without both values). An aspect that no prompt asks for has no row.
+    Without limits: `n/a (no effect)` where no image changed from right to wrong or back, and what `interval` cannot
+    say (one prompt). Where no baseline shows the aspect there is nothing to lose: drop NaN, `n/a (baseline is never
+    right)`. options: those of `bootstrap.interval`.
+    """
+    records, keys = [], ["model", *LESION]
+    for setting in settings(frame):
+        part, columns = rows(frame, setting), setting.columns()
+        keys += [name for name in columns if name not in keys]
+        lesioned = part[part["selection"] == selection]
+        lesioned = lesioned.assign(layer=lesioned["layer"].fillna(""))
+        plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
+        plain = plain.set_index(["prompt_id", "seed"])
+        image = pd.MultiIndex.from_frame(lesioned[["prompt_id", "seed"]])
+        for column in reading_columns(frame):
+            valid = plain[column].astype("float64").where(plain["status"] == "ok")
+            read = lesioned[column].astype("float64").where(lesioned["status"] == "ok")
+            asking = set(frame.loc[frame[column].notna(), "prompt_id"])
+            asked = lesioned.assign(_before=valid.reindex(image).to_numpy(), _after=read)
+            asked = asked[asked["prompt_id"].isin(asking)]
+            asked["_drop"] = asked["_before"] - asked["_after"]
+            named = {**columns, "aspect": column.removeprefix(PREFIX)}
+            for layer in layers_in_order(asked) or in_order(asked["layer"]):
+                group = asked[asked["layer"] == layer]
+                found = {**_accuracies(group), **_interval(group, **options).columns("drop")}
+                records.append({**named, "layer": layer, **found, **left_out(group, "_drop")})
+    figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "n_invalid", "n_failed", "n_unscored"]
+    return pd.DataFrame(records, columns=[*keys, "aspect", "layer", *figures])
+
+
+def _accuracies(group: pd.DataFrame) -> dict[str, float]:
+    both = group.dropna(subset=["_drop"]).groupby("prompt_id")[["_before", "_after"]].mean().mean()
+    return {"baseline": float(both["_before"]), "lesioned": float(both["_after"])}
+
+
+def _interval(group: pd.DataFrame, **options: Any) -> Interval:
+    found = over_prompts(group, "_drop", **options)
+    if found.n_images and not group.dropna(subset=["_drop"])["_before"].any():
+        return replace(without_limits(found, "baseline is never right"), mean=float("nan"))
+    return found
+
+
+def reading_table(drops: pd.DataFrame, value: str = "drop") -> pd.DataFrame:
+    """Layers in depth order (index) x aspects (columns) of one setting's `reading_drops`.
+
+    ValueError if they mix settings: a layer and aspect would have two values.
+    """
+    table = drops.pivot(index="layer", columns="aspect", values=value)
+    order = list(dict.fromkeys(drops["layer"]))
+    return table.reindex(index=order, columns=list(dict.fromkeys(drops["aspect"])))

@@ -1,0 +1,66 @@
+"""What the `read_…` metrics share: images read by rule (`lesion.scenes.reader`), each once, and judged.
+
+A value is 1 where the image shows what the prompt asks of that aspect, 0 where it does not, and NaN where the prompt
+does not ask: a caption of the toy world that leaves the aspect open, or any other text. No baseline is looked at, so
+baselines have values of their own: those of the un-ablated model. The reader knows sizes in pixels of 64x64 images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesion.scenes import Reading, Scene, judge, parse_caption, read_image
+from lesion.scenes.grammar import RELATIONS
+from lesion.scoring import Shot
+
+VERSION = 1  # raise it when the reader or its judgement changes
+KEPT = 4096  # readings
+
+_kept: OrderedDict[bytes, Reading] = OrderedDict()
+_scene = lru_cache(maxsize=4096)(parse_caption)
+
+
+class Read:
+    """One aspect, named as in `lesion.scenes.Judgement`."""
+
+    def __init__(self, aspect: str):
+        self.aspect, self.column = aspect, f"read_{aspect}"
+
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        values = np.full(len(shots), np.nan)
+        for number, shot in enumerate(shots):
+            scene = _scene(shot.prompt)
+            if scene and asks_of(scene, self.aspect):
+                values[number] = float(getattr(judge(_reading(shot.image), scene), self.aspect))
+        return values
+
+
+def asks(prompt: str, aspect: str) -> bool:
+    """Whether a prompt says anything of an aspect."""
+    scene = _scene(prompt)
+    return scene is not None and asks_of(scene, aspect)
+
+
+def asks_of(scene: Scene, aspect: str) -> bool:
+    """Where `judge` does not say None; every caption asks for colours, shapes and a number of objects."""
+    return {
+        "background": bool(scene.background),
+        "size": bool(scene.things[0].size),
+        "binding": len(scene.things) == 2,
+        "relation": len(scene.things) == 2 and scene.relation in RELATIONS,
+    }.get(aspect, True)
+
+
+def _reading(image: NDArray[np.uint8]) -> Reading:
+    name = repr(image.shape).encode() + hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+    if name not in _kept:
+        _kept[name] = read_image(image)
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    return _kept[name]

@@ -1,0 +1,19 @@
+"""Do two objects stand to each other as the caption asks? Read from pixels by rule; values: see `_reader`."""
+
+from __future__ import annotations
+
+from lesion.scoring import ScorerSpec
+from lesion.scoring._reader import VERSION, Read
+from lesion.scoring._reader import asks as _asks
+
+
+def asks(prompt: str) -> bool:
+    return _asks(prompt, "relation")
+
+
+def identity(spec: ScorerSpec) -> str:
+    return f"read_relation/{VERSION}"
+
+
+def build(spec: ScorerSpec, device: str) -> Read:
+    return Read("relation")
