@@ -24,6 +24,7 @@ from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import make_deterministic
 from lesion.making import Maker
+from lesion.models.calling import has_img2img, takes
 from lesion.plan import Tally, tally
 from lesion.results import Results
 from lesion.store import Store, atomically
@@ -66,6 +67,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     Raises RequestError for a model that is not there, unknown layers, or a selection that makes no sense on them.
     """
     source = models.resolve(request.model)
+    _check_pipeline(request, source)
     anatomy = _anatomy(request, source)
     study = Study(
         model=models.identity_of(source, request.device),
@@ -78,6 +80,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
             scheduler=source.scheduler,
             negative_prompt=request.negative_prompt,
             noising=request.noising,
+            embedded_guidance=source.embedded_guidance or None,
         ),
         prompts=request.prompts,
         seeds=request.seeds,
@@ -93,6 +96,22 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     scoring.check(request.scorer)
     _check_writable(request.store)
     return source, study
+
+
+def _check_pipeline(request: Request, source: models.Source) -> None:
+    """Refuse what the model's pipeline cannot do."""
+    name = source.pipeline
+    if request.task == "img2img" and not has_img2img(name):
+        raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
+    if request.negative_prompt is not None and "negative_prompt" not in takes(models.pipeline_class(name)):
+        raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
+    if not source.embedded_guidance:
+        return
+    why = f"{name} takes guidance as an input and has one branch"
+    if any(branch != "both" for branch in request.branches):
+        raise RequestError("branch", f"{why}; allowed: both")
+    if request.negative_prompt is not None:
+        raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
 
 
 def _check_writable(folder: Path) -> None:
