@@ -66,6 +66,7 @@ def test_every_scheduler_by_name(name, tiny_folder):
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
     options = {
         "pndm": {"skip_prk_steps": True},
+        "euler_trailing": {"timestep_spacing": "trailing"},
         "dpmpp_karras": {"use_karras_sigmas": True},
         "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++"},
     }

@@ -12,6 +12,7 @@ SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "euler": "EulerDiscreteScheduler",
+    "euler_trailing": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
@@ -28,6 +29,7 @@ FLOW = ("flow_euler", "flow_heun")
 _EITHER = ("dpmpp", "dpmpp_sde", "unipc", "deis")  # of flow too, from a config that says so, as Sana's does
 _OPTIONS: dict[str, dict[str, Any]] = {
     "pndm": {"skip_prk_steps": True},  # without Runge-Kutta steps, as in Stable Diffusion's own PNDM configs
+    "euler_trailing": {"timestep_spacing": "trailing"},  # of few-step models such as SDXL-Lightning
     "dpmpp_karras": {"use_karras_sigmas": True},
     # DPM++ 2M SDE. diffusers' DPMSolverSDEScheduler is none: its noise does not come from the image's own generator.
     "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++"},
