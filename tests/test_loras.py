@@ -177,7 +177,7 @@ def test_what_cannot_be_put_on_is_refused_in_one_line(tiny_folder, tiny_sdxl_fol
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny_sdxl_folder, torch_dtype=torch.float32)
     assert pipe.unet.config.cross_attention_dim == 32
     for folder, path in ((tiny_folder, tmp_path / "torn.safetensors"), (tiny_sdxl_folder, adapters[0])):
-        with pytest.raises(RequestError, match="does not fit StableDiffusion(XL)?Pipeline"):
+        with pytest.raises(RequestError, match=r"does not fit StableDiffusion(XL)?Pipeline"):
             models.load(with_loras(folder, (path, 1.0)), "cpu")
 
 

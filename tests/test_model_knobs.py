@@ -53,16 +53,16 @@ def loaded(folder, **changes):
 
 def test_offloading_needs_an_accelerator(tiny_folder, cli):
     for offload in ("model", "sequential"):
-        with pytest.raises(RequestError, match="model.offload: .* allowed on device=cpu: none"):
+        with pytest.raises(RequestError, match=r"model.offload: .* allowed on device=cpu: none"):
             loaded(tiny_folder, offload=offload)
-    with pytest.raises(RequestError, match="model.offload: got 'disk'; allowed: none, model, sequential"):
+    with pytest.raises(RequestError, match=r"model.offload: got 'disk'; allowed: none, model, sequential"):
         resolve(tiny_spec(tiny_folder, offload="disk"))
-    for arguments, words in (
+    for given, words in (
         (["model.offload=model", "device=cpu"], "model.offload: moves weights"),
         (["model.offload=disk"], "model.offload: got 'disk'; allowed: none, model, sequential"),
         (["model.offload=model", "performance.compile=true"], "model.offload: works without performance.compile"),
     ):
-        code, _, err = cli(*arguments)
+        code, _, err = cli(*given)
         assert code == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
@@ -130,7 +130,9 @@ def test_another_autoencoder(tiny_folder, tiny_sdxl_folder, tmp_path):
     other = resolve(tiny_spec(tiny_folder, vae=str(folder)))
     assert len({other.fingerprint, same.fingerprint, resolve(tiny_spec(tiny_folder)).fingerprint}) == 3
     brighter = made(models.load(other, "cpu"))
-    assert np.allclose(brighter, np.clip(plain(tiny_folder, SUBJECTS) + 0.1, 0, 1), atol=1e-5)
+    before = plain(tiny_folder, SUBJECTS)
+    inside = (before > 0.01) & (before < 0.89)  # of the rest the pixels were cut off
+    assert inside.mean() > 0.5 and np.allclose(brighter[inside], before[inside] + 0.1, atol=1e-5)
     for name, words in (("/nonesuch", "no folder"), (str(tmp_path), "holds no autoencoder")):
         with pytest.raises(RequestError, match=f"model.vae: .*{words}"):
             resolve(tiny_spec(tiny_folder, vae=name))
@@ -147,7 +149,7 @@ def test_in_half_precision_the_autoencoder_of_sdxl_decodes_in_single(tiny_sdxl_f
         model = loaded(tiny_sdxl_folder, dtype="float16", vae=vae)
         assert model.pipe.vae.dtype == torch.float16
         seen = []
-        model.pipe.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+        model.pipe.vae.decoder.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].dtype))
         images = made(model)
         assert seen == [expected]
         assert np.isfinite(images).all() and images.std() > 0.01
@@ -225,14 +227,17 @@ def test_a_pipeline_class_of_ones_own(tiny_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_folder, tmp_path / "odd")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "OddPipeline"}))
-    with pytest.raises(RequestError, match="model.id: 'OddPipeline' is no pipeline class; .* as model.pipeline"):
+    with pytest.raises(RequestError, match=r"model.id: 'OddPipeline' is no pipeline class; .* as model.pipeline"):
         resolve(tiny_spec(folder))
     assert resolve(tiny_spec(folder, pipeline=name)).pipeline == name
 
 
-@pytest.mark.parametrize("cls", ["StableDiffusionSAGPipeline", "StableDiffusionPAGPipeline"])
-def test_classes_of_diffusers_that_nobody_listed(cls, tiny_folder):
-    model = loaded(tiny_folder, pipeline=cls)
+@pytest.mark.parametrize(
+    ("cls", "scale"), [("StableDiffusionSAGPipeline", "sag"), ("StableDiffusionPAGPipeline", "pag")]
+)
+def test_classes_of_diffusers_that_nobody_listed(cls, scale, tiny_folder):
+    """Without their further guidance, which would run the denoiser on more rows than two an image."""
+    model = loaded(tiny_folder, pipeline=cls, arguments=((f"{scale}_scale", "0.0"),))
     assert type(model.pipe).__name__ == cls
     baseline = made(model)
     assert np.isfinite(baseline).all()
