@@ -8,7 +8,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
 from lesion.anatomy import AnatomyError, examine, kinds_of
-from lesion.branches import two_branches
 from lesion.replacements.resample import FromCompanion
 
 LAYERS = {
@@ -299,47 +298,6 @@ def test_a_guidance_in_calls_of_its_own_is_refused():
     ):
         for call in calls:
             denoiser(**call)
-
-
-def test_which_pipelines_have_two_branches():
-    import diffusers
-
-    denoisers = {name: build(name) for name in ("unet", "sd3", "flux", "pixart")}
-    for pipeline, name, guidance, expected in (
-        ("StableDiffusionPipeline", "unet", 3.0, True),
-        ("StableDiffusionPipeline", "unet", 1.0, False),
-        ("StableDiffusion3Pipeline", "sd3", 7.0, True),
-        ("PixArtAlphaPipeline", "pixart", 4.5, True),
-        ("FluxPipeline", "flux", 3.5, False),
-        ("FluxImg2ImgPipeline", "flux", 3.5, False),
-    ):
-        assert two_branches(getattr(diffusers, pipeline), denoisers[name], guidance) == expected, pipeline
-    lcm = diffusers.UNet2DConditionModel(
-        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
-        time_cond_proj_dim=4,
-    )  # fmt: skip
-    assert not two_branches(diffusers.StableDiffusionPipeline, lcm, 8.0)
-
-
-def test_a_branch_of_distilled_guidance_is_refused_before_loading():
-    from types import SimpleNamespace
-
-    from lesion.errors import RequestError
-    from lesion.runner import _check_branches
-
-    def check(pipeline, name, *branches):
-        source = SimpleNamespace(
-            spec=SimpleNamespace(pipeline=None),
-            index={"_class_name": pipeline},
-            skeleton=lambda component: build(name),
-            denoiser="transformer",
-        )
-        _check_branches(SimpleNamespace(branches=branches, guidance=3.5), source)
-
-    with pytest.raises(RequestError, match="branch: FluxPipeline hands its guidance to the denoiser"):
-        check("FluxPipeline", "flux", "both", "cond")
-    check("FluxPipeline", "flux", "both")
-    check("StableDiffusion3Pipeline", "sd3", "cond", "uncond")
 
 
 @each_layer

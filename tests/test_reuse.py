@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from conftest import settings
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
-from lesion.models.source import SCHEDULERS
+from lesion.models.schedulers import FLOW, SCHEDULERS, make
 from lesion.reuse import TextMemory
 from lesion.states import State, States, _capture, calls_of, first_step
 from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
@@ -90,10 +89,10 @@ def test_a_prompt_goes_through_the_text_encoder_once(tiny_model, tiny_folder):
     )
     subjects = [("a red circle", 0), ("a red circle", 1), ("a blue square", 0)]
     first = run(tiny_model, [cell(tiny_model, subject) for subject in subjects])
-    assert sum(seen) == 3  # two prompts and the empty one
+    assert sum(seen) == 4  # two prompts, and the empty one twice: alone it would round differently
     again = run(tiny_model, [cell(tiny_model, subject) for subject in reversed(subjects)])
     handle.remove()
-    assert sum(seen) == 3
+    assert sum(seen) == 4
     assert np.array_equal(first, plain(tiny_folder, subjects))
     assert np.array_equal(again, plain(tiny_folder, subjects[::-1]))
     assert "forward" not in vars(encoder)
@@ -123,12 +122,10 @@ def test_keys_and_values_of_the_text_are_computed_once_a_call(tiny_model):
 
 
 def on(model, scheduler, monkeypatch):
-    options = {"skip_prk_steps": True} if scheduler == "pndm" else {}
-    made = getattr(diffusers, SCHEDULERS[scheduler]).from_config(model.pipe.scheduler.config, **options)
-    monkeypatch.setattr(model.pipe, "scheduler", made)
+    monkeypatch.setattr(model.pipe, "scheduler", make(scheduler, model.pipe.scheduler))
 
 
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - set(FLOW)))
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, tmp_path, monkeypatch, scheduler, recorded):
     """Same company in both batches; noisy and multistep schedulers too."""

@@ -21,7 +21,7 @@ from lesion.anatomy import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.budget import Budget
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
-from lesion.models import DTYPES, ModelSpec
+from lesion.models import DTYPES, OFFLOADS, ModelSpec
 from lesion.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 from lesion.scoring import ScorerSpec
 
@@ -39,6 +39,13 @@ class ModelConf:
     variant: str | None = None
     dtype: str = "auto"
     scheduler: str | None = None
+    loras: list[Any] = field(default_factory=list)
+    vae: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    offload: str = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    kind: str = "cross_attention"
     steps: int = MISSING
     guidance: float = MISSING
     height: int = MISSING
@@ -189,6 +196,7 @@ def parse(config: DictConfig) -> Request:
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
     _one_of("performance.dtype", data["performance"]["dtype"], DTYPE_NAMES)
+    _one_of("model.offload", model["offload"], OFFLOADS)
     _one_of("generation.task", generation["task"], TASKS)
     _one_of("layers.by", layers["by"], GRANULARITIES)
     _one_of("layers.kind", layers["kind"], KINDS)
@@ -201,6 +209,11 @@ def parse(config: DictConfig) -> Request:
             )
         if data["performance"]["compile"]:
             raise RequestError("performance.compile", "does not work with layers.by=head; allowed here: false")
+    if data["performance"]["compile"] and model["offload"] != "none":
+        raise RequestError("model.offload", "works without performance.compile only; allowed here: none")
+    device = _device(data["device"])
+    if model["offload"] != "none" and device == "cpu":
+        raise RequestError("model.offload", "moves weights to an accelerator and back; allowed on device=cpu: none")
     _at_least("generation.steps", generation["steps"], 1)
     _at_least("generation.guidance", generation["guidance"], 0)
     for side in ("height", "width"):
@@ -257,7 +270,7 @@ def parse(config: DictConfig) -> Request:
         tracker=_tracker(data["tracker"]),
         budget=_budget(data["budget"]),
         store=Path(data["store"]["dir"]).expanduser(),
-        device=_device(data["device"]),
+        device=device,
         dry_run=data["dry_run"],
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 
 from lesion.lesions import Lesion
 from lesion.models import Model
+from lesion.models.calling import arguments
 from lesion.prompts import Prompt
 from lesion.reuse import text_projected_once
 from lesion.states import Enough, State, States, calls_of, first_step, going_on, recording
@@ -50,22 +50,14 @@ def call(
     model: Model, prompts: Sequence[Prompt], noise: Sequence[torch.Generator], settings: Settings
 ) -> NDArray[np.float32]:
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
-    arguments: dict[str, Any] = {"height": settings.height, "width": settings.width}
-    if settings.task == "img2img":  # the init images say the size
+    pipe, inits = model.pipeline(settings.task), None
+    if settings.task == "img2img":
         inits = [_init(prompt.image, settings.width, settings.height) for prompt in prompts]
-        arguments = {"image": inits, "strength": settings.noising}
+    asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inits, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
     with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
-        images = model.pipeline(settings.task)(
-            prompt=[prompt.text for prompt in prompts],
-            negative_prompt=None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts),
-            generator=list(noise),
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            output_type="np",
-            **arguments,
-        ).images
+        images = pipe(**asked).images
     return np.asarray(images)
 
 
@@ -127,9 +119,13 @@ def _companion(lesion: Lesion | None, fillers: Mapping[str, Filler]) -> str | No
     return getattr(fillers[replacement_key(lesion)], "companion", None)
 
 
+def _calls(model: Model, settings: Settings) -> int | None:
+    return calls_of(model.pipe.scheduler, settings, model.pipeline(settings.task))
+
+
 def _start(model: Model, cells: Sequence[Cell]) -> int:
     """The denoiser call at which the first lesion of a batch begins; 0 also where that cannot be told."""
-    total = calls_of(model.pipe.scheduler, cells[0].settings)
+    total = _calls(model, cells[0].settings)
     if total is None:
         return 0
     return min(first_step(cell.lesion.window, total) if cell.lesion else 0 for cell in cells)
@@ -143,7 +139,7 @@ def _states(model: Model, cells: Sequence[Cell], states: States, start: int) -> 
     if missing:
         noise = generators([cell.seed for cell in missing])
         settings = missing[0].settings
-        window = (start / (calls_of(model.pipe.scheduler, settings) or 1), 1.0)
+        window = (start / (_calls(model, settings) or 1), 1.0)
         with suppress(Enough), recording(model.pipeline(settings.task), noise, [window], stop=True) as made:
             call(model, [cell.prompt for cell in missing], noise, settings)
         if start not in made:

@@ -44,7 +44,11 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
         "model": bench.model.identity.name,
         "fingerprint": bench.model.identity.fingerprint,
         "dtype": bench.model.identity.dtype,
-        "settings": {name: value for name, value in vars(bench.settings).items() if name != "noising" or value},
+        "settings": {
+            name: value
+            for name, value in vars(bench.settings).items()
+            if value or name not in ("noising", "embedded_guidance")  # left out at first, so that keys stay
+        },
         "calibration": name,
         "prompts": [prompt.text for prompt in prompts],
         "seeds": list(seeds),

@@ -41,14 +41,17 @@ def forward_replaced(
 
 
 def _rows(value: Any, pick: Callable[[Tensor], Any]) -> Any:
-    """`value` with `pick` applied to each tensor in it; tuples and transformers' output classes keep their form."""
+    """`value` with `pick` applied to each tensor in it; tuples and transformers' output classes keep their form.
+
+    What is neither of these nor a plain value becomes None: a cache of keys and values, which no pipeline reads.
+    """
     if isinstance(value, Tensor):
         return pick(value)
     if isinstance(value, tuple | list):
         return type(value)(_rows(item, pick) for item in value)
     if dataclasses.is_dataclass(value) and isinstance(value, dict):  # a ModelOutput
         return type(value)(**{name: _rows(item, pick) for name, item in value.items()})
-    return value
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _row(value: Any, row: int) -> Any:
@@ -76,7 +79,9 @@ def _size(value: Any) -> int:
 class TextMemory:
     """Text features of the prompts seen lately: each prompt, and the empty one, goes through an encoder once.
 
-    Holds for any encoder that is called with token ids (n, length) first and gives tensors of n rows.
+    Holds for any encoder that is called with token ids (n, length), alone or with an attention mask (n, …) or other
+    tensors of n rows, and gives tensors of n rows, each made of its own row. Any other call goes through as it is.
+    A single row is kept apart from rows of larger batches: its features differ in the last bits.
     """
 
     def __init__(self, limit: int = KEPT_BYTES):
@@ -92,21 +97,33 @@ class TextMemory:
             yield
 
     def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def remembering(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-            extra = [*enumerate(args), *sorted(kwargs.items())]
-            if any(isinstance(value, Tensor) for _, value in extra):  # an attention mask: rows differ by more than ids
-                return forward(input_ids, *args, **kwargs)
-            names = [(name, str(extra), ids.tobytes()) for ids in input_ids.cpu().numpy()]
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+            ids = tensors.get(0, tensors.get("input_ids"))
+            if ids is None or ids.is_floating_point() or ids.dim() != 2:
+                return forward(*args, **kwargs)
+            if any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
+                return forward(*args, **kwargs)
+            alone = len(ids) == 1  # one row takes other kernels than several, which round differently
+            settings = str([alone, *((key, value) for key, value in given.items() if key not in tensors)])
+            shapes = str([(key, value.shape[1:], value.dtype) for key, value in tensors.items()])
+            columns = [value.contiguous().view(torch.uint8).cpu().numpy() for value in tensors.values()]
+            names = [
+                (name, settings, shapes, *(column[row].tobytes() for column in columns)) for row in range(len(ids))
+            ]
             new = {key: row for row, key in enumerate(names) if key not in self.kept}
             if new:
-                found = forward(input_ids[list(new.values())], *args, **kwargs)
+                rows = list(new.values()) * (2 if len(new) == 1 and not alone else 1)
+                some = {key: value[rows] if key in tensors else value for key, value in given.items()}
+                found = forward(*(some[place] for place in range(len(args))), **{key: some[key] for key in kwargs})
                 for row, key in enumerate(new):
                     self._keep(key, _row(found, row))
             for key in names:
                 self.kept.move_to_end(key)
             whole = _joined([self.kept[key] for key in names])
             self._forget()
-            return _rows(whole, lambda tensor: tensor.to(input_ids.device))
+            return _rows(whole, lambda tensor: tensor.to(ids.device))
 
         return remembering
 

@@ -21,12 +21,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring
 from lesion.anatomy import Anatomy, AnatomyError, examine
-from lesion.branches import two_branches
 from lesion.budget import Budget, Rounds
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import make_deterministic
 from lesion.making import Maker
+from lesion.models.calling import has_img2img, takes
 from lesion.plan import Tally, tally
 from lesion.results import Results
 from lesion.store import Store, atomically
@@ -68,8 +68,8 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     Raises RequestError for a model that is not there, unknown layers, or a selection that makes no sense on them.
     """
     source = models.resolve(request.model)
+    _check_pipeline(request, source)
     anatomy = _anatomy(request, source)
-    _check_branches(request, source)
     study = Study(
         model=models.identity_of(source, request.device),
         settings=Settings(
@@ -81,6 +81,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
             scheduler=source.scheduler,
             negative_prompt=request.negative_prompt,
             noising=request.noising,
+            embedded_guidance=source.embedded_guidance or None,
         ),
         prompts=request.prompts,
         seeds=request.seeds,
@@ -100,14 +101,20 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     return source, study
 
 
-def _check_branches(request: Request, source: models.Source) -> None:
-    pipeline = getattr(diffusers, str(source.spec.pipeline or source.index.get("_class_name")), None)
-    if pipeline is None or set(request.branches) == {"both"}:
+def _check_pipeline(request: Request, source: models.Source) -> None:
+    """Refuse what the model's pipeline cannot do."""
+    name = source.pipeline
+    if request.task == "img2img" and not has_img2img(name):
+        raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
+    if request.negative_prompt is not None and "negative_prompt" not in takes(models.pipeline_class(name)):
+        raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
+    if not source.embedded_guidance:
         return
-    if not two_branches(pipeline, source.skeleton(source.denoiser), request.guidance):
-        raise RequestError(
-            "branch", f"{pipeline.__name__} hands its guidance to the denoiser: there is one branch; allowed: both"
-        )
+    why = f"{name} takes guidance as an input and has one branch"
+    if any(branch != "both" for branch in request.branches):
+        raise RequestError("branch", f"{why}; allowed: both")
+    if request.negative_prompt is not None:
+        raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
 
 
 def _check_writable(folder: Path) -> None:

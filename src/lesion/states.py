@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,17 @@ def first_step(window: tuple[float, float], steps: int) -> int:
     return next(step for step in range(steps) if covers(window, step, steps))
 
 
-def calls_of(scheduler: Any, settings: Settings) -> int | None:
-    """How often the denoiser is called in one pipeline call; None where the scheduler cannot tell beforehand."""
+def calls_of(scheduler: Any, settings: Settings, pipe: Any = None) -> int | None:
+    """How often the denoiser is called in one pipeline call; None where the scheduler cannot tell beforehand.
+
+    pipe: of img2img, the pipeline, which says how many steps it leaves out; without it as Stable Diffusion does.
+    """
     trial = copy.deepcopy(scheduler)
     try:
         trial.set_timesteps(settings.steps)
+        if settings.noising and pipe is not None:
+            alone = SimpleNamespace(scheduler=trial)  # all that `get_timesteps` reads of its pipeline
+            return len(type(pipe).get_timesteps(alone, settings.steps, settings.noising, "cpu")[0])
     except Exception:  # one that wants more than a number of steps
         return None
     left_out = settings.steps - int(settings.steps * settings.noising) if settings.noising else 0
@@ -208,7 +215,8 @@ def going_on(
             done += 1
             if done > start:
                 return step(model_output, timestep, sample, *args, **kwargs)
-            return (_restore(scheduler, states, generators, sample) if done == start else sample,)
+            latents = _restore(scheduler, states, generators, sample) if done == start else sample
+            return latents, latents  # some schedulers tell a second thing, read after the last step only
 
         return maybe
 

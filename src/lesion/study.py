@@ -37,7 +37,8 @@ class Settings:
     """Of one pipeline call.
 
     guidance: classifier-free guidance scale, off at <= 1. height, width: pixels. noising: of img2img, the strength in
-    (0, 1] to which the init image is noised.
+    (0, 1] to which the init image is noised. embedded_guidance: True where guidance is an input of the model (FLUX.1),
+    which then has no CFG branches; else None.
     """
 
     task: str
@@ -48,10 +49,12 @@ class Settings:
     scheduler: str
     negative_prompt: str | None = None
     noising: float | None = None
+    embedded_guidance: bool | None = None
 
     @property
     def guided(self) -> bool:
-        return self.guidance > 1
+        """Whether each image has an unconditional row beside its conditional one."""
+        return self.guidance > 1 and not self.embedded_guidance
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -11,8 +13,10 @@ import diffusers
 import torch
 
 from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
+from lesion.errors import RequestError
 from lesion.gates import Gates
-from lesion.models.source import SCHEDULERS, ModelSpec, Source, resolve
+from lesion.models import loras, schedulers
+from lesion.models.source import ModelSpec, Source, pipeline_class, resolve
 from lesion.reuse import TextMemory
 from lesion.study import ModelIdentity
 
@@ -25,7 +29,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class Model:
     """A pipeline ready to generate, its denoiser, and what can be lesioned in it.
 
-    text_sites: paths of the modules that read the text, whatever the layers under study are.
+    text_sites: paths of the modules that read the text, whatever the layers under study are; of denoisers whose texts
+    and images attend jointly there are none, and `anatomy` is empty until it is set for the study's kind of site.
+    arguments: further ones of the pipeline's call.
     """
 
     pipe: Any
@@ -36,6 +42,8 @@ class Model:
     texts: TextMemory = field(default_factory=TextMemory)
     gates: Gates | None = None  # of a compiled denoiser
     others: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
 
     def pipeline(self, task: str) -> Any:
         """The pipeline for a task, made of the same parts. Raises ValueError if diffusers has none for this model."""
@@ -44,6 +52,7 @@ class Model:
         if task not in self.others:
             other = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
             other.set_progress_bar_config(disable=True)
+            self.settle(other)
             self.others[task] = other
         return self.others[task]
 
@@ -67,34 +76,76 @@ def load(source: Source, device: str) -> Model:
 @lru_cache(maxsize=1)
 def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     source = resolve(spec)
-    dtype = resolve_dtype(spec.dtype, device)
-    kwargs: dict[str, Any] = {"torch_dtype": DTYPES[dtype]}
-    diffusers.utils.logging.disable_progress_bar()
-    if source.file:
-        cls = getattr(diffusers, spec.pipeline or "")
-        pipe = cls.from_single_file(str(source.file), config=str(source.folder), **kwargs)
-    elif source.commit:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            spec.id, revision=source.commit, variant=spec.variant, **kwargs
-        )
-    else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source.folder), variant=spec.variant, **kwargs)
-    if getattr(pipe, "safety_checker", None) is not None:
-        log.info("safety checker taken off: it would blank images, and a blank image has no similarity")
-        pipe.safety_checker = None
-    if spec.scheduler:
-        # Without Runge-Kutta steps, as in Stable Diffusion's own PNDM configs; other schedulers have no such option.
-        options = {"skip_prk_steps": True} if spec.scheduler == "pndm" else {}
-        pipe.scheduler = getattr(diffusers, SCHEDULERS[spec.scheduler]).from_config(pipe.scheduler.config, **options)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
+    if spec.offload != "none" and device == "cpu":
+        raise RequestError("model.offload", "moves weights to an accelerator and back; allowed on device=cpu: none")
+    pipe = _pipeline(source, DTYPES[resolve_dtype(spec.dtype, device)])
+    if spec.loras:  # before any hook, gate or compiled block
+        loras.put_on(pipe, spec.loras, source.adapters)
     denoiser = getattr(pipe, source.denoiser)
     if spec.channels_last:
         for part in (denoiser, pipe.vae):
             part.to(memory_format=torch.channels_last)
+    for name in ("slicing", "tiling"):
+        if getattr(spec, f"vae_{name}"):
+            _enable(pipe, name)
+
+    def settle(one: Any) -> None:
+        _place(one, spec.offload, device)
+
+    settle(pipe)
     anatomy = examine(denoiser, kind=next(iter(kinds_of(denoiser)), "cross_attention"))
     gates = None
     if spec.compile:
         gates = Gates(denoiser, anatomy)
         denoiser.compile_repeated_blocks(backend=BACKEND)
-    return Model(pipe, denoiser, anatomy, identity_of(source, device), text_sites(denoiser), gates=gates)
+    return Model(
+        pipe,
+        denoiser,
+        anatomy,
+        identity_of(source, device),
+        text_sites=text_sites(denoiser),
+        gates=gates,
+        arguments={name: json.loads(value) for name, value in spec.arguments},
+        settle=settle,
+    )
+
+
+def _pipeline(source: Source, dtype: torch.dtype) -> Any:
+    """The pipeline with its weights on the CPU."""
+    spec = source.spec
+    kwargs: dict[str, Any] = {"torch_dtype": dtype}
+    diffusers.utils.logging.disable_progress_bar()
+    if source.vae:
+        kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype)
+    if source.file:
+        pipe = pipeline_class(source.pipeline).from_single_file(str(source.file), config=str(source.folder), **kwargs)
+    else:
+        cls = pipeline_class(spec.pipeline) if spec.pipeline else diffusers.DiffusionPipeline
+        place, revision = (spec.id, source.commit) if source.commit else (str(source.folder), None)
+        pipe = cls.from_pretrained(place, revision=revision, variant=spec.variant, **kwargs)
+    if getattr(pipe, "safety_checker", None) is not None:
+        log.info("safety checker taken off: it would blank images, and a blank image has no similarity")
+        pipe.safety_checker = None
+    if spec.scheduler:
+        pipe.scheduler = schedulers.make(spec.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _enable(pipe: Any, name: str) -> None:
+    """Slicing or tiling of the autoencoder. Raises RequestError if it has none."""
+    vae = pipe.vae
+    try:
+        getattr(vae, f"enable_{name}")()
+    except (AttributeError, NotImplementedError):
+        raise RequestError(f"model.vae_{name}", f"{type(vae).__name__} has none; allowed here: false") from None
+
+
+def _place(pipe: Any, offload: str, device: str) -> None:
+    """The pipeline on the device, or its weights waiting in main memory until they are needed there."""
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)

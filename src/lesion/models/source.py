@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.models import loras, schedulers
+from lesion.models.loras import Lora
+from lesion.models.schedulers import SCHEDULERS
 
 EMBEDDED = Path(__file__).parent / "embedded"
-SCHEDULERS = {
-    "pndm": "PNDMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "dpmpp": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 DENOISERS = ("unet", "transformer")
+OFFLOADS = ("none", "model", "sequential")
+# What the settings of a study say themselves; `model.arguments` may not.
+SETTLED = frozenset(
+    {"self", "prompt", "negative_prompt", "generator", "num_inference_steps", "guidance_scale", "output_type"}
+    | {
+        "height",
+        "width",
+        "image",
+        "strength",
+        "return_dict",
+        "num_images_per_prompt",
+        "latents",
+        "callback_on_step_end",
+    }
+)
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
 
@@ -31,8 +42,12 @@ class ModelSpec:
     """The request for a model.
 
     id: "embedded", a local folder, a hub name, or a .safetensors file (then `pipeline` names its diffusers class and
-    `config` a folder or hub name with its configs). dtype: auto, float32, float16 or bfloat16. scheduler: a key of
-    SCHEDULERS, or None for the model's own. compile, channels_last, tf32: for speed; they change the rounding.
+    `config` a folder or hub name with its configs). pipeline, of a folder or hub name: a class in the place of the one
+    in model_index.json, of diffusers or as `package.module.Class`. dtype: auto, float32, float16 or bfloat16.
+    scheduler: a key of SCHEDULERS, or None for the model's own. loras: adapters. vae: folder or hub name of an
+    autoencoder in the place of the model's own. arguments: further ones of the pipeline's call, as (name, JSON) pairs.
+    offload: none, model or sequential: where weights wait. vae_slicing: images are decoded one at a time; vae_tiling:
+    in tiles. compile, channels_last, tf32: for speed; they, slicing and tiling change the rounding.
     """
 
     name: str
@@ -43,30 +58,48 @@ class ModelSpec:
     variant: str | None = None
     dtype: str = "auto"
     scheduler: str | None = None
+    loras: tuple[Lora, ...] = ()
+    vae: str | None = None
+    arguments: tuple[tuple[str, str], ...] = ()
+    offload: str = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
     compile: bool = False
     channels_last: bool = False
     tf32: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], performance: Mapping[str, Any]) -> ModelSpec:
-        """From the `model` group of a config, which has the recommended settings besides, and from `performance`."""
+        """From the `model` group of a config, which has the recommended settings besides, and from `performance`.
+
+        Raises RequestError for adapters that are not well described.
+        """
         both = {**config, **performance}
+        both["loras"] = loras.parse(config.get("loras") or [])
+        both["arguments"] = tuple(sorted((k, json.dumps(v)) for k, v in (config.get("arguments") or {}).items()))
         return cls(**{name: both[name] for name in cls.__dataclass_fields__ if name in both})
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """Names of what is switched on for speed."""
-        return tuple(name for name in ("compile", "channels_last", "tf32") if getattr(self, name))
+        """Names of what is switched on, for speed or memory, and rounds differently."""
+        names = ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")
+        return tuple(name for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that exists. folder: its configs (of a hub name, the snapshot's). file: the single file, if it is one."""
+    """A model that exists.
+
+    folder: its configs (of a hub name, the snapshot's). file: the single file, if it is one. adapters: the file of each
+    LoRA. vae: folder of another autoencoder.
+    """
 
     spec: ModelSpec
     folder: Path
     file: Path | None = None
     commit: str | None = None
+    adapters: tuple[Path, ...] = ()
+    vae: Path | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -88,22 +121,37 @@ class Source:
 
     @property
     def scheduler(self) -> str:
-        """Class name of the scheduler that will run."""
+        """Class name of the scheduler that will run, and its variant if it is asked for by name."""
         if self.spec.scheduler:
-            return SCHEDULERS[self.spec.scheduler]
+            return schedulers.label(self.spec.scheduler)
         return self.components.get("scheduler", ("diffusers", "default"))[1]
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every config and weight file that makes this model (of a hub model: its commit)."""
         digest = hashlib.sha256()
-        extra = (self.spec.variant, self.spec.pipeline if self.file else None, self.scheduler)
+        extra = (self.spec.variant, self.spec.pipeline, self.scheduler)
         digest.update(json.dumps([*extra, self.commit and [self.spec.id, self.commit]]).encode())
         if self.commit is None:
             for path in self._files():
                 digest.update(f"{'' if path == self.file else path.relative_to(self.folder)}\0".encode())
-                digest.update(_digest(path, path.stat().st_mtime_ns, path.stat().st_size))
+                digest.update(digest_of_file(path))
+        if more := self._more():  # left out where there is nothing, so that fingerprints stay
+            digest.update(json.dumps(more, sort_keys=True).encode())
         return digest.hexdigest()[:32]
+
+    def _more(self) -> dict[str, Any]:
+        """What else makes the images: adapters with their weights, another autoencoder, arguments of the call."""
+        found: dict[str, Any] = {}
+        if self.adapters:
+            files = zip(self.spec.loras, self.adapters, strict=True)
+            found["loras"] = [[digest_of_file(path).hex(), lora.weight] for lora, path in files]
+        if self.vae:
+            parts = sorted(path for path in self.vae.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+            found["vae"] = [[path.name, digest_of_file(path).hex()] for path in parts]
+        if self.spec.arguments:
+            found["arguments"] = self.spec.arguments
+        return found
 
     def _files(self) -> list[Path]:
         names = [self.folder / "model_index.json"]
@@ -139,14 +187,59 @@ class Source:
         raise RequestError("component", f"{component!r} ({name}) is no neural network; choose another component")
 
     @property
+    def pipeline(self) -> str:
+        """Class name of the pipeline."""
+        return self.spec.pipeline or str(self.index.get("_class_name", "DiffusionPipeline"))
+
+    @cached_property
+    def embedded_guidance(self) -> bool:
+        """Whether guidance is an input of the denoiser (FLUX.1, latent consistency models): it has no CFG branches."""
+        config = _config(self.folder / self.denoiser)
+        return "guidance_embeds" in config or bool(config.get("time_cond_proj_dim"))
+
+    @property
     def denoiser(self) -> str:
         """Name of the component that denoises."""
         for name in DENOISERS:
             if name in self.components:
                 return name
         raise RequestError(
-            "model.id", f"{self.spec.id!r} has no denoiser ({' or '.join(DENOISERS)}) in model_index.json"
+            "model.id",
+            f"{self.spec.id!r} ({self.pipeline}) has no denoiser named {' or '.join(DENOISERS)} in model_index.json; "
+            f"it has: {_listed(self.components) or 'nothing'}",
         )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The JSON config of a component; empty if it has none."""
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            config: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise RequestError("model.id", f"{path} is no valid JSON: {error}") from None
+        return config
+    return {}
+
+
+def pipeline_class(name: str, key: str = "model.pipeline") -> Any:
+    """A pipeline class of diffusers, or of any module as `package.module.Class`. Raises RequestError."""
+    import diffusers
+
+    module, _, last = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module) if module else diffusers, last)
+    except (ImportError, AttributeError):
+        found = None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise RequestError(
+            key, f"{name!r} is no pipeline class; allowed: one of diffusers, or package.module.Class as model.pipeline"
+        )
+    return found
+
+
+def digest_of_file(path: Path) -> bytes:
+    """sha256 of a file's bytes, worked out once while the file stays as it is."""
+    return _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 def _listed(names: Any) -> str:
@@ -161,9 +254,28 @@ def _digest(path: Path, modified: int, size: int) -> bytes:
 
 
 def resolve(spec: ModelSpec) -> Source:
-    """Find the model's configs (for a hub name, fetch them: no weights). Raises RequestError where there is none."""
-    if spec.scheduler is not None and spec.scheduler not in SCHEDULERS:
-        raise RequestError("model.scheduler", f"unknown scheduler {spec.scheduler!r}; allowed: {_listed(SCHEDULERS)}")
+    """Find the model's configs (for a hub name, fetch them: no weights). Raises RequestError where there is none.
+
+    Adapters and another autoencoder are found too, and what does not fit this model is refused.
+    """
+    if spec.scheduler is not None and spec.scheduler not in SCHEDULERS:  # before anything is fetched
+        schedulers.check(spec.scheduler, {}, "")
+    if spec.offload not in OFFLOADS:
+        raise RequestError("model.offload", f"got {spec.offload!r}; allowed: {', '.join(OFFLOADS)}")
+    source = _found(spec)
+    adapters = tuple(loras.locate(lora) for lora in spec.loras)
+    source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
+    if spec.scheduler is not None:
+        schedulers.check(spec.scheduler, _config(source.folder / "scheduler"), source.pipeline)
+    cls = pipeline_class(source.pipeline, "model.pipeline" if spec.pipeline else "model.id")
+    takes = set(inspect.signature(cls.__call__).parameters) - SETTLED
+    for name, _ in spec.arguments:
+        if name not in takes:
+            raise RequestError("model.arguments", f"{cls.__name__} takes no {name!r} here; allowed: {_listed(takes)}")
+    return source
+
+
+def _found(spec: ModelSpec) -> Source:
     path = EMBEDDED if spec.id == "embedded" else Path(spec.id).expanduser()
     if path.suffix == ".safetensors":
         return _single_file(spec, path)
@@ -178,6 +290,18 @@ def resolve(spec: ModelSpec) -> Source:
         )
     folder = _snapshot(spec.id, spec.revision, "model.id")
     return Source(spec, folder, commit=folder.name)
+
+
+def _autoencoder(name: str) -> Path:
+    """Folder of the autoencoder. Raises RequestError."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise RequestError("model.vae", f"no folder {name!r}; allowed: null, a folder, a hub name")
+        folder = _snapshot(name, None, "model.vae", ["config.json", "diffusion_pytorch_model.safetensors"])
+    if not str(_config(folder).get("_class_name", "")).startswith("Autoencoder"):
+        raise RequestError("model.vae", f"{name!r} holds no autoencoder: its config.json names none")
+    return folder
 
 
 def _single_file(spec: ModelSpec, path: Path) -> Source:
@@ -205,12 +329,12 @@ def _single_file(spec: ModelSpec, path: Path) -> Source:
     return Source(spec, folder, file=path)
 
 
-def _snapshot(name: str, revision: str | None, key: str) -> Path:
-    """Folder with the configs of a hub model."""
+def _snapshot(name: str, revision: str | None, key: str, files: Sequence[str] = _CONFIGS) -> Path:
+    """Folder with these files, the configs if nothing else is said, of a hub model."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_CONFIGS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(key, f"{name!r} is no local folder, and the hub did not give it: {reason}") from None

@@ -34,10 +34,9 @@ class Unconditional:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> TextFiller:
-    from lesion.branches import two_branches
     from lesion.texts import OtherText, read_by_sites
 
-    if two_branches(bench.model.pipe, bench.model.denoiser, bench.settings.guidance):
+    if bench.settings.guided:
         return Unconditional()
     settings = replace(bench.settings, negative_prompt=None)
     return OtherText(read_by_sites(bench.model, bench.settings.negative_prompt or "", settings))

@@ -37,8 +37,4 @@ class FromCompanion:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> FromCompanion:
-    from lesion.branches import two_branches
-
-    return FromCompanion(
-        options["prompt"], two_branches(bench.model.pipe, bench.model.denoiser, bench.settings.guidance)
-    )
+    return FromCompanion(options["prompt"], bench.settings.guided)

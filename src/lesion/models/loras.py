@@ -1,0 +1,97 @@
+"""LoRA adapters: how they are asked for, where they lie, and how they get on a pipeline."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lesion.errors import RequestError
+
+KEY = "model.loras"
+USUAL = "pytorch_lora_weights.safetensors"  # diffusers' own name
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapter. path: a folder, a .safetensors file or a hub name. weight: its scale. name: of the adapter."""
+
+    path: str
+    weight: float = 1.0
+    name: str = ""
+    file: str | None = None  # which .safetensors file of a folder or hub repository that has several
+
+
+def parse(items: Any) -> tuple[Lora, ...]:
+    """From the config's list of mappings. Raises RequestError."""
+    if not isinstance(items, Sequence) or isinstance(items, str):
+        raise RequestError(KEY, f"must be a list of {{path, weight}}; got {items!r}")
+    found: list[Lora] = []
+    for number, item in enumerate(items):
+        given = {"path": item} if isinstance(item, str) else item
+        if not isinstance(given, Mapping) or not isinstance(given.get("path"), str):
+            raise RequestError(KEY, f"needs a path for each adapter, e.g. {{path: my_lora, weight: 0.8}}; got {item!r}")
+        if unknown := {str(key) for key in given} - {"path", "weight", "name", "file"}:
+            raise RequestError(KEY, f"unknown key {min(unknown)!r}; allowed: path, weight, name, file")
+        weight = given.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise RequestError(f"{KEY}[{number}].weight", f"must be a finite number; got {weight!r}")
+        name = given.get("name") or f"lora_{number}"
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # peft keeps it in parameter names
+            raise RequestError(f"{KEY}[{number}].name", f"must be of letters, digits, _ and -; got {name!r}")
+        if name in [lora.name for lora in found]:
+            raise RequestError(KEY, f"names {name!r} twice; give each adapter a name of its own")
+        found.append(Lora(given["path"], float(weight), name, given.get("file")))
+    return tuple(found)
+
+
+def locate(lora: Lora) -> Path:
+    """The adapter's one file, from the hub if need be. Raises RequestError."""
+    path = Path(lora.path).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise RequestError(KEY, f"{lora.path!r} is no .safetensors file")
+        return path
+    if not path.is_dir():
+        if path.is_absolute() or path.suffix or lora.path.startswith((".", "~")) or lora.path.count("/") != 1:
+            raise RequestError(
+                KEY, f"no file or folder {lora.path!r}; allowed: a folder, a .safetensors file, a hub name"
+            )
+        path = _from_hub(lora)
+    files = {file.name: file for file in path.glob(lora.file or "*.safetensors") if file.is_file()}
+    if USUAL in files:
+        return files[USUAL]
+    if len(files) != 1:
+        have = ", ".join(sorted(files)) or "none"
+        wanted, have = lora.file or ".safetensors file", ", ".join(sorted(files)) or "none"
+        raise RequestError(KEY, f"{lora.path!r} must hold one {wanted}, or name it by `file`; it has: {have}")
+    return next(iter(files.values()))
+
+
+def _from_hub(lora: Lora) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(lora.path, allow_patterns=[lora.file or "*.safetensors"]))
+    except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RequestError(KEY, f"{lora.path!r} is no local file, and the hub did not give it: {reason}") from None
+
+
+def put_on(pipe: Any, loras: Sequence[Lora], files: Sequence[Path]) -> None:
+    """Load adapters and set their weights. Raises RequestError for one that the pipeline has no place for."""
+    cls = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights"):
+        raise RequestError(KEY, f"{cls} takes no LoRA adapters; allowed: []")
+    for lora, file in zip(loras, files, strict=True):
+        try:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=lora.name)
+        except Exception as error:  # of diffusers, peft or torch, by what does not fit
+            why = " ".join(str(error).split())[:200]
+            raise RequestError(KEY, f"{lora.path!r} does not fit {cls}: {why}") from None
+        if lora.name not in {name for names in pipe.get_list_adapters().values() for name in names}:
+            raise RequestError(KEY, f"{lora.path!r} does not fit {cls}: none of its weights has a place there")
+    pipe.set_adapters([lora.name for lora in loras], [lora.weight for lora in loras])
