@@ -26,13 +26,12 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lora.data import digest, read_folder
-from lora.recipe import Recipe
-from lora.training import Paused, Watch, draw, train
-
 from lesion import models
 from lesion.models import ModelSpec
 from lesion.scenes import COLOURS, Scene, is_held_out, judge, read_image, render, sample_scene
+from lora.data import digest, read_folder
+from lora.recipe import Recipe
+from lora.training import Paused, Watch, draw, train
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME, RGB = "teal", (0, 110, 115)  # nearest in the palette: green, 80 away of 441; a background: gray, 129
