@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,9 +120,12 @@ class Denoising:
 
 
 @contextmanager
-def _in_float32(vae: Any) -> Any:
+def _in_float32(vae: Any) -> Iterator[Any]:
     """SDXL's VAE gives NaN in float16."""
     before = vae.dtype
+    if before == torch.float32:
+        yield vae
+        return
     vae.to(torch.float32)
     try:
         yield vae
