@@ -7,7 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from lesion import inspect
-from lesion.anatomy import KINDS, AnatomyError, examine
+from lesion.anatomy import AnatomyError, attentions_of, examine, kinds_of, text_sites
+
+LEAVES = ("cross_attention", "self_attention", "feed_forward")  # kinds that are modules of a block
 
 SD15 = {
     "sample_size": 64,
@@ -110,7 +112,7 @@ def test_sd15_processors_and_tree():
     )
     lines = inspect.layer_lines(unet)
     assert lines[2].split() == ["down_blocks.0.attentions.0", "down", "64", "320", "8", "40", "768", "1"]
-    assert lines[-1].startswith("16 layers, 16 sites")
+    assert lines[-2].startswith("16 layers, 16 sites")
     tree = list(inspect.tree(unet, 1, "unet"))
     assert tree[0].startswith("unet: UNet2DConditionModel (859.52 M parameters)")
     assert "  conv_in: Conv2d(4, 320, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))" in tree
@@ -137,6 +139,9 @@ def test_inspect_prints_a_local_folder(tiny_folder, capsys, monkeypatch):
         (["component=hat"], "has no 'hat'; allowed: "),
         (["component=tokenizer"], "is no neural network"),
         (["depth=-1"], "depth: must be a whole number"),
+        (["by=colour"], "by: got 'colour'; allowed: attention, "),
+        (["kind=joint_attention"], "has no joint-attention module; allowed: cross_attention, "),
+        (["by=head", "kind=block"], "block has no attention heads"),
         (["colour=red"], "colour: unknown; allowed: model"),
     ],
 )
@@ -165,7 +170,7 @@ def test_inspect_refuses_in_one_line(tiny_folder, capsys, monkeypatch, arguments
         ("stage", ["down_blocks", "mid_block", "up_blocks"], [6, 1, 9]),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LEAVES)
 def test_granularities_and_kinds_of_sd15(by, paths, sites, kind):
     unet = on_meta(SD15)
     anatomy = examine(unet, by, kind)
@@ -222,7 +227,7 @@ def test_transformers_with_cross_attention(name, config, prefix, number, text_di
     with torch.device("meta"):
         denoiser = getattr(diffusers, name).from_config(config)
     for by in ("attention", "transformer_block"):
-        for kind in KINDS:
+        for kind in LEAVES:
             anatomy = examine(denoiser, by, kind)
             assert list(anatomy.paths) == [f"{prefix}.{i}" for i in range(number)]
             assert [len(layer.sites) for layer in anatomy.layers] == [1] * number
@@ -230,3 +235,54 @@ def test_transformers_with_cross_attention(name, config, prefix, number, text_di
     assert [layer.index for layer in examine(denoiser).layers] == list(range(number))
     with pytest.raises(AnatomyError, match="no UNet blocks"):
         examine(denoiser, "stage")
+
+
+def test_kinds_and_text_sites():
+    unet = on_meta(SD15)
+    assert kinds_of(unet) == ("cross_attention", "self_attention", "feed_forward", "block")
+    assert set(text_sites(unet)) == set(examine(unet).by_path)
+    assert list(attentions_of(unet).values()).count("self_attention") == 16
+    assert kinds_of(torch.nn.Linear(1, 1)) == ()
+    with pytest.raises(AnatomyError, match="Linear has no cross-attention module, nor others of the form") as end:
+        examine(torch.nn.Linear(1, 1))
+    assert end.value.key == "model.id"
+
+
+def test_a_class_that_nobody_listed():
+    """Blocks of another name that hold diffusers' attentions are found, in forward order."""
+    from diffusers.models.attention_processor import Attention
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn1 = Attention(8, heads=2, dim_head=4)
+            self.attn2 = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
+            self.ff = torch.nn.Linear(8, 8)
+
+    class Novel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.refining_layers = torch.nn.ModuleList([Block() for _ in range(11)])
+            self.attn2 = Attention(8, heads=2, dim_head=4)  # in no block
+
+    novel = Novel()
+    assert kinds_of(novel) == ("cross_attention", "self_attention", "feed_forward", "block")
+    for kind in kinds_of(novel):
+        assert list(examine(novel, kind=kind).paths) == [f"refining_layers.{i}" for i in range(11)]
+    assert examine(novel).layers[10].sites[0].text_dim == 6
+
+
+def test_inspect_lists_joint_attention():
+    from test_joint import FLUX, SD3
+    from test_joint import on_meta as build
+
+    flux = build("FluxTransformer2DModel", FLUX)
+    lines = inspect.layer_lines(flux)
+    assert lines[-2].startswith("57 layers, 57 sites")
+    counts = "joint_attention 57, text_to_image 57, feed_forward 57, block 57; 1368 heads"
+    assert lines[-1] == f"sites by kind: {counts}"
+    assert inspect.processor_lines(flux)[0] == "57 attention processors: 57 joint attention attn"
+    sd3 = build("SD3Transformer2DModel", SD3)
+    assert inspect.layer_lines(sd3, "head", "joint_attention")[-2].startswith("576 layers, 576 sites")
+    assert inspect.processor_lines(sd3)[0] == "24 attention processors: 24 joint attention attn"
+    assert inspect.layer_lines(sd3, kind="feed_forward")[-2].startswith("24 layers, 24 sites")

@@ -88,7 +88,6 @@ def test_a_rerun_is_blended_row_by_row(tiny_folder, tiny_model):
 
 def test_the_condition_ends_with_an_error(tiny_folder, tiny_model):
     layer = tiny_model.anatomy.paths[0]
-    (site,) = tiny_model.anatomy.sites[layer]
 
     class Failing(Louder):
         def rerun(self, site, module):

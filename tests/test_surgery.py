@@ -16,9 +16,10 @@ from lesion.anatomy import KINDS, examine
 from lesion.generate import call, generate, generators, to_pixels
 from lesion.lesions import Lesion, Replacement
 from lesion.models import loading
+from lesion.ports import Share, blend
 from lesion.prompts import Prompt
 from lesion.study import Cell
-from lesion.surgery import Share, blend, branches_of, lesioned, replacement_key
+from lesion.surgery import branches_of, lesioned, replacement_key
 
 ZERO = Replacement("zero")
 SUBJECTS = [("a red circle", 0), ("a blue square", 1), ("two stars", 7)]

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements, scoring
-from lesion.anatomy import GRANULARITIES, KINDS
+from lesion.anatomy import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.models import DTYPES, ModelSpec
@@ -179,6 +179,13 @@ def parse(config: DictConfig) -> Request:
     _one_of("layers.kind", layers["kind"], KINDS)
     if data["performance"]["compile"] and layers["kind"] != "cross_attention":
         raise RequestError("performance.compile", "works with layers.kind=cross_attention only; allowed here: false")
+    if layers["by"] == "head":
+        if layers["kind"] not in WITH_HEADS:
+            raise RequestError(
+                "layers.by", f"{layers['kind']} has no attention heads; with head: layers.kind={', '.join(WITH_HEADS)}"
+            )
+        if data["performance"]["compile"]:
+            raise RequestError("performance.compile", "does not work with layers.by=head; allowed here: false")
     _at_least("generation.steps", generation["steps"], 1)
     _at_least("generation.guidance", generation["guidance"], 0)
     for side in ("height", "width"):
@@ -206,7 +213,7 @@ def parse(config: DictConfig) -> Request:
         replacements.describe(name, options)
     branches = tuple(_one_of("branch", branch, BRANCHES) for branch in _distinct("branch", data["branch"]))
     for name in given:
-        replacements.check(name, layers["kind"], branches)
+        replacements.check(name, layers["kind"], branches, layers["by"])
         replacements.check_model(name, ModelSpec.of(model, data["performance"]))
     if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
         raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")

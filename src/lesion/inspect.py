@@ -3,6 +3,7 @@
     lesion-inspect model=embedded                         the layers of the denoiser and the tree of its modules
     lesion-inspect model=local model.id=FOLDER depth=2    deeper
     lesion-inspect model=embedded component=text_encoder  another component
+    lesion-inspect model=embedded by=head kind=self_attention   layers of another granularity and kind
 
 Builds the component on the meta device from its config: no weight is loaded.
 """
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from lesion import models
-from lesion.anatomy import AnatomyError, examine
+from lesion.anatomy import GRANULARITIES, KINDS, PLACES, WITH_HEADS, AnatomyError, attentions_of, examine, kinds_of
 from lesion.cli import conf_dir, one_line
 from lesion.config import register
 from lesion.errors import RequestError
@@ -50,9 +51,13 @@ def _millions(module: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters"
 
 
-def layer_lines(denoiser: nn.Module) -> list[str]:
-    """A table of the layers that can be lesioned, in forward order."""
-    layers = examine(denoiser).layers
+def layer_lines(denoiser: nn.Module, by: str = "attention", kind: str = "") -> list[str]:
+    """A table of the layers that can be lesioned, in forward order, and the kinds of sites that there are.
+
+    kind: by default the first of `anatomy.kinds_of`. Raises AnatomyError where there are none.
+    """
+    kinds = kinds_of(denoiser)
+    layers = examine(denoiser, by, kind or next(iter(kinds), "cross_attention")).layers
     width = max(len(layer.path) for layer in layers)
     lines = [
         f"{'layer':{width}}  place  side  channels  heads  head dim  text dim  sites",
@@ -66,31 +71,41 @@ def layer_lines(denoiser: nn.Module) -> list[str]:
         )
     number = sum(len(layer.sites) for layer in layers)
     lines.append(f"{len(layers)} layers, {number} sites (side: of the feature map, in latent pixels)")
+    counts = {kind: len(examine(denoiser, kind=kind).by_path) for kind in kinds}
+    heads = sum(len(examine(denoiser, "head", kind).layers) for kind in kinds if kind in WITH_HEADS)
+    lines.append(f"sites by kind: {', '.join(f'{kind} {count}' for kind, count in counts.items())}; {heads} heads")
     return lines
 
 
 def processor_lines(denoiser: nn.Module) -> list[str]:
-    """Each attention processor with its kind and place, and their number by place."""
+    """Each attention processor with its kind and place, and their number by kind, name and place."""
     processors = getattr(denoiser, "attn_processors", {})
-    lines, counts = [], {"attn1": [0, 0, 0], "attn2": [0, 0, 0]}
+    known, names = attentions_of(denoiser), {"joint_attention": "joint attention"}
+    lines: list[str] = []
+    counts: dict[str, dict[str, int]] = {}
     for path, processor in processors.items():
-        place = path.split("_")[0]
-        kind = "attn2" if denoiser.get_submodule(path.removesuffix(".processor")).is_cross_attention else "attn1"
-        if place in ("down", "mid", "up"):
-            counts[kind][("down", "mid", "up").index(place)] += 1
-        words = "cross-attention" if kind == "attn2" else "self-attention"
-        lines.append(f"  {path.removesuffix('.processor')}  {words}  {type(processor).__name__}")
-    by_place = {kind: f"down {down}, mid {mid}, up {up}" for kind, (down, mid, up) in counts.items()}
-    head = (
-        f"{len(processors)} attention processors: {sum(counts['attn1'])} self-attention attn1 ({by_place['attn1']}), "
-        f"{sum(counts['attn2'])} cross-attention attn2 ({by_place['attn2']})"
-    )
-    return [head, *lines]
+        path = path.removesuffix(".processor")
+        kind = known.get(path, "other attention")
+        words = names.get(kind, kind.replace("_", "-"))
+        place, leaf = path.split("_")[0], path.rpartition(".")[2]
+        places = counts.setdefault(f"{words} {leaf}", dict.fromkeys(PLACES, 0))
+        if place in places:
+            places[place] += 1
+        else:
+            places[""] = places.get("", 0) + 1
+        lines.append(f"  {path}  {words}  {type(processor).__name__}")
+    parts = []
+    for name, places in sorted(counts.items(), key=lambda item: item[0].rpartition(" ")[2]):
+        where = ", ".join(f"{place} {number}" for place, number in places.items() if place)
+        parts.append(f"{sum(places.values())} {name}" + (f" ({where})" if "" not in places else ""))
+    return [f"{len(processors)} attention processors: {', '.join(parts)}", *lines]
 
 
 def report(arguments: list[str]) -> list[str]:
-    """All lines for these overrides; `component` (default: the denoiser), `depth` (default 1) and `processors`."""
-    wanted = {"component": "", "depth": "1", "processors": "false"}
+    """All lines for these overrides; `component` (default: the denoiser), `depth` (default 1) and `processors`;
+    `by` and `kind` of the layers that are listed.
+    """
+    wanted = {"component": "", "depth": "1", "processors": "false", "by": "attention", "kind": ""}
     overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -104,6 +119,9 @@ def report(arguments: list[str]) -> list[str]:
         raise RequestError("depth", f"must be a whole number >= 0; got {wanted['depth']!r}")
     if wanted["processors"] not in ("true", "false"):
         raise RequestError("processors", f"got {wanted['processors']!r}; allowed: true, false")
+    for key, allowed in {"by": GRANULARITIES, "kind": ("", *KINDS)}.items():
+        if wanted[key] not in allowed:
+            raise RequestError(key, f"got {wanted[key]!r}; allowed: {', '.join(filter(None, allowed))}")
     register(conf_dir())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         conf = compose("lesion", overrides).model
@@ -114,7 +132,7 @@ def report(arguments: list[str]) -> list[str]:
     module = source.skeleton(component)
     lines = [f"{conf.name}: {source.index.get('_class_name', 'pipeline')} with {', '.join(source.components)}", ""]
     if component == source.denoiser:
-        lines += [*layer_lines(module), ""]
+        lines += [*layer_lines(module, wanted["by"], wanted["kind"]), ""]
         shown = processor_lines(module)
         lines += [*(shown if wanted["processors"] == "true" else shown[:1]), ""]
     return [*lines, *tree(module, int(wanted["depth"]), component)]

@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lesion.anatomy import Site
 from lesion.generate import call, generators
+from lesion.ports import Call
 from lesion.prompts import Prompt
 from lesion.store import atomically
-from lesion.surgery import Steps, branches_of
+from lesion.surgery import Steps, TextLength, branches_of
 
 if TYPE_CHECKING:
     from lesion.replacements import Bench
@@ -34,6 +36,7 @@ FORMAT = 1
 def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Tensor]:
     """Means of every site, (calls, 2, channels) float32, unconditional branch first (NaN there without guidance).
 
+    By `Site.part`: a block with a text stream has means of each stream; a head's last channel is the 1 of its bias.
     Kept as safetensors with their provenance in the bench's folder, and read back if they are there.
     """
     provenance = {
@@ -49,8 +52,11 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     }
     if any(prompt.digest for prompt in prompts):
         provenance["inits"] = [prompt.digest for prompt in prompts]
-    if bench.model.anatomy.kind != "cross_attention":
-        provenance["kind"] = bench.model.anatomy.kind
+    anatomy = bench.model.anatomy
+    if anatomy.kind != "cross_attention":
+        provenance["kind"] = anatomy.kind
+    if anatomy.by == "head" or anatomy.kind == "block":  # then sites depend on how they are grouped
+        provenance["by"] = anatomy.by
     labels = ("model", "calibration")  # names only: they change no value
     key = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
     path = bench.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
@@ -65,8 +71,7 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
 def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:
     """One pass over the (prompt, seed) pairs in batches."""
     model = bench.model
-    sums: dict[str, list[Tensor]] = {site: [] for sites in model.anatomy.sites.values() for site in sites}
-    counts: dict[str, list[Tensor]] = {site: [] for site in sums}
+    found: dict[str, _Sums] = {}
     for start in range(0, len(subjects), bench.batch_size):
         batch = subjects[start : start + bench.batch_size]
         steps = Steps(model.pipeline(bench.settings.task))
@@ -74,26 +79,47 @@ def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, T
             if model.gates:  # compiled code would not run the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(steps.counting(model.denoiser))
-            for site in sums:
-                hook = _hook(steps, len(batch), sums[site], counts[site])
-                stack.callback(model.denoiser.get_submodule(site).register_forward_hook(hook).remove)
+            for site in model.anatomy.by_path.values():
+                watch = TextLength()
+                if site.port.block:
+                    block = model.denoiser.get_submodule(site.port.block)
+                    stack.callback(block.register_forward_pre_hook(watch.note, with_kwargs=True).remove)
+                hook = _hook(site, steps, len(batch), watch, found)
+                module = model.denoiser.get_submodule(site.port.module)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             call(model, [prompt for prompt, _ in batch], generators([seed for _, seed in batch]), bench.settings)
-    return {
-        site: (torch.stack(sums[site]) / torch.stack(counts[site])[..., None]).float().contiguous() for site in sums
-    }
+    return {name: sums.means() for name, sums in found.items()}
 
 
-def _hook(steps: Steps, samples: int, sums: list[Tensor], counts: list[Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        branches = branches_of(len(output), samples)
-        if steps.call == len(sums):
-            sums.append(torch.zeros(2, output.shape[-1], dtype=torch.float64))
-            counts.append(torch.zeros(2, dtype=torch.float64))
-        totals = output.double().sum(dim=1).cpu()  # (rows, channels)
-        sums[steps.call].index_add_(0, branches, totals)
-        counts[steps.call].index_add_(
-            0, branches, torch.full((len(output),), float(output.shape[1]), dtype=torch.float64)
-        )
+class _Sums:
+    """Of one quantity, float64: totals (2, channels) and counts (2,) by denoiser call; unconditional branch first."""
+
+    def __init__(self) -> None:
+        self.totals: list[Tensor] = []
+        self.counts: list[Tensor] = []
+
+    def add(self, step: int, branches: Tensor, quantity: Tensor) -> None:
+        """quantity: (rows, tokens, channels) or (rows, channels, height, width)."""
+        positions = (2, 3) if quantity.dim() == 4 else (1,)
+        totals = quantity.double().sum(dim=positions).cpu()  # (rows, channels)
+        if step == len(self.totals):
+            self.totals.append(torch.zeros(2, totals.shape[1], dtype=torch.float64))
+            self.counts.append(torch.zeros(2, dtype=torch.float64))
+        number = float(quantity[0].numel() // totals.shape[1])
+        self.totals[step].index_add_(0, branches, totals)
+        self.counts[step].index_add_(0, branches, torch.full((len(quantity),), number, dtype=torch.float64))
+
+    def means(self) -> Tensor:
+        return (torch.stack(self.totals) / torch.stack(self.counts)[..., None]).float().contiguous()
+
+
+def _hook(site: Site, steps: Steps, samples: int, watch: TextLength, found: dict[str, _Sums]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen = Call(module, module.forward, args, kwargs, watch.tokens)
+        for part in range(site.port.parts(output)):
+            quantity = site.port.read(seen, output, part)
+            sums = found.setdefault(site.part(part), _Sums())
+            sums.add(steps.call, branches_of(len(quantity), samples), quantity)
 
     return hook
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring
 from lesion.anatomy import Anatomy, AnatomyError, examine
+from lesion.branches import two_branches
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import make_deterministic
@@ -33,7 +35,6 @@ from lesion.tracking import JobInfo, Tracker, make_tracker
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
-DEFAULT = ("attention", "cross_attention")  # layers.by and layers.kind
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
 
@@ -53,7 +54,7 @@ def _examined(spec: models.ModelSpec, fingerprint: str, by: str, kind: str) -> A
     try:
         return examine(source.skeleton(source.denoiser), by, kind)
     except AnatomyError as error:
-        raise RequestError("model.id" if (by, kind) == DEFAULT else "layers", str(error)) from None
+        raise RequestError(error.key, str(error)) from None
 
 
 def _anatomy(request: Request, source: models.Source) -> Anatomy:
@@ -67,6 +68,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     """
     source = models.resolve(request.model)
     anatomy = _anatomy(request, source)
+    _check_branches(request, source)
     study = Study(
         model=models.identity_of(source, request.device),
         settings=Settings(
@@ -93,6 +95,16 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     scoring.check(request.scorer)
     _check_writable(request.store)
     return source, study
+
+
+def _check_branches(request: Request, source: models.Source) -> None:
+    pipeline = getattr(diffusers, str(source.spec.pipeline or source.index.get("_class_name")), None)
+    if pipeline is None or set(request.branches) == {"both"}:
+        return
+    if not two_branches(pipeline, source.skeleton(source.denoiser), request.guidance):
+        raise RequestError(
+            "branch", f"{pipeline.__name__} hands its guidance to the denoiser: there is one branch; allowed: both"
+        )
 
 
 def _check_writable(folder: Path) -> None:

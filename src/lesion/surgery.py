@@ -1,23 +1,24 @@
 """Puts a batch of lesions on a live denoiser and takes them off again.
 
-Plain forward hooks on the sites, so it works under any attention processor and swaps none. Each image of a batch has
-its own lesion (or none): masks are data, and an image without a lesion keeps every bit of its output. A site that is
-replaced in every row of the batch is not computed.
+A wrapper in front of the `forward` of the modules that the sites' ports name, so it works under any attention processor
+and swaps none. Each image of a batch has its own lesion (or none): masks are data, and an image without a lesion keeps
+every bit of its output. A module that is replaced in every row of the batch is not computed where that can be.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lesion.anatomy import Anatomy
+from lesion.anatomy import Anatomy, Site
 from lesion.lesions import Lesion, covers
+from lesion.ports import Call, Change, Share
 from lesion.reuse import forward_replaced
 
 UNCOND, COND = 0, 1
@@ -28,12 +29,17 @@ class Filler(Protocol):
 
     A filler that reads the values of `output`, not only its shape, dtype and device, has an attribute
     `reads_output = True`; without it a site that is replaced in every row is not computed. A TextFiller changes what a
-    site reads instead, a Rerunner the condition it runs in. A filler with an attribute `companion: str` gets beside every lesioned image an un-ablated one
-    of that prompt, with the same noise; their rows follow in the same order (see `generate`) and are dropped.
+    site reads instead, a Rerunner the condition it runs in. A filler with an attribute `companion: str` gets beside
+    every lesioned image an un-ablated one of that prompt, with the same noise; their rows follow in the same order (see
+    `generate`) and are dropped.
     """
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
-        """Values broadcastable to `output`, (rows, tokens, channels), for rows of the given CFG branches (0, 1)."""
+        """Values broadcastable to `output`, for rows of the given CFG branches (0, 1).
+
+        output: the site's quantity as its port reads it, (rows, tokens, channels) or (rows, channels, height, width).
+        site: its path; with `:text` behind for the text's half of a block that has two streams.
+        """
         ...
 
 
@@ -65,8 +71,9 @@ class Steps:
             self.total = calls_in(self.pipe)
         if self.call >= self.total:
             raise RuntimeError(
-                f"{type(self.pipe.scheduler).__name__} calls the denoiser more often than its {self.total} timesteps; "
-                "steps cannot be told apart"
+                f"the denoiser is called more often than the {self.total} timesteps of "
+                f"{type(self.pipe.scheduler).__name__} (a guidance that calls it twice a step?); "
+                "steps and branches cannot be told apart"
             )
 
     @contextmanager
@@ -150,17 +157,16 @@ def lesioned(
     if not fitted:
         yield
         return
+    modules = itertools.groupby(fitted.values(), lambda fitting: fitting.site.port.module)
     with ExitStack() as stack:
         stack.enter_context(steps.counting(denoiser))
-        for path, fitting in fitted.items():
+        for path, together in modules:
+            operation = Operation(list(together))
             module = denoiser.get_submodule(path)
-            if fitting.reruns:
-                stack.enter_context(forward_replaced(module, functools.partial(fitting.rerun, module)))
-            if fitting.retells:
-                stack.enter_context(forward_replaced(module, fitting.retold))
-            elif _keeps_shape(module) and not fitting.reruns:
-                stack.enter_context(forward_replaced(module, fitting.spared))
-            stack.callback(module.register_forward_hook(fitting.hook).remove)
+            stack.enter_context(forward_replaced(module, functools.partial(operation.around, module)))
+            if block := operation.port.block:
+                watch = denoiser.get_submodule(block).register_forward_pre_hook(operation.watch.note, with_kwargs=True)
+                stack.callback(watch.remove)
         yield
 
 
@@ -175,18 +181,30 @@ def fittings(
         for layer in lesion.layers:
             for site in anatomy.sites[layer]:
                 plans.setdefault(site, _SitePlan(len(lesions))).add(index, lesion)
-    return {path: Fitting(path, plan, steps, fillers) for path, plan in plans.items()}
+    return {path: Fitting(site, plans[path], steps, fillers) for path, site in anatomy.by_path.items() if path in plans}
+
+
+class TextLength:
+    """Notes how many text tokens a block is called with, for the modules in it that see text and image concatenated."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+        self.tokens = text.shape[1]
 
 
 class Fitting:
-    """The lesions of a batch at one site: blends in their values, and spares the site where nothing of it is left."""
+    """The lesions of a batch at one site: which rows get which values at the present call."""
 
-    def __init__(self, path: str, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler]):
-        self.path, self.plan, self.steps, self.fillers = path, plan, steps, fillers
+    def __init__(self, site: Site, plan: _SitePlan, steps: Steps, fillers: Mapping[str, Filler]):
+        self.site, self.plan, self.steps, self.fillers = site, plan, steps, fillers
         self.names = [name for name in dict.fromkeys(plan.replacement) if name]
         self.all_steps = all(window == (0.0, 1.0) for window in plan.window)
         self.retells = [name for name in self.names if hasattr(fillers[name], "retell")]
         self.reruns = [name for name in self.names if hasattr(fillers[name], "rerun")]
+        self.fills = [name for name in self.names if name not in self.retells and name not in self.reruns]
         self.needed = any(getattr(fillers[name], "reads_output", False) for name in self.names)
         self._weights: dict[tuple[int, int], tuple[Tensor, bool, bool]] = {}
         self._shares: dict[tuple[Any, ...], tuple[Tensor, dict[str, Share]]] = {}
@@ -216,60 +234,58 @@ class Fitting:
             self._shares[key] = branches_of(rows, samples).to(like.device), shares
         return self._shares[key]
 
-    def spared(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, or its input where every row will be replaced: it only lends its shape to the replacement."""
+    def spares(self, rows: int) -> bool:
+        """Whether nothing of the module's own output is left at the present call, nor looked at."""
+        return not self.needed and self.fills == self.names and self.weights(rows)[2]
 
-        def maybe(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.needed and self.weights(len(hidden_states))[2]:
-                return hidden_states
-            return forward(hidden_states, *args, **kwargs)
+    def output(self, call: Call) -> Any:
+        """What the module puts out where rows read another text or run under another condition.
 
-        return maybe
+        A row in part gets a mixture of outputs.
+        """
+        if not self.retells and not self.reruns:
+            return call.run()
+        port, shares = self.site.port, self.shares(call.hidden)[1]
+        mixed = [name for name in self.retells if shares[name].mixed]
+        at_once = [name for name in self.retells if name not in mixed]
+        if len(self.names) == 1 and self.reruns and shares[self.names[0]].whole:
+            return self._rerun(self.names[0], call)
+        output = call.forward(*call.args, **self._retell(call.kwargs, at_once)) if at_once else call.run()
+        for name in mixed:
+            output = port.merge(output, call.forward(*call.args, **self._retell(call.kwargs, [name])), shares[name])
+        for name in self.reruns:
+            output = port.merge(output, self._rerun(name, call), shares[name])
+        return output
 
-    def retold(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` with another text for the rows that are to read it; a row in part gets a mixture of outputs."""
+    def changes(self, call: Call, output: Any) -> list[Change]:
+        """The values that replacements put in the place of the site's quantity."""
+        port, found = self.site.port, []
+        for part in range(port.parts(output) if self.fills else 0):
+            quantity = port.read(call, output, part)
+            branches, shares = self.shares(quantity)
+            for name in self.fills:
+                values = self.fillers[name].fill(self.site.part(part), self.steps.call, branches, quantity)
+                found.append(Change(port, part, values.to(quantity.dtype), shares[name]))
+        return found
 
-        def told(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self.weights(len(hidden_states))[1]:
-                return forward(hidden_states, *args, **kwargs)
-            if kwargs.get("encoder_hidden_states") is None:
-                raise RuntimeError(f"{self.path} is given no text by name, so it cannot be given another")
-            shares = self.shares(hidden_states)[1]
-            mixed = [name for name in self.retells if shares[name].mixed]
-            output = forward(hidden_states, *args, **self._retell(kwargs, [n for n in self.retells if n not in mixed]))
-            for name in mixed:
-                output = blend(output, forward(hidden_states, *args, **self._retell(kwargs, [name])), shares[name])
-            return output
+    def _rerun(self, name: str, call: Call) -> Any:
+        """Every tensor is handed over anew, so that nothing is used that was remembered of it."""
+        filler: Any = self.fillers[name]
+        with filler.rerun(self.site.path, call.module):
+            return call.forward(*map(_anew, call.args), **{key: _anew(value) for key, value in call.kwargs.items()})
 
-        return told
-
-    def rerun(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, and its output under another condition for the rows that are to have it."""
-
-        def twice(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = forward(hidden_states, *args, **kwargs)
-            if not self.weights(len(hidden_states))[1]:
-                return output
-            shares = self.shares(output)[1]
-            for name in self.reruns:
-                filler: Any = self.fillers[name]
-                with filler.rerun(self.path, module):  # seen anew, so that nothing remembered of the text is used
-                    other = forward(*map(_anew, (hidden_states, *args)), **{k: _anew(v) for k, v in kwargs.items()})
-                output = blend(output, other, shares[name])
-            return output
-
-        return twice
-
-    def _retell(self, kwargs: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    def _retell(self, kwargs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         """Arguments with the text of these replacements' rows in its place; the same tensor at every step."""
-        text, mask = kwargs["encoder_hidden_states"], kwargs.get("attention_mask")
+        text, mask = kwargs.get("encoder_hidden_states"), kwargs.get("attention_mask")
+        if text is None:
+            raise RuntimeError(f"{self.site.path} is given no text by name, so it cannot be given another")
         key = (*self._key(len(text)), *names)
         if key not in self._texts or self._texts[key][0] is not text:
             new, new_mask = text, mask
             for name in names:
                 branches, shares = self.shares(text)
                 filler: Any = self.fillers[name]
-                other, other_mask = filler.retell(self.path, branches, text, mask)
+                other, other_mask = filler.retell(self.site.path, branches, text, mask)
                 rows = shares[name].column > 0
                 new = torch.where(rows, other.to(new.dtype), new)
                 if new_mask is not None and other_mask is not None:
@@ -278,53 +294,29 @@ class Fitting:
         _, new, new_mask = self._texts[key]
         return {**kwargs, "encoder_hidden_states": new, **({"attention_mask": new_mask} if mask is not None else {})}
 
-    def hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self.weights(len(output))[1]:
-            return None
-        branches, shares = self.shares(output)
-        for name, share in shares.items():
-            if name in self.retells or name in self.reruns:
-                continue
-            values = self.fillers[name].fill(self.path, self.steps.call, branches, output)
-            output = blend(output, values, share)
-        return output
 
+class Operation:
+    """All that a batch's lesions do to the calls of one module: one site's fitting, or those of its heads."""
 
-@dataclass(frozen=True)
-class Share:
-    """How much of each row is replaced: column (rows, 1, …), where the output is; what is known of it beforehand."""
+    def __init__(self, fittings: Sequence[Fitting]):
+        self.fittings, self.port, self.watch = fittings, fittings[0].site.port, TextLength()
 
-    column: Tensor
-    whole: bool  # every row wholly
-    mixed: bool  # some row in part
+    def around(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def operated(*args: Any, **kwargs: Any) -> Any:
+            call = Call(module, forward, args, kwargs, self.watch.tokens)
+            rows = len(call.hidden)
+            acting = [fitting for fitting in self.fittings if fitting.weights(rows)[1]]
+            if not acting:
+                return call.run()
+            output = self.port.placeholder(call) if all(fitting.spares(rows) for fitting in acting) else None
+            if output is None:
+                output = acting[0].output(call)
+            changes = [change for fitting in acting for change in fitting.changes(call, output)]
+            return self.port.write(call, output, changes) if changes else output
 
-    @classmethod
-    def of(cls, weights: Tensor, like: Tensor) -> Share:
-        """weights: (rows,) on the CPU, in [0, 1]."""
-        column = weights.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
-        return cls(column, bool((weights == 1).all()), bool(((weights > 0) & (weights < 1)).any()))
+        return operated
 
 
 def _anew(value: Any) -> Any:
     """The same numbers as another tensor object: `reuse.text_projected_once` goes by identity."""
     return value.view_as(value) if isinstance(value, Tensor) else value
-
-
-def _keeps_shape(module: nn.Module) -> bool:
-    """Whether a site puts out what it takes in: the shape of its hidden states."""
-    return getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)
-
-
-def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
-    """Row by row: weight 0 keeps the output and 1 takes the value, both to the bit; between, a linear mixture.
-
-    output: (rows, tokens, channels); values: broadcastable to it.
-    """
-    values = values.to(output.dtype)
-    if share.whole:
-        return values.expand_as(output)
-    column = share.column
-    blended = torch.where(column == 1, values, output)
-    if share.mixed:
-        blended = torch.where((column > 0) & (column < 1), output + column * (values - output), blended)
-    return blended

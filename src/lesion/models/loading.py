@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-from lesion.anatomy import Anatomy, examine
+from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
 from lesion.gates import Gates
 from lesion.models.source import SCHEDULERS, ModelSpec, Source, resolve
 from lesion.reuse import TextMemory
@@ -92,10 +92,9 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     if spec.channels_last:
         for part in (denoiser, pipe.vae):
             part.to(memory_format=torch.channels_last)
-    anatomy = examine(denoiser)
+    anatomy = examine(denoiser, kind=next(iter(kinds_of(denoiser)), "cross_attention"))
     gates = None
     if spec.compile:
         gates = Gates(denoiser, anatomy)
         denoiser.compile_repeated_blocks(backend=BACKEND)
-    text_sites = tuple(site for sites in anatomy.sites.values() for site in sites)
-    return Model(pipe, denoiser, anatomy, identity_of(source, device), text_sites, gates=gates)
+    return Model(pipe, denoiser, anatomy, identity_of(source, device), text_sites(denoiser), gates=gates)

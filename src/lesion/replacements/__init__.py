@@ -5,7 +5,8 @@ A module has two functions (and imports torch only inside the second, since the 
     identity(options) -> dict       what of the options can change pixels, as JSON data; raises RequestError
     build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
 
-and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, and
+and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, HEADS = False if it cannot
+be had for one attention head, and
 
     check_model(model) -> None      raises RequestError if it makes no sense on this ModelSpec
 """
@@ -54,12 +55,14 @@ def describe(name: str, options: Mapping[str, Any]) -> Replacement:
     return Replacement(name, _module(name).identity(options))
 
 
-def check(name: str, kind: str, branches: Sequence[str]) -> None:
+def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") -> None:
     """Raises RequestError if the replacement makes no sense for this kind of site or one of these branches."""
     module = _module(name)
     suited = getattr(module, "KINDS", (kind,))
     if kind not in suited:
         raise RequestError("replacement", f"{name} suits layers.kind={', '.join(suited)} only; got {kind}")
+    if by == "head" and not getattr(module, "HEADS", True):
+        raise RequestError("replacement", f"{name} changes a whole attention, not a head; not with layers.by=head")
     suited = getattr(module, "BRANCHES", tuple(branches))
     if unsuited := [branch for branch in branches if branch not in suited]:
         raise RequestError("replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(suited)}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lesion.texts import OtherText
 
 KINDS = ("cross_attention",)
+HEADS = False
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:

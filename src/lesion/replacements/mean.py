@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from lesion.replacements import Bench
 
+KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+
 
 def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
     key = "calibration"
@@ -49,7 +51,8 @@ class Mean:
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         mean = self.means[site] = self.means[site].to(output.device)
-        return mean[call][branches][:, None, :]  # (rows, 1, channels)
+        rows = mean[call][branches]  # (rows, channels)
+        return rows[:, :, None, None] if output.dim() == 4 else rows[:, None, :]
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> Mean:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lesion.surgery import TextFiller
 
 KINDS = ("cross_attention",)
+HEADS = False
 BRANCHES = ("both", "cond")  # the unconditional branch reads it anyway
 
 
@@ -33,9 +34,10 @@ class Unconditional:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> TextFiller:
+    from lesion.branches import two_branches
     from lesion.texts import OtherText, read_by_sites
 
-    if bench.settings.guided:
+    if two_branches(bench.model.pipe, bench.model.denoiser, bench.settings.guidance):
         return Unconditional()
     settings = replace(bench.settings, negative_prompt=None)
     return OtherText(read_by_sites(bench.model, bench.settings.negative_prompt or "", settings))

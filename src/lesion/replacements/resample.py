@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from lesion.replacements import Bench
 
+KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
     return donor_of(options, "resample")
@@ -35,4 +37,8 @@ class FromCompanion:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> FromCompanion:
-    return FromCompanion(options["prompt"], bench.settings.guided)
+    from lesion.branches import two_branches
+
+    return FromCompanion(
+        options["prompt"], two_branches(bench.model.pipe, bench.model.denoiser, bench.settings.guidance)
+    )

@@ -1,0 +1,344 @@
+"""Where in a call of a module the lesioned quantity lies: how it is read, and how an output with another is made.
+
+One class a kind of quantity. Anatomy gives every site its port; surgery and means know no more of a module than this.
+Shapes: rows are (image, CFG branch) pairs and come first everywhere; channels are last in 3-D tensors and second in 4-D
+feature maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of each row is replaced: column (rows, 1, …), where the output is; what is known of it beforehand."""
+
+    column: Tensor
+    whole: bool  # every row wholly
+    mixed: bool  # some row in part
+
+    @classmethod
+    def of(cls, weights: Tensor, like: Tensor) -> Share:
+        """weights: (rows,) on the CPU, in [0, 1]."""
+        column = weights.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+        return cls(column, bool((weights == 1).all()), bool(((weights > 0) & (weights < 1)).any()))
+
+
+def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
+    """Row by row: weight 0 keeps the output and 1 takes the value, both to the bit; between, a linear mixture.
+
+    output: (rows, tokens, channels); values: broadcastable to it.
+    """
+    values = values.to(output.dtype)
+    if share.whole:
+        return values.expand_as(output)
+    column = share.column
+    blended = torch.where(column == 1, values, output)
+    if share.mixed:
+        blended = torch.where((column > 0) & (column < 1), output + column * (values - output), blended)
+    return blended
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module. forward: what it would do un-lesioned. text_tokens: length of the text in front of the
+    image in a concatenated sequence, as the block around the module was called (0 where that is not asked for). memo:
+    what a port has found out and may want again.
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    text_tokens: int = 0
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self) -> Any:
+        return self.forward(*self.args, **self.kwargs)
+
+    def argument(self, name: str, position: int) -> Any:
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name)
+
+    @property
+    def hidden(self) -> Tensor:
+        """The first argument, (rows, …)."""
+        value: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return value
+
+
+@dataclass(frozen=True)
+class Change:
+    """Values in the place of one part of one port's quantity, for its share of the rows."""
+
+    port: Port
+    part: int
+    values: Tensor
+    share: Share
+
+
+@dataclass(frozen=True)
+class Port:
+    """The whole output of a module, a tensor: (rows, tokens, channels) or (rows, channels, height, width).
+
+    module: path of the module that is called. block: path of the block whose call says how long the text is, "" if
+    that does not matter. parts: how many tensors make up the quantity; each gets values of its own.
+    """
+
+    module: str
+    block: str = ""
+
+    def parts(self, output: Any) -> int:
+        return 1
+
+    def placeholder(self, call: Call) -> Any | None:
+        """Something of the output's form, had without running the module; None where there is no such thing."""
+        same = getattr(call.module, "query_dim", None) == getattr(call.module, "out_dim", -1)
+        return call.hidden if same else None
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        """The quantity, (rows, …)."""
+        quantity: Tensor = output
+        return quantity
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        """The output with these changes."""
+        if not isinstance(output, Tensor):
+            raise RuntimeError(f"{self.module} ({type(call.module).__name__}) puts out no single tensor")
+        for change in changes:
+            output = blend(output, change.values, change.share)
+        return output
+
+    def merge(self, output: Any, other: Any, share: Share) -> Any:
+        """The output with the rows of another output of the same module."""
+        if isinstance(output, Tensor):
+            return blend(output, other, share)
+        if isinstance(output, tuple):
+            return tuple(None if mine is None else self.merge(mine, its, share) for mine, its in zip(output, other))
+        return type(output)(**{name: self.merge(output[name], other[name], share) for name in output})
+
+
+@dataclass(frozen=True)
+class ImageStream(Port):
+    """The image's half of what a joint attention puts out: the first of its tensors, (rows, tokens, channels)."""
+
+    def placeholder(self, call: Call) -> Any | None:
+        return None  # the text's half is needed
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        quantity: Tensor = output[0]
+        return quantity
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        return (super().write(call, output[0], changes), *output[1:])
+
+
+@dataclass(frozen=True)
+class ImageTokens(Port):
+    """The image's tokens of a sequence that has the text's in front, (rows, image tokens, channels)."""
+
+    def placeholder(self, call: Call) -> Any | None:
+        return None
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        quantity: Tensor = output[:, call.text_tokens :]
+        return quantity
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        image = super().write(call, output[:, call.text_tokens :], changes)
+        return torch.cat([output[:, : call.text_tokens], image], dim=1)
+
+
+@dataclass(frozen=True)
+class Update(Port):
+    """What a block adds to its input: its residual update, output - input, of the image and, where it has one, of the
+    text (parts 0 and 1). Without it (zero) the block is an identity.
+    """
+
+    def parts(self, output: Any) -> int:
+        return 2 if _two_streams(output) and None not in output else 1
+
+    def placeholder(self, call: Call) -> Any | None:
+        name = type(call.module).__name__
+        if name in _TEXT_FIRST:
+            text = None if getattr(call.module, "context_pre_only", False) else self._inputs(call)[1]
+            return text, call.hidden
+        if name == "Transformer2DModel":
+            return (call.hidden,) if call.kwargs.get("return_dict") is False else None
+        return call.hidden if name in _PLAIN_BLOCKS else None
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        position = self._positions(call, output)[part]
+        stream: Tensor = output if position is None else output[position]
+        return stream - self._inputs(call)[part]
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        inputs, positions = self._inputs(call), self._positions(call, output)
+        streams = {part: output if where is None else output[where] for part, where in enumerate(positions)}
+        for change in changes:
+            new = inputs[change.part] + change.values
+            streams[change.part] = blend(streams[change.part], new, change.share)
+        if positions == [None]:
+            return streams[0]
+        if not isinstance(output, tuple):  # diffusers' output classes
+            return type(output)(**{**output, "sample": streams[0]})
+        new_output = list(output)
+        for part, stream in streams.items():
+            new_output[positions[part]] = stream
+        return tuple(new_output)
+
+    def _inputs(self, call: Call) -> tuple[Tensor, Any]:
+        return call.hidden, call.argument("encoder_hidden_states", 1)
+
+    def _positions(self, call: Call, output: Any) -> list[Any]:
+        """Where in the output the image is and, where it has one, the text. None: the output is the image."""
+        if isinstance(output, Tensor):
+            return [None]
+        if not _two_streams(output):
+            return [0 if isinstance(output, tuple) else "sample"]
+        if type(call.module).__name__ in _TEXT_FIRST:
+            image = 1
+        else:
+            shapes = [None if stream is None else stream.shape for stream in output]
+            fits = [shape == call.hidden.shape for shape in shapes]
+            if sum(fits) != 1:
+                raise RuntimeError(
+                    f"which output of {self.module} ({type(call.module).__name__}) is the image's cannot be told"
+                )
+            image = fits.index(True)
+        return [image] if None in output else [image, 1 - image]
+
+
+# Blocks that return (text, image), read in diffusers 0.42's source; others are told apart by their shapes.
+_TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+# Blocks that take the image first and return it alone.
+_PLAIN_BLOCKS = ("BasicTransformerBlock", "SanaTransformerBlock", "HunyuanDiTBlock")
+
+
+def _two_streams(output: Any) -> bool:
+    return isinstance(output, tuple) and len(output) == 2
+
+
+@dataclass(frozen=True)
+class FromText(Port):
+    """What the image's queries get from the text's keys in a joint attention: its output for the image, less that of
+    a second pass in which the image is alone. Without it (zero) image queries cannot see text keys: the softmax runs
+    over the image's keys only. The text's own half stays as it was.
+
+    single: whether text and image come concatenated.
+    """
+
+    single: bool = False
+
+    def placeholder(self, call: Call) -> Any | None:
+        return None
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        image: Tensor = output[:, call.text_tokens :] if self.single else output[0]
+        return image - self._alone(call)
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        image, alone = (output[:, call.text_tokens :] if self.single else output[0]), self._alone(call)
+        for change in changes:
+            image = blend(image, alone + change.values, change.share)
+        if self.single:
+            return torch.cat([output[:, : call.text_tokens], image], dim=1)
+        return (image, *output[1:])
+
+    def _alone(self, call: Call) -> Tensor:
+        if "alone" not in call.memo:
+            call.memo["alone"] = self._second_pass(call)
+        return call.memo["alone"]
+
+    def _second_pass(self, call: Call) -> Tensor:
+        from diffusers.models.attention_processor import Attention
+
+        kwargs = dict(call.kwargs)
+        if call.args or kwargs.get("attention_mask") is not None:
+            raise RuntimeError(f"{self.module} is called in a way in which its image cannot be told from its text")
+        if self.single:
+            kwargs["hidden_states"] = kwargs["hidden_states"][:, call.text_tokens :]
+            text_tokens = call.text_tokens
+        else:  # Attention's processors leave out a text that is None, FluxAttention's want one of no tokens
+            text = kwargs["encoder_hidden_states"]
+            kwargs["encoder_hidden_states"] = None if isinstance(call.module, Attention) else text[:, :0]
+            text_tokens = text.shape[1]
+        rotary = kwargs.get("image_rotary_emb")
+        if rotary is not None:  # (cos, sin), each (text and image tokens, head channels)
+            kwargs["image_rotary_emb"] = tuple(table[text_tokens:] for table in rotary)
+        output = call.forward(**kwargs)
+        alone: Tensor = output[0] if isinstance(output, tuple) else output
+        return alone
+
+
+@dataclass(frozen=True)
+class Head(Port):
+    """One attention head's part of an attention's output, W_h x_h + b/H: H heads share the output projection's bias.
+
+    The module is that projection. The quantity is its input from this head with a 1 behind, (rows, tokens, head
+    channels + 1): the 1 stands for the head's share of the bias, so zero takes that away, too, and the lesions of all
+    heads by zero give zeros to the bit. head: from 0. heads: H.
+    """
+
+    head: int = 0
+    heads: int = 1
+
+    def placeholder(self, call: Call) -> Any | None:
+        return None
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        mine = call.hidden[..., self._slice(call.hidden)]
+        return torch.cat([mine, torch.ones_like(mine[..., :1])], dim=-1)
+
+    def _slice(self, inputs: Tensor) -> slice:
+        width = inputs.shape[-1] // self.heads
+        return slice(self.head * width, (self.head + 1) * width)
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        inputs, touched = call.hidden.clone(), torch.zeros_like(changes[0].share.column, dtype=torch.bool)
+        lost: Any = 0.0  # shares of the bias, (rows, tokens, 1), in heads
+        parts: dict[Head, Tensor] = {}
+        for change in changes:
+            port = change.port
+            assert isinstance(port, Head)
+            before = parts[port] if port in parts else self._of(port, call)
+            parts[port] = blend(before, change.values, change.share)
+            touched = touched | (change.share.column > 0)
+        for port, quantity in parts.items():
+            inputs[..., port._slice(inputs)] = quantity[..., :-1]
+            lost = lost + (quantity[..., -1:] - 1)
+        bias = call.forward(inputs.new_zeros(1, 1, inputs.shape[-1]))
+        changed = call.forward(inputs) + bias * (lost / self.heads)
+        return torch.where(touched, changed, output)
+
+    @staticmethod
+    def _of(port: Head, call: Call) -> Tensor:
+        return port.read(call, None, 0)
+
+
+@dataclass(frozen=True)
+class HeadTokens(ImageTokens):
+    """One head's channels of the image's tokens, of an attention without an output projection of its own."""
+
+    head: int = 0
+    heads: int = 1
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        return super().read(call, output, part)[..., self._slice(output)]
+
+    def _slice(self, output: Tensor) -> slice:
+        width = output.shape[-1] // self.heads
+        return slice(self.head * width, (self.head + 1) * width)
+
+    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+        new = output.clone()
+        for change in changes:
+            assert isinstance(change.port, HeadTokens)
+            mine = new[:, call.text_tokens :, change.port._slice(output)]
+            mine.copy_(blend(mine.clone(), change.values, change.share))
+        return new
