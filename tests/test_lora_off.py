@@ -197,6 +197,13 @@ def test_without_a_lora_it_is_refused_before_the_model_loads(cli, monkeypatch):
 
 
 @needs_loras
+def test_heads_are_refused(cli, lora):
+    code, _, err = cli("replacement=lora_off", "layers.by=head", f"model.loras=[{{path: {lora}}}]")
+    assert code == 2
+    assert "lora_off" in err and len(err.strip().splitlines()) == 1
+
+
+@needs_loras
 def test_from_command_to_table(cli, lora):
     code, _, err = cli(
         "replacement=lora_off", f"model.loras=[{{path: {lora}, weight: 1.0}}]", "selection=[leave_one_out,all]"

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from lesion.replacements import Bench
     from lesion.surgery import Rerunner
 
+KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+HEADS = False  # a LoRA belongs to all heads of a projection
+
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
     if options:
