@@ -1,7 +1,8 @@
 """Teaches the embedded model a colour it does not know, and measures what it draws before and after.
 
     python scripts/lora_demo.py                       data, training, evaluation: minutes on 2 CPU cores, resumable
-    lesion experiment=lora                            which layers carry it
+    lesion experiment=lora                            takes the LoRA off layer by layer
+    python scripts/lora_demo.py --read RUN            of that run: in which layers' absence the colour is gone
 
 The colour is called teal; no caption or picture of the model's training had it. A rule-based reader of the pixels
 judges images of captions that neither the model nor the LoRA was trained on: those with teal, and old ones, to see
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageDraw
 
@@ -95,6 +97,20 @@ def evaluate(lora: Path, sets: dict[str, list[Scene]], watch: Watch, device: str
     return out, pictures
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """Of a run of `experiment=lora`: the share of images with the new colour, by selection and layer."""
+    frame = pd.read_parquet(folder / "results.parquet")
+    out: dict[str, Any] = {}
+    for (selection, layer), rows in frame[frame.status == "ok"].groupby(["selection", "layer"], sort=False):
+        images = [np.asarray(Image.open(folder / path).convert("RGB")) for path in rows.image]
+        seen = [any(found.thing.colour == NAME for found in read_image(image).found) for image in images]
+        out.setdefault(selection, {})[layer or "-"] = {
+            "new_colour": round(float(np.mean(seen)), 4),
+            "images": len(seen),
+        }
+    return out
+
+
 def sheet(rows: list[list[np.ndarray[Any, Any]]], names: list[str], captions: list[str], scale: int = 2) -> Image.Image:
     """Rows of images with the captions above, wrapped by hand to the width of an image."""
     side, margin, head = 64 * scale, 60, 58
@@ -130,8 +146,14 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="pause the training after so many minutes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument("--read", type=Path, metavar="RUN", help="read a run of experiment=lora instead")
     args = parser.parse_args()
     COLOURS[NAME] = RGB  # for the renderer and the reader, in this process only
+    if args.read:
+        if not (args.read / "results.parquet").is_file():
+            parser.error(f"argument --read: {str(args.read)!r} is no run folder: it has no results.parquet")
+        print(json.dumps(read_run(args.read), indent=2))
+        return
     began = time.monotonic()
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     data = args.out / f"data-{args.pictures}"

@@ -389,11 +389,12 @@ def test_another_recipe_in_the_same_folder_is_refused(tiny_folder, pictures, tmp
 
 def test_a_run_is_a_plain_loop(tiny_folder, pictures, tmp_path):
     """Three steps of two batches each against PyTorch's own AdamW, clipping and a hand-made warm-up."""
+    from peft import get_peft_model_state_dict
+
     from lora.data import digest, read_folder
     from lora.denoising import Denoising
     from lora.recipe import Recipe
     from lora.training import add_adapter
-    from peft import get_peft_model_state_dict
 
     losses = run(tiny_folder, pictures, tmp_path, steps=3, accumulate=2, warmup=2, clip=0.01)
     pipe, examples = opened(tiny_folder), read_folder(pictures)

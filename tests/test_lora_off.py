@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +214,24 @@ def test_from_command_to_table(cli, lora):
     lesioned = frame[frame.selection != "none"]
     assert set(frame.replacement) == {"", "lora_off"}
     assert (lesioned.clip_similarity < 1 - 1e-6).any()
+
+
+@needs_loras
+def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, monkeypatch, capsys):
+    """On a tiny model with a LoRA of its own."""
+    from test_configs import small
+
+    cli.defaults = []
+    code, _, err = cli("experiment=lora", f"model.loras.0.path={lora}", *small(tiny_folder, tiny_clip))
+    assert code == 0, err
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").all()
+    assert set(frame.selection) == {"none", "leave_one_out", "only_one", "all"}
+    assert set(frame.kind) == {"", "block"} and set(frame.replacement) == {"", "lora_off"}
+    assert len(frame) == 1 + 7 + 7 + 1
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    import lora_demo
+
+    shares = lora_demo.read_run(cli.newest())
+    assert list(shares["leave_one_out"]) == list(shares["only_one"]) == list(frame.layer.unique()[1:8])
+    assert shares["none"]["-"] == {"new_colour": 0.0, "images": 1}
