@@ -198,10 +198,11 @@ def test_without_a_lora_it_is_refused_before_the_model_loads(cli, monkeypatch):
 
 
 @needs_loras
-def test_heads_are_refused(cli, lora):
-    code, _, err = cli("replacement=lora_off", "layers.by=head", f"model.loras=[{{path: {lora}}}]")
-    assert code == 2
-    assert "lora_off" in err and len(err.strip().splitlines()) == 1
+def test_heads_and_compiled_blocks_are_refused(cli, lora):
+    for wrong in ("layers.by=head", "performance.compile=true"):
+        code, _, err = cli("replacement=lora_off", wrong, f"model.loras=[{{path: {lora}}}]")
+        assert code == 2
+        assert "lora_off" in err and len(err.strip().splitlines()) == 1
 
 
 @needs_loras
