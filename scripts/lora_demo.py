@@ -137,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "lora_demo", help="folder of the LoRA")
     parser.add_argument("--pictures", type=int, default=400, help="to train on")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
@@ -174,8 +174,8 @@ def main() -> None:
     )
     prompts = (f"a {NAME} circle on a white background", f"two {NAME} stars on a black background")
     watch = Watch(
-        save_every=100,
-        show_every=100,
+        save_every=200,
+        show_every=300,
         prompts=prompts,
         guidance=3.0,
         until=began + 60 * args.minutes,
