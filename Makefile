@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export WANDB_SILENT ?= true
 
-.PHONY: help setup demo test test-all bench lint wheel train evaluate clean
+.PHONY: help setup demo test test-all bench lint wheel train evaluate lora clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ train: .venv/ready ## train the embedded model from nothing (hours on a CPU, res
 
 evaluate: .venv/ready ## measure the embedded model on held-out captions
 	$(BIN)/python scripts/evaluate_embedded.py
+
+lora: .venv/ready ## teach the embedded model a colour by a LoRA, before and after (docs/lora.md)
+	$(BIN)/python scripts/lora_demo.py
 
 clean: ## remove what can be made again (.venv, build, dist)
 	rm -rf .venv build dist

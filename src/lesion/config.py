@@ -242,6 +242,7 @@ def parse(config: DictConfig) -> Request:
     branches = tuple(_one_of("branch", branch, BRANCHES) for branch in _distinct("branch", data["branch"]))
     for name in given:
         replacements.check(name, layers["kind"], branches, layers["by"])
+        replacements.check_model(name, ModelSpec.of(model, data["performance"]))
     if generation["guidance"] <= 1 and any(branch != "both" for branch in branches):
         raise RequestError("branch", "needs guidance: with generation.guidance <= 1 there is one branch; allowed: both")
     return Request(

@@ -5,8 +5,10 @@ A module has two functions (and imports torch only inside the second, since the 
     identity(options) -> dict       what of the options can change pixels, as JSON data; raises RequestError
     build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
 
-and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, and HEADS = False if it
-cannot be had for one attention head.
+and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, HEADS = False if it cannot
+be had for one attention head, and
+
+    check_model(model) -> None      raises RequestError if it makes no sense on this ModelSpec
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from lesion.errors import RequestError
 from lesion.lesions import Replacement
 
 if TYPE_CHECKING:
-    from lesion.models import Model
+    from lesion.models import Model, ModelSpec
     from lesion.study import Settings
     from lesion.surgery import Filler
 
@@ -64,6 +66,13 @@ def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") 
     suited = getattr(module, "BRANCHES", tuple(branches))
     if unsuited := [branch for branch in branches if branch not in suited]:
         raise RequestError("replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(suited)}")
+
+
+def check_model(name: str, model: ModelSpec) -> None:
+    """Raises RequestError if the replacement makes no sense on the model that is asked for."""
+    check_one = getattr(_module(name), "check_model", None)
+    if check_one is not None:
+        check_one(model)
 
 
 def build(name: str, options: Mapping[str, Any], bench: Bench) -> Filler:

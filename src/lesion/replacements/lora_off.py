@@ -1,0 +1,74 @@
+"""`lora_off`: the layer runs without the LoRAs of `model.loras`, as if their weights were 0 there; all else stays.
+
+It asks which layers carry a LoRA's effect: the baseline has the LoRA everywhere. `layers.kind` says which modules of a
+layer lose it. At a strength between 0 and 1 a site's output is a mixture of those with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lesion.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lesion.models import ModelSpec
+    from lesion.replacements import Bench
+    from lesion.surgery import Rerunner
+
+KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+HEADS = False  # a LoRA belongs to all heads of a projection
+
+
+def identity(options: Mapping[str, Any]) -> dict[str, Any]:
+    if options:
+        raise RequestError("replacement.lora_off", f"unknown option {next(iter(options))!r}; allowed: none")
+    return {}
+
+
+def check_model(model: ModelSpec) -> None:
+    """Raises RequestError if the model is asked for without a LoRA, or compiled."""
+    if not getattr(model, "loras", ()):
+        raise RequestError("replacement", "lora_off has no LoRA to take off; name one in model.loras: [{path: FOLDER}]")
+    if model.compile:
+        raise RequestError("performance.compile", "does not work with replacement=lora_off; allowed here: false")
+
+
+class WithoutLoras:
+    """layers: of each site, the layers to which PEFT has put low-rank matrices; the layer beneath runs alone."""
+
+    def __init__(self, layers: Mapping[str, list[Any]]):
+        self.layers = layers
+
+    @contextmanager
+    def rerun(self, site: str, module: nn.Module) -> Iterator[None]:
+        from lesion.reuse import forward_replaced
+
+        with ExitStack() as stack:
+            for layer in self.layers[site]:  # also past what is remembered of its output
+                stack.enter_context(forward_replaced(layer, lambda _, beneath=layer.base_layer: _only(beneath)))
+            yield
+
+
+def _only(beneath: nn.Module) -> Any:
+    """A `forward` that is this module's own; a plain function, since a wrapper's attributes are set on it."""
+    return lambda *args, **kwargs: beneath(*args, **kwargs)
+
+
+def build(options: Mapping[str, Any], bench: Bench) -> Rerunner:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    anatomy, denoiser = bench.model.anatomy, bench.model.denoiser
+    layers = {
+        site: [part for part in denoiser.get_submodule(site).modules() if isinstance(part, BaseTunerLayer)]
+        for sites in anatomy.sites.values()
+        for site in sites
+    }
+    if not any(layers.values()):
+        raise RequestError("replacement", f"lora_off: no LoRA has a weight in a {anatomy.kind} module of the denoiser")
+    if any(layer.merged for parts in layers.values() for layer in parts):
+        raise RequestError("replacement", "lora_off cannot take off a LoRA that is fused into the weights")
+    return WithoutLoras(layers)
