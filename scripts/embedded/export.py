@@ -36,14 +36,13 @@ def assemble(run: Run) -> StableDiffusionPipeline:
 
 
 def start_from(folder: Path, run: Run) -> None:
-    """Fill a new run folder from a finished model, so that the `unet` stage trains it further."""
-    for part in ("vae", "tokenizer", "text_encoder", "clip"):
+    """Fill a new run folder from a finished model, so that the `text` and `unet` stages train it further."""
+    for part in ("tokenizer", "clip"):
         shutil.copytree(folder / part, run.folder / part, dirs_exist_ok=True)
     shutil.copytree(folder / "unet", run.folder / "unet_start", dirs_exist_ok=True)
-    for part in ("vae", "text_encoder"):  # stored in half precision
-        cls = AutoencoderKL if part == "vae" else CLIPTextModel
-        cls.from_pretrained(folder / part, torch_dtype=torch.float32).save_pretrained(run.folder / part)
-    for stage in ("vae", "tokenizer", "text", "clip"):
+    for cls, part, name in ((AutoencoderKL, "vae", "vae"), (CLIPTextModel, "text_encoder", "text_start")):
+        cls.from_pretrained(folder / part, torch_dtype=torch.float32).save_pretrained(run.folder / name)  # kept in half
+    for stage in ("vae", "tokenizer", "clip"):
         (run.folder / f"{stage}.done").touch()
 
 

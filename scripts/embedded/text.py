@@ -3,11 +3,14 @@
 The UNet learns relations only if the text features already tell "A above B" from "B above A". So the text encoder is
 first taught to parse: linear read-outs at fixed padding positions (which see the whole caption, the attention being
 causal) name the object on the left, right, top and bottom, the lone object, and the scene's background, count, size and
-relation; read-outs at each shape word name the object it belongs to. The read-outs are thrown away afterwards.
+relation; read-outs at each shape word name the object it belongs to. Noise is added to what they read, so that what
+they need is said loudly: said softly it reaches no attention of the UNet. The `unet` stage keeps them as a second loss,
+or training would wear the softest away, who stands where; then they are thrown away.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 
@@ -21,6 +24,8 @@ from embedded.common import CONTEXT_LENGTH, SEED, Run, backward, loop
 from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample_scene
 
 STEPS, BATCH, RATE = 600, 192, 1e-3
+NOISE = 1.0  # standard deviation of what is added to features before they are read; theirs is about 1, too
+HOLD = 10.0  # of a text encoder trained further: weight of the features that are to stay as they are
 WIDTH, LAYERS, HEADS = 128, 4, 4
 PLACES = ("left", "right", "above", "below", "alone")  # one padding position each, from the last backwards
 COLOUR, SHAPE, BACKGROUND, SIZE = (["", *names] for names in (COLOURS, SHAPES, BACKGROUNDS, SIZES))
@@ -74,7 +79,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class ReadOuts(nn.Module):
-    """Linear classifiers on the last hidden state, (b, 32, width), and their mean cross-entropy."""
+    """Linear classifiers on the noisy last hidden state, (b, 32, width), and their mean cross-entropy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +89,8 @@ class ReadOuts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, scenes: list[Scene], words: list[list[int]]) -> dict[str, torch.Tensor]:
         losses, hits = [], []
+        if self.training:
+            hidden = hidden + NOISE * torch.randn_like(hidden)
 
         def score(logits: torch.Tensor, sizes: list[int], targets: list[list[int]]) -> None:
             target = torch.tensor(targets, device=logits.device)
@@ -130,34 +137,53 @@ def _word_targets(scene: Scene) -> list[list[int]]:
     ]
 
 
-def _shape_positions(caption: str) -> list[int]:
+def shape_positions(caption: str) -> list[int]:
     """Token positions of the shape words (every word is one token, after the start token)."""
     stems = (*SHAPES, *(shape + "s" for shape in SHAPES), "crosses")
     return [1 + i for i, word in enumerate(caption.split()) if word in stems]
 
 
+def trained_read_outs(run: Run) -> ReadOuts:
+    """Those of the `text` stage, frozen."""
+    read_outs = ReadOuts().to(run.device)
+    state = torch.load(run.folder / "text.pt", map_location=run.device, weights_only=True)
+    read_outs.load_state_dict(state["parts"]["read_outs"])
+    return read_outs.train().requires_grad_(False)
+
+
 def train(run: Run) -> None:
     torch.manual_seed(2)
     tokenizer = load_tokenizer(run)
-    text, read_outs = build(tokenizer).to(run.device).train(), ReadOuts().to(run.device)
+    text, read_outs = build(tokenizer), ReadOuts().to(run.device).train()
+    before = None
+    start = run.folder / "text_start"  # see `train_embedded.py --start-from`
+    if start.exists():
+        text = CLIPTextModel.from_pretrained(start, attn_implementation="eager")
+        before = copy.deepcopy(text).to(run.device).eval().requires_grad_(False)
+    text = text.to(run.device).train()
     optimizer = torch.optim.AdamW([*text.parameters(), *read_outs.parameters()], lr=RATE, weight_decay=0.01)
 
     def step_fn(step: int, generator: torch.Generator) -> dict[str, float]:
         rng = random.Random(SEED + step)
         scenes = [sample_scene(rng) for _ in range(BATCH)]
         captions = [scene.caption() for scene in scenes]
-        hidden = text(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
-        figures = read_outs(hidden, scenes, [_shape_positions(caption) for caption in captions])
-        backward(figures["loss"], optimizer)
+        ids = tokenize(tokenizer, captions).to(run.device)
+        hidden = text(ids).last_hidden_state
+        figures = read_outs(hidden, scenes, [shape_positions(caption) for caption in captions])
+        loss = figures["loss"]
+        if before is not None:  # a UNet knows these features: only the read-outs' own positions may change
+            kept = slice(0, -1 - len(PLACES))
+            loss = loss + HOLD * F.mse_loss(hidden[:, kept], before(ids).last_hidden_state[:, kept])
+        backward(loss, optimizer)
         return {key: float(value.detach()) for key, value in figures.items()}
 
     loop(run, "text", run.steps(STEPS), {"text": text, "read_outs": read_outs}, optimizer, step_fn)
     text.save_pretrained(run.folder / "text_encoder")
-    text.eval()
+    text.eval(), read_outs.eval()
     rng = random.Random(0)
     scenes = [sample_scene(rng, held_out=True) for _ in range(512)]
     captions = [scene.caption() for scene in scenes]
     with torch.no_grad():
         hidden = text(tokenize(tokenizer, captions).to(run.device)).last_hidden_state
-        figures = read_outs(hidden, scenes, [_shape_positions(caption) for caption in captions])
+        figures = read_outs(hidden, scenes, [shape_positions(caption) for caption in captions])
     print(f"text: worst read-out right on {float(figures['right']):.1%} of 512 held-out captions")

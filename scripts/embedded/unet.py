@@ -8,12 +8,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel
 
 from embedded.common import Average, Run, backward, loop, pick, scenes
-from embedded.text import WIDTH, load_tokenizer, tokenize
+from embedded.text import WIDTH, load_tokenizer, shape_positions, tokenize, trained_read_outs
 from embedded.vae import SCALE, SCENES, encode
+from lesion.scenes import parse_caption
 
-STEPS, BATCH, RATE, TEXT_RATE = 3000, 32, 8e-4, 0.3
+STEPS, BATCH, RATE, TEXT_RATE = 3500, 32, 8e-4, 0.3
 DROPOUT = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 DECAY = 0.9985
+READING = 0.1  # weight of the text encoder's read-outs
+FOCUS = (0.75, 0.25)  # share of a batch, in the first 40% of the steps and after: relations at the highest noise levels
+HIGH = 0.95  # from this share of the noise levels on: there it is settled which object stands where
 
 
 def build() -> UNet2DConditionModel:
@@ -63,6 +67,11 @@ def latents_of(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return data["latents"], data["ids"], tokenize(tokenizer, [""])[0]
 
 
+def _stratified(number: int, low: float, generator: torch.Generator) -> torch.Tensor:
+    """`number` values in [low, 1), one in each of as many equal parts: less variance than independent draws."""
+    return low + (1 - low) * (torch.arange(number) + torch.rand((), generator=generator)) / max(1, number)
+
+
 def train(run: Run) -> None:
     torch.manual_seed(3)
     latents, ids, empty = latents_of(run)
@@ -74,7 +83,11 @@ def train(run: Run) -> None:
     unet.set_attn_processor(AttnProcessor())  # faster than SDPA for training at this size on a CPU
     text = CLIPTextModel.from_pretrained(run.folder / "text_encoder", attn_implementation="eager")
     text = text.to(run.device).train()
+    read_outs, captions = trained_read_outs(run), load_tokenizer(run).batch_decode(ids, skip_special_tokens=True)
+    parsed = [parse_caption(caption.strip()) for caption in captions]
+    related = torch.tensor([row for row, scene in enumerate(parsed) if scene and scene.relation])
     schedule = noise_schedule()
+    total = run.steps(STEPS)
     optimizer = torch.optim.AdamW(
         [{"params": unet.parameters(), "lr": RATE}, {"params": text.parameters(), "lr": RATE * TEXT_RATE}],
         betas=(0.9, 0.99),
@@ -82,12 +95,14 @@ def train(run: Run) -> None:
     )
 
     def step_fn(step: int, generator: torch.Generator) -> dict[str, float]:
+        focused = int(BATCH * FOCUS[step > 0.4 * total])
         rows = pick(len(latents), BATCH, generator)
+        rows[:focused] = related[pick(len(related), focused, generator)]
         clean, tokens = latents[rows].float(), ids[rows]
         dropped = torch.rand(BATCH, generator=generator) < DROPOUT
         tokens = torch.where(dropped[:, None], empty, tokens)
         noise = torch.randn(clean.shape, generator=generator)
-        spread = (torch.arange(BATCH) + torch.rand((), generator=generator)) / BATCH  # stratified: less variance
+        spread = torch.cat([_stratified(focused, HIGH, generator), _stratified(BATCH - focused, 0, generator)])
         times = (spread * schedule.config.num_train_timesteps).long()
         noisy, target = schedule.add_noise(clean, noise, times), schedule.get_velocity(clean, noise, times)
         with run.autocast():
@@ -96,8 +111,11 @@ def train(run: Run) -> None:
         alpha = schedule.alphas_cumprod[times]
         weight = 1 / (alpha + (1 - alpha) * SCALE**2)  # one over the target's variance: each noise level counts alike
         loss = ((guess - target.to(run.device)) ** 2).mean((1, 2, 3)).mul(weight.to(run.device)).mean()
-        backward(loss, optimizer)
-        return {"loss": float(loss.detach())}
+        said = [row for row in range(BATCH) if not dropped[row]]
+        asked = [(parsed[rows[row]], shape_positions(captions[rows[row]])) for row in said]
+        read = read_outs(hidden[said].float(), *map(list, zip(*asked, strict=True)))
+        backward(loss + READING * read["loss"], optimizer)
+        return {"loss": float(loss.detach()), "read": float(read["loss"].detach())}
 
     averages = {"unet": Average(unet, DECAY), "text": Average(text, DECAY)}
-    loop(run, "unet", run.steps(STEPS), {"unet": unet, "text": text}, optimizer, step_fn, averages)
+    loop(run, "unet", total, {"unet": unet, "text": text}, optimizer, step_fn, averages)

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pandas as pd
 from tqdm import tqdm

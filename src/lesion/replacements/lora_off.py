@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
@@ -49,12 +50,12 @@ class WithoutLoras:
 
         with ExitStack() as stack:
             for layer in self.layers[site]:  # also past what is remembered of its output
-                stack.enter_context(forward_replaced(layer, lambda _, beneath=layer.base_layer: _only(beneath)))
+                stack.enter_context(forward_replaced(layer, partial(_only, layer.base_layer)))
             yield
 
 
-def _only(beneath: nn.Module) -> Any:
-    """A `forward` that is this module's own; a plain function, since a wrapper's attributes are set on it."""
+def _only(beneath: nn.Module, forward: Any) -> Any:
+    """A `forward` that is `beneath`'s; a plain function, since a wrapper's attributes are set on it."""
     return lambda *args, **kwargs: beneath(*args, **kwargs)
 
 
