@@ -303,7 +303,7 @@ def test_from_command_to_table(name, cli, tmp_path):
     )
     assert code == 0, err
     (frame,) = cli.frames()
-    number = {"hunyuan_dit": 4, "lcm": 6}.get(name, 3)
+    number = {"hunyuan_dit": 4, "lcm": 7, "sd2": 4}.get(name, 3)
     assert (frame.status == "ok").all() and len(frame) == 1 + number
     assert frame.clip_similarity.notna().all()
 
