@@ -229,9 +229,37 @@ def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, folder_of, tmp
     assert not np.array_equal(whole, untouched)
 
 
+def bypassed(module, args, kwargs, output):
+    """A block of joint attention that hands on what it was given: (text, image)."""
+    return None if output[0] is None else kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+
+
+JOINT_HOOKS = {
+    "block": ("", bypassed),
+    "joint_attention": (".attn", lambda module, args, kwargs, output: (torch.zeros_like(output[0]), *output[1:])),
+    "feed_forward": (".ff", lambda module, args, kwargs, output: torch.zeros_like(output)),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_lesions_are_plain_hooks_to_the_bit(name, folder_of):
+    folder, model = folder_of(name), loaded(folder_of(name))
+    untouched, layer = plain(name, folder), "transformer_blocks.0"
+    for kind, (leaf, hook) in JOINT_HOOKS.items():
+        there = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind=kind)})
+        ours = lesioned(there, cells(name, there, lesion_of(layer, kind=kind)))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipe.transformer.get_submodule(layer + leaf).register_forward_hook(hook, with_kwargs=True)
+        assert np.array_equal(ours, plain(name, folder, pipe=pipe)), kind
+        assert not np.array_equal(ours, untouched), kind
+    there = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind="text_to_image")})
+    deaf = lesioned(there, cells(name, there, lesion_of(*there.anatomy.paths, kind="text_to_image")))
+    assert not np.array_equal(deaf, untouched)
+
+
 @pytest.mark.parametrize("name", JOINT)
 def test_joint_attention_has_no_cross_attention_layers(name, folder_of):
     model = loaded(folder_of(name))
-    assert model.anatomy.paths == () and model.text_sites == ()
+    assert model.text_sites == ()
     with pytest.raises(AnatomyError, match="Transformer2DModel"):
         examine(model.denoiser)
