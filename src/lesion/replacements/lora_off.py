@@ -6,7 +6,7 @@ layer lose it. At a strength between 0 and 1 a site's output is a mixture of tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,17 @@ class WithoutLoras:
 
         with ExitStack() as stack:
             for layer in self.layers[site]:  # also past what is remembered of its output
-                stack.enter_context(forward_replaced(layer, lambda _, beneath=layer.base_layer: _only(beneath)))
+                stack.enter_context(forward_replaced(layer, _only(layer.base_layer)))
             yield
 
 
-def _only(beneath: nn.Module) -> Any:
-    """A `forward` that is this module's own; a plain function, since a wrapper's attributes are set on it."""
-    return lambda *args, **kwargs: beneath(*args, **kwargs)
+def _only(beneath: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a `forward` that is this module's own; a plain function, since a wrapper's attributes are set on it."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        return beneath(*args, **kwargs)
+
+    return lambda forward: alone
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> Rerunner:
