@@ -218,7 +218,7 @@ def test_from_command_to_table(cli, lora):
 
 
 @needs_loras
-def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, monkeypatch, capsys):
+def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, monkeypatch):
     """On a tiny model with a LoRA of its own."""
     from test_configs import small
 
