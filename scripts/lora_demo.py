@@ -39,16 +39,22 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME, RGB = "teal", (0, 110, 115)  # nearest in the palette: green, 87 away of 441; a background: gray, 130
 SHARE = 0.75  # of the training pictures that show the new colour; the others keep what the model knows
 SEED = 11
+NOISES = 4  # images of each held-out caption of the new colour, each from another noise
 ASPECTS = ("colour", "shape", "everything")
 
 
 def scenes(number: int, new: bool, rng: random.Random, held_out: bool) -> list[Scene]:
-    """Random scenes of the model's grammar, with or without the new colour; those held out all differ."""
+    """Random scenes of the model's grammar; those held out all differ.
+
+    new: one to three objects of the new colour (there are 18 held-out captions of such on a named background);
+    otherwise scenes of any kind without it.
+    """
     found: list[Scene] = []
     while len(found) < number:
         scene = sample_scene(rng, held_out)
-        shown = any(thing.colour == NAME for thing in scene.things)
-        if shown == new and not (held_out and scene in found):
+        shown = [thing.colour == NAME for thing in scene.things]
+        fits = shown == [True] if new else not any(shown)
+        if fits and not (held_out and scene in found):
             found.append(scene)
     return found
 
@@ -148,6 +154,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--read", type=Path, metavar="RUN", help="read a run of experiment=lora instead")
     args = parser.parse_args()
+    if not 1 <= args.captions <= 18:
+        parser.error(f"argument --captions: must be 1 to 18; got {args.captions}")
     COLOURS[NAME] = RGB  # for the renderer and the reader, in this process only
     if args.read:
         if not (args.read / "results.parquet").is_file():
@@ -187,14 +195,13 @@ def main() -> None:
         return
     trained = time.monotonic() - began
     rng = random.Random(SEED + 1)
-    sets = {
-        "new": scenes(args.captions, True, rng, held_out=True),
-        "old": scenes(args.captions // 2, False, rng, held_out=True),
-    }
+    new = scenes(args.captions, True, rng, held_out=True)
+    sets = {"new": new * NOISES, "old": scenes(2 * args.captions, False, rng, held_out=True)}
     accuracy, rows = evaluate(args.out, sets, watch, device)
     report = {
         "colour": {NAME: RGB},
-        "captions": {name: len(asked) for name, asked in sets.items()},
+        "images": {name: len(asked) for name, asked in sets.items()},
+        "captions": {name: len({scene.caption() for scene in asked}) for name, asked in sets.items()},
         "accuracy": accuracy,
         "loss": {"first 50 steps": float(np.mean(losses[:50])), "last 50 steps": float(np.mean(losses[-50:]))},
         "seconds": {"data and training": round(trained), "evaluation": round(time.monotonic() - began - trained)},
@@ -204,8 +211,8 @@ def main() -> None:
     }
     text = json.dumps(report, indent=2)
     (args.out / "demo.json").write_text(text + "\n")
-    captions = [scene.caption() for scene in sets["new"]][:10]
-    truth = [render(scene, random.Random(0)) for scene in sets["new"][:10]]
+    captions = [scene.caption() for scene in new[:10]]
+    truth = [render(scene, random.Random(0)) for scene in new[:10]]
     sheet([*rows, truth], ["before", "after", "rendered"], captions).save(args.out / "demo.png")
     print(text)
 

@@ -6,9 +6,8 @@ layer lose it. At a strength between 0 and 1 a site's output is a mixture of tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
@@ -50,13 +49,17 @@ class WithoutLoras:
 
         with ExitStack() as stack:
             for layer in self.layers[site]:  # also past what is remembered of its output
-                stack.enter_context(forward_replaced(layer, partial(_only, layer.base_layer)))
+                stack.enter_context(forward_replaced(layer, _only(layer.base_layer)))
             yield
 
 
-def _only(beneath: nn.Module, forward: Any) -> Any:
-    """A `forward` that is `beneath`'s; a plain function, since a wrapper's attributes are set on it."""
-    return lambda *args, **kwargs: beneath(*args, **kwargs)
+def _only(beneath: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a `forward` that is this module's own; a plain function, since a wrapper's attributes are set on it."""
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        return beneath(*args, **kwargs)
+
+    return lambda forward: alone
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> Rerunner:
