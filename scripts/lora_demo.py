@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument(
-        "--captions", type=int, default=64, help="held-out captions with the new colour; half of the old"
+        "--captions", type=int, default=18, help="held-out captions with the new colour; twice as many of old ones"
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="pause the training after so many minutes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
