@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Findings:
     doses: pd.DataFrame = field(default_factory=_none)
     shapley: pd.DataFrame = field(default_factory=_none)
     troubles: list[str] = field(default_factory=list)
+    _summaries: dict[Setting, pd.DataFrame] = field(default_factory=dict)
 
     def of(self, name: str, setting: Setting) -> pd.DataFrame:
         """The rows of one setting in the table `name`; columns that the table lacks do not matter."""
@@ -79,6 +80,11 @@ class Findings:
         other_prompts; beyond_floor (importance less 1 - floor), p_floor (Holm-corrected over layers); n_importance,
         n_sufficiency (images). NaN where there is nothing to say.
         """
+        if setting not in self._summaries:
+            self._summaries[setting] = self._summary(setting)
+        return self._summaries[setting].copy()
+
+    def _summary(self, setting: Setting) -> pd.DataFrame:
         table = layer_table(self.rows(setting), self.metric)
         if table.empty:
             return table
@@ -188,6 +194,3 @@ def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str) -> pd.DataFra
 def certain(p: object) -> bool:
     """Whether a (corrected) p-value counts as a difference; no for a missing one."""
     return isinstance(p, float) and bool(np.isfinite(p)) and p <= CERTAIN
-
-
-TABLES = tuple(one.name for one in fields(Findings) if one.name not in ("frame", "pairs", "metric", "troubles"))

@@ -19,6 +19,7 @@ from lesion.analysis.settings import Setting
 from lesion.report.text import clean, code, latex, markdown, number
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
+HEAD = 40  # characters of a heading in LaTeX
 LONG = 45  # rows from which a LaTeX table runs over pages
 LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
 ABOVE, BELOW = "*", "†"
@@ -194,7 +195,8 @@ def to_latex(table: Table, siunitx: bool = False) -> str:
 
 def _split(table: Table) -> list[Table]:
     widths = [
-        max(len(column.head) * 0.8, *(len(c.text) + 0.8 * len(c.interval) + len(c.marks) for c in cells), 3) + 2
+        max(min(len(column.head), HEAD) * 0.8, *(len(c.text) + 0.8 * len(c.interval) + len(c.marks) for c in cells), 3)
+        + 2
         for column, cells in zip(table.columns, zip(*table.cells, strict=True), strict=True)
     ]
     room = WIDE - sum(widths[: table.lead])
@@ -216,10 +218,10 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
     for place, column in enumerate(table.columns):
         between = any(row[place].interval for row in table.cells)
         if siunitx and not column.left:
-            heads += [f"{{{latex(column.head)}}}", *([r"{95\,\%}"] if between else [])]
+            heads += [f"{{{latex(column.head, HEAD)}}}", *([r"{95\,\%}"] if between else [])]
             layout += f"S[table-format={_format([row[place].text for row in table.cells])}]" + ("l" if between else "")
         else:
-            heads.append(latex(column.head))
+            heads.append(latex(column.head, HEAD))
             layout += "l" if column.left else "r"
     body = [
         " & ".join(
