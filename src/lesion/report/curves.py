@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lesion.report.figures import (
     COLOURS,
@@ -14,7 +16,6 @@ from lesion.report.figures import (
     GREY,
     MARKERS,
     SINGLE,
-    Figure,
     blank,
     limits,
     styled,
@@ -38,12 +39,18 @@ def scatter(
     x, y = (_renamed(both, name, end) for name, end in zip(names, ("|x", "|y"), strict=True))
     with styled():
         figure = blank(DOUBLE, max(2.9, 0.45 + 0.115 * min(len(both), KEY)))
-        axes, key = figure.subplots(1, 2, width_ratios=(1.35, 1))
+        axes, key = figure.subplots(1, 2, width_ratios=(2, 1))
         kinds = [_place(name) for name in both["layer"]]
         for number, (place, marker, colour) in enumerate(PLACES):
             of = np.array([kind == number for kind in kinds])
             if of.any():
-                style = {"fmt": marker, "color": colour, "elinewidth": 0.6, "capsize": 0, "label": place or "layer"}
+                style: dict[str, Any] = {
+                    "fmt": marker,
+                    "color": colour,
+                    "elinewidth": 0.6,
+                    "capsize": 0,
+                    "label": place or "layer",
+                }
                 x_reach, y_reach = limits(x, "v")[:, of], limits(y, "v")[:, of]
                 axes.errorbar(x["v"][of], y["v"][of], yerr=y_reach, xerr=x_reach, **style)
         for number, (across, up) in enumerate(zip(x["v"], y["v"], strict=True), 1):
@@ -124,7 +131,7 @@ def lines(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, ori
     return figure
 
 
-def _style_of(number: int) -> dict[str, object]:
+def _style_of(number: int) -> dict[str, Any]:
     pick: list[Sequence[object]] = [COLOURS, DASHES, MARKERS]
     colour, dash, marker = (choices[number % len(choices)] for choices in pick)
     return {"color": colour, "linestyle": dash, "marker": marker}

@@ -34,7 +34,8 @@ NAMED = 60  # rows and columns beyond which not every name is written
 @lru_cache
 def _style() -> dict[str, Any]:
     with as_file(files("lesion.report").joinpath("paper.mplstyle")) as path:
-        return dict(matplotlib.rc_params_from_file(path, use_default_template=False))
+        settings: Any = matplotlib.rc_params_from_file(path, use_default_template=False)
+        return dict(settings)
 
 
 def styled() -> AbstractContextManager[None]:
@@ -119,7 +120,8 @@ def limits(table: pd.DataFrame, name: str) -> np.ndarray[Any, np.dtype[np.float6
     """How far the interval reaches below and above the mean, 0 where there is none. (2, rows)"""
     mean = table[name].to_numpy(float)
     low, high = (table[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
-    return np.nan_to_num(np.maximum(np.stack([mean - low, high - mean]), 0.0))
+    reach: np.ndarray[Any, np.dtype[np.float64]] = np.nan_to_num(np.maximum(np.stack([mean - low, high - mean]), 0.0))
+    return reach
 
 
 def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = float("nan")) -> Figure:
@@ -167,5 +169,5 @@ def _line(axes: Axes, at: float, dash: str, text: str, row: int) -> None:
     """A reference line with its name above the axes, in rows so that two names do not meet."""
     if np.isfinite(at):
         axes.axvline(at, color=GREY, linestyle=dash, linewidth=0.9)
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate(text, (at, 1.0), (0, 1 + 7 * row), ha="center", fontsize=5.5, color=GREY, **place)

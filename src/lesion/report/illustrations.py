@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lesion.analysis.aspects import aspect_table
 from lesion.analysis.cells import groups
@@ -12,7 +13,6 @@ from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt
 from lesion.analysis.settings import Setting, slug
 from lesion.report import curves, figures
 from lesion.report.crossing import telling, window_maps
-from lesion.report.figures import Figure
 from lesion.report.findings import Findings
 from lesion.report.profile import profile
 from lesion.report.tables import missing

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from lesion.report.figures import DOUBLE, GREY, Figure, blank, styled
+from lesion.report.figures import DOUBLE, GREY, blank, styled
 from lesion.report.text import clean, number
 
 BOXES = 24  # layers into whose boxes numbers fit

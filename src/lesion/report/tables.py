@@ -82,7 +82,7 @@ class Column:
         if self.kind == "exact":
             return Cell(f"{value:g}", value=str(value))
         text = str(int(value)) if self.kind == "count" else _number(value)
-        limits = [record.get(name) for name in (self.low, self.high) if name]
+        limits: list[Any] = [record.get(name) for name in (self.low, self.high) if name]
         interval = ""
         if limits:
             shown = [str(int(x)) if self.kind == "count" else _number(x) for x in limits if not missing(x)]
@@ -243,7 +243,12 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
         lines += [named + r"\\", *top, r"\endfirsthead", *top, r"\endhead", r"\bottomrule", r"\endlastfoot", *body]
         lines += [r"\end{longtable}", r"\endgroup"]
     else:
-        lines = [r"\begin{table}[tbp]", r"\centering", named, r"\footnotesize\setlength{\tabcolsep}{3pt}"]
+        lines = [
+            r"\begin{table}[tbp]",
+            r"\centering",
+            named + r"\par\smallskip",
+            r"\footnotesize\setlength{\tabcolsep}{3pt}",
+        ]
         lines += [rf"\begin{{tabular}}{{{layout}}}", *top, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
