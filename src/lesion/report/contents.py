@@ -52,7 +52,7 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     else:
         words += f"Normalised importance and p are n/a: {NO_FLOOR}. "
     words += "Bold: largest."
-    words += missing_intervals(table, [name for name in table if str(name).endswith("method")])
+    words += missing_intervals(table, [str(name) for name in table if str(name).endswith("method")])
     columns = [
         Column("layer", "layer", "code"),
         Column("rank", "rank", "count", "rank_low", "rank_high", up=True),

@@ -164,7 +164,7 @@ def windows(found: Findings) -> list[Table]:
             what = (
                 f"{measure.capitalize()} of each layer by the window of denoising in which it is lesioned (fractions)."
             )
-            spans = [name for name in table if "-" in str(name) and str(name)[0].isdigit()]
+            spans = [str(name) for name in table if "-" in str(name) and str(name)[0].isdigit()]
             columns = [Column("layer", "layer", "code"), *(Column(name, name, best=True) for name in spans)]
             stem = f"windows--{measure}" + (f"--{number}" if len(maps) > 1 else "")
             out.append(Table.of(stem, f"Windows of denoising, {measure}", _words(found, what, alike), columns, table))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -93,7 +94,7 @@ def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:
     table = found.agreement
     if table.empty:
         return []
-    out = []
+    out: list[tuple[Figure, str, str]] = []
     table = table[table["between"].isin(("replacement", "model")) & (table["measure"] == "importance")]
     for record in table.head(SCATTERS).to_dict("records"):
         of = found.layers[found.layers["measure"] == "importance"]
@@ -101,7 +102,7 @@ def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:
         shared = {key: record[key] for key in keys if key in record and key != record["between"]}
         sides = []
         for value in (record["a"], record["b"]):
-            wanted: dict[object, object] = {**shared, record["between"]: value}
+            wanted: dict[str, Any] = {**shared, str(record["between"]): value}
             sides.append(_matching(of, wanted))
         labels = tuple(f"importance, {record['between']} {clean(value, 40)}" for value in (record["a"], record["b"]))
         title = " ".join(str(record[key]) for key in ("model", "replacement") if isinstance(record.get(key), str))
@@ -117,7 +118,7 @@ def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:
     return out
 
 
-def _matching(table: pd.DataFrame, wanted: dict[object, object]) -> pd.DataFrame:
+def _matching(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
     for name, value in wanted.items():
         column = table[str(name)]
         table = table[column.isna() if missing(value) else column == value]
@@ -150,7 +151,7 @@ def _windows(found: Findings) -> list[tuple[Figure, str, str]]:
             stem = f"windows--{measure}--{number_}"
             figure = figures.heat_map(table, meaning, clean(alike), measure == "importance", "window of denoising")
             out.append((figure, stem, f"Heat map of layers by windows of denoising, {measure}"))
-            part = _matching(found.layers[found.layers["measure"] == measure], dict(names))
+            part = _matching(found.layers[found.layers["measure"] == measure], names)
             part = part[(part["window_start"] != 0) | (part["window_end"] != 1)]
             part = part.assign(middle=(part["window_start"] + part["window_end"]) / 2)
             if part["middle"].nunique() > 1:

@@ -209,7 +209,10 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
     table = table[(table["measure"] == "importance") & table["mean"].notna()]
     if len(table):
         best = table.loc[table.groupby("aspect", sort=False)["mean"].idxmax()]
-        named = [f"{clean(one.aspect)} {clean(one.layer)} ({number(float(one.mean))})" for one in best.itertuples()]
+        named = [
+            f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['mean']))})"
+            for one in best.to_dict("records")
+        ]
         out.append(f"The most important layer by aspect: {_listed(named, 12)}.")
     return out
 
@@ -221,7 +224,7 @@ def _together(found: Findings, setting: Setting) -> list[str]:
     pairs = pairs[pairs["interaction"].notna()] if len(pairs) else pairs
     if len(pairs):
         apart = pairs[(pairs["low"] > 0) | (pairs["high"] < 0)]
-        largest = pairs.loc[pairs["interaction"].abs().idxmax()]
+        largest = pairs.iloc[int(pairs["interaction"].abs().to_numpy().argmax())]
         out.append(
             f"Of {_count(len(pairs), 'pair')} of layers {len(apart)} have an interaction whose 95 % interval excludes "
             f"0; the largest is {number(float(largest['interaction']))} for {clean(largest['layer_a'])} and "
