@@ -14,7 +14,7 @@ from planted import planted
 
 NASTY = r"\input{/etc/passwd} 50% & $x_1^2$ # {~} \\ " "\n\n" + r"\end{tabular} < > | ` ' \" [a]"
 HEAD = r"""\documentclass{article}
-\usepackage[margin=1in]{geometry}\usepackage[T1]{fontenc}\usepackage{booktabs,longtable,siunitx}
+\usepackage[margin=1in]{geometry}\usepackage[T1]{fontenc}\usepackage{array,booktabs,longtable,siunitx}
 \begin{document}
 """
 

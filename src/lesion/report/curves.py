@@ -17,6 +17,7 @@ from lesion.report.figures import (
     MARKERS,
     SINGLE,
     blank,
+    entitle,
     limits,
     styled,
 )
@@ -67,7 +68,7 @@ def scatter(
         lines = [f"{number:2} {clean(name, 48)}" for number, name in enumerate(both["layer"][:KEY], 1)]
         if len(both) <= KEY:
             key.text(0, 1, "\n".join(lines), va="top", fontsize=5.5, transform=key.transAxes, linespacing=1.25)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=7.5, wrap=True)
+        entitle(figure, title)
     return figure
 
 
@@ -94,8 +95,8 @@ def orders(table: pd.DataFrame, title: str, metric: str) -> Figure:
             style = _style_of(number)
             axes.plot(x, mean, **style, label=clean(order, 40) or "as given")
             axes.fill_between(x, [0.0, *line["low"]], [0.0, *line["high"]], color=style["color"], alpha=0.15, lw=0)
-        axes.set(xlabel="layers lesioned", ylabel=f"effect: 1 - {metric}", title=title)
-        axes.title.set_wrap(True)
+        axes.set(xlabel="layers lesioned", ylabel=f"effect: 1 - {metric}")
+        entitle(figure, title)
         axes.grid()
         if table["order"].nunique() > 1:
             axes.legend(title="order", title_fontsize=6)
@@ -127,7 +128,7 @@ def lines(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, ori
         axes.grid()
         rest = len(depth) - len(top)
         figure.legend(loc="outside right upper", title=f"grey: {rest} other layers" if rest else None, title_fontsize=6)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=7.5, wrap=True)
+        entitle(figure, title)
     return figure
 
 

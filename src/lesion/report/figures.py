@@ -6,6 +6,7 @@ apart by colour-blind readers; markers and line styles differ too, so that nothi
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -49,6 +50,13 @@ def blank(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, min(TALL, height)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """A title above everything, broken to the figure's width: matplotlib's own wrapping reads dollar signs as maths."""
+    room = int(figure.get_figwidth() * 16)  # characters
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, room)]
+    figure.suptitle("\n".join(lines[:4]), x=0.01, ha="left", fontsize=7.5)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -105,7 +113,7 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(columns)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=7.5, wrap=True)
+        entitle(figure, title)
         figure.colorbar(image, ax=axes, label=meaning, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
         if written:
             for (row, column), value in np.ndenumerate(values):
@@ -161,7 +169,7 @@ def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = 
         first = all_axes[0]
         first.set_yticks(depth, [clean(name, 64) for name in table["layer"]])
         first.set_ylim(len(table) - 0.4, -0.6)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=7.5, wrap=True)
+        entitle(figure, title)
     return figure
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from lesion.report.figures import DOUBLE, GREY, blank, styled
+from lesion.report.figures import DOUBLE, GREY, blank, entitle, styled
 from lesion.report.text import clean, number
 
 BOXES = 24  # layers into whose boxes numbers fit
@@ -69,7 +69,7 @@ def profile(table: pd.DataFrame, name: str, meaning: str, title: str) -> Figure 
         axes.axis("off")
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, label=meaning, pad=0.01, shrink=0.9)
         bar.outline.set_visible(False)  # type: ignore[operator]
-        figure.suptitle(title, x=0.01, ha="left", fontsize=7.5, wrap=True)
+        entitle(figure, title)
     return figure
 
 

@@ -1,6 +1,6 @@
 """Tables of ready-made cells, written as CSV (raw numbers), Markdown and LaTeX, and shown on the page.
 
-LaTeX needs \\usepackage{booktabs}; long tables \\usepackage{longtable}; with `siunitx` also \\usepackage{siunitx}.
+LaTeX needs \\usepackage{array,booktabs}; long tables also longtable; with `siunitx` the package of that name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lesion.report.text import clean, code, latex, markdown, number
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
 HEAD = 40  # characters of a heading in LaTeX
+BROKEN = 45  # characters from which a cell is broken over lines
 LONG = 45  # rows from which a LaTeX table runs over pages
 LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
 ABOVE, BELOW = "*", "†"
@@ -183,7 +184,7 @@ def _markdown_cell(cell: Cell) -> str:
 def to_latex(table: Table, siunitx: bool = False) -> str:
     """Table environments (longtable for many rows); everything is escaped. Too wide ones are split over several."""
     slim = table.without_spare()
-    parts = _split(slim)
+    parts = _split(slim, siunitx)
     out = []
     for index, part in enumerate(parts, 1):
         words, label = slim.caption, f"tab:{slim.stem}"
@@ -193,11 +194,10 @@ def to_latex(table: Table, siunitx: bool = False) -> str:
     return "\n".join(out)
 
 
-def _split(table: Table) -> list[Table]:
+def _split(table: Table, siunitx: bool) -> list[Table]:
     widths = [
-        max(min(len(column.head), HEAD) * 0.8, *(len(c.text) + 0.8 * len(c.interval) + len(c.marks) for c in cells), 3)
-        + 2
-        for column, cells in zip(table.columns, zip(*table.cells, strict=True), strict=True)
+        max([_width(column, siunitx), *(_cell_width(row[place], siunitx) for row in table.cells)]) + 2
+        for place, column in enumerate(table.columns)
     ]
     room = WIDE - sum(widths[: table.lead])
     groups: list[list[int]] = [[]]
@@ -213,6 +213,17 @@ def _split(table: Table) -> list[Table]:
     return found
 
 
+def _width(column: Column, siunitx: bool) -> float:
+    """Of a heading, in characters of a table."""
+    return max(min(len(column.head), HEAD) * 0.85, 6 if siunitx and not column.left else 3)
+
+
+def _cell_width(cell: Cell, siunitx: bool) -> float:
+    """Typewriter is wider than text, an interval smaller; with siunitx it is a column of its own."""
+    text = min(len(cell.text), BROKEN) * (1.1 if cell.code else 1.0)
+    return text + 0.85 * len(cell.interval) + len(cell.marks) + (4 if siunitx and cell.interval else 0)
+
+
 def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
     heads, layout = [], ""
     for place, column in enumerate(table.columns):
@@ -222,7 +233,8 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
             layout += f"S[table-format={_format([row[place].text for row in table.cells])}]" + ("l" if between else "")
         else:
             heads.append(latex(column.head, HEAD))
-            layout += "l" if column.left else "r"
+            broken = any(len(row[place].text) > BROKEN for row in table.cells)
+            layout += r">{\raggedright\arraybackslash}p{0.42\textwidth}" if broken else "l" if column.left else "r"
     body = [
         " & ".join(
             piece
