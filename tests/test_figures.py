@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lesion.analysis import settings
-from lesion.report import figures, illustrations
+from lesion.report import figures, illustrations, write_report
 from lesion.report.findings import findings
 from lesion.report.profile import levels, profile
 from lesion.report.text import clean
@@ -55,6 +55,15 @@ def test_figures_are_written_only_where_the_data_have_them(tmp_path):
     assert illustrations.over_settings(tmp_path, found) == []
     bare = frame[frame["selection"] == "none"]
     assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0]) == []
+
+
+def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, monkeypatch):
+    frame, floor = planted(prompts=2, seeds=1)
+    monkeypatch.setattr(illustrations, "SETTINGS", 1)
+    names = {path.name for path in write_report(tmp_path, frame, floor)}
+    assert {"profile--tiny--zero.pdf", "layers--tiny--zero.pdf", "layers--tiny--mean.pdf"} <= names
+    assert "profile--tiny--mean.pdf" not in names
+    assert "Only the first 1 settings have every figure" in (tmp_path / "report.html").read_text()
 
 
 def test_intervals_are_drawn_at_their_values():

@@ -20,6 +20,9 @@ from lesion.report.words import comparison, ranking_lines, summary
 __all__ = ["ranking_lines", "write_report"]
 
 
+ALL = "lesion-report --all-grids draws all."
+
+
 def _link(path: Path, root: Path) -> str:
     return quote(path.relative_to(root).as_posix())
 
@@ -39,7 +42,7 @@ def _left_out(kind: str, drawn: Drawn) -> list[str]:
     if done == drawn.possible:
         return []
     return [
-        f"Only the first {done} of {drawn.possible} {kind} are drawn; lesion-report --all-grids draws all. "
+        f"Only the first {done} of {drawn.possible} {kind} are drawn; {ALL} "
         "The heat map, the images below and every number cover the whole study."
     ]
 
@@ -81,11 +84,12 @@ def write_report(
     )
     written: list[Path] = []
     sections = []
-    for setting in chosen:
+    for number, setting in enumerate(chosen):
         part = rows(frame, setting)
         comparisons = pictures.comparisons(run_dir, part, setting, most)
         layer_grids = pictures.layer_grids(run_dir, part, setting, sheets)
-        drawn = illustrations.of_setting(run_dir / "figures", known, setting, clustered)
+        short = number >= illustrations.SETTINGS and not all_grids
+        drawn = illustrations.of_setting(run_dir / "figures", known, setting, clustered, short)
         made = contents.of_setting(known, setting)
         listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
         written += [path for path, _ in (*comparisons.pictures, *layer_grids.pictures, *drawn)] + listed
@@ -102,6 +106,7 @@ def write_report(
                 [
                     *_left_out("comparison pictures (one a prompt and seed)", comparisons),
                     *_left_out("pictures of layers by prompts", layer_grids),
+                    *([f"Only the first {illustrations.SETTINGS} settings have every figure; {ALL}"] if short else []),
                 ],
                 # The page has a heat map of its own for layers by prompts.
                 [table for table in made[len(first) :] if not table.stem.startswith("prompts--")],

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--all-grids",
         action="store_true",
-        help="draw every comparison picture of a large study, not just the first (the page shows every image anyway)",
+        help="draw every picture and figure of a large study, not just the first (the page shows every image anyway)",
     )
     parser.add_argument("--clustered", action="store_true", help="heat maps with layers and prompts in clusters too")
     parser.add_argument("--siunitx", action="store_true", help="LaTeX tables with the S columns of siunitx")

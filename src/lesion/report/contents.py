@@ -11,7 +11,7 @@ from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt,
 from lesion.analysis.settings import Setting
 from lesion.report.findings import NO_FLOOR, Findings
 from lesion.report.tables import Cell, Column, Table, caption, missing
-from lesion.report.text import number
+from lesion.report.text import clean, number
 
 STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001"
 NO_EFFECT_TEXT = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
@@ -106,7 +106,7 @@ def aspects(found: Findings, setting: Setting) -> Table | None:
     best = values["mean"].max(axis=0)
     rows = []
     for layer in values["mean"].index:
-        row = [Cell(str(layer), code=True, value=str(layer))]
+        row = [Cell(clean(layer), code=True, value=clean(layer))]
         for name in names:
             mean, low, high = (values[key].loc[layer, name] for key in ("mean", "low", "high"))
             if missing(mean):

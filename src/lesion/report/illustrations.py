@@ -20,11 +20,12 @@ from lesion.report.tables import missing
 from lesion.report.text import clean, number
 
 Drawn = list[tuple[Path, str]]  # and the text for those who cannot see it
+SETTINGS = 4  # with every figure, unless all are asked for; figures take most of the time of a report
 SCATTERS = 12  # figures that compare two replacements or models
 
 
-def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool = False) -> Drawn:
-    """Figures of one setting as .png and .pdf, each with a text alternative."""
+def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool = False, first: bool = False) -> Drawn:
+    """Figures of one setting as .png and .pdf, each with a text alternative; `first`: only that of the layers."""
     drawn: Drawn = []
     title, metric, table = clean(setting.label), found.metric, found.summary(setting)
 
@@ -36,6 +37,8 @@ def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool =
     if len(table):
         figure = figures.layer_figure(table, title, metric, found.control(setting))
         add(figure, "layers", "Importance and sufficiency by layer with 95 % intervals, in depth order")
+    if first:
+        return drawn
     if len(table) and table["importance"].notna().any():
         meaning = f"importance: 1 - {metric}"
         add(profile(table, "importance", meaning, title), "profile", "The UNet's layers coloured by importance")
