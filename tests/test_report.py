@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from pandas.io.formats.style_render import _escape_latex
 from PIL import Image
 
 from lesion.analysis import layer_table, settings
+from lesion.cli import SweepReport, report_sweep
 from lesion.report import ranking_lines, write_report
 from lesion.report.canvas import font, wrap
 from lesion.report.cli import main
 from lesion.report.grids import comparison, layers_by_prompts
-from lesion.report.tables import to_latex
+from lesion.report.merging import Refused, apart, check, merge, read
+from lesion.report.tables import Column, Table, to_latex
 from lesion.report.text import clean, latex, markdown
 
 LAYERS = [
@@ -161,8 +164,11 @@ def test_latex_escapes_like_pandas_and_stays_on_one_line():
         r"\textasciitilde ", r"\textasciitilde{}"
     ).replace(r"\textasciicircum ", r"\textasciicircum{}")
     assert latex("one\n\ntwo\r\n") == "one two"
-    table = to_latex(pd.DataFrame([["1", "n/a"]], columns=["50%_x\ny", "a&b"]), "100% of a_b\n\n& c", "tab:x")
-    assert r"50\%\_x y & a\&b \\" in table and r"\caption{100\% of a\_b \& c}" in table
+    assert latex("<שלם> é …") == r"\textless{}???\textgreater{} é …"
+    frame = pd.DataFrame([["1", "n/a"]], columns=["50%_x\ny", "a&b"])
+    shown = Table.of("x", "", "100% of a_b\n\n& c", [Column(name, name, "text") for name in frame], frame)
+    table = to_latex(shown)
+    assert r"50\%\_x y & a\&b \\" in table and r"\caption{100\% of a\_b \& c}\label{tab:x}" in table
     assert [name in table for name in (r"\toprule", r"\midrule", r"\bottomrule")] == [True] * 3
 
 
@@ -174,8 +180,8 @@ def test_tables(tmp_path):
     assert r"\texttt{down\_blocks.0.attentions.0}" in tex and "n = 2 prompts, 2 seeds" in tex
     assert re.search(r"mid\\_block.*no effect", tex) and "n/a" in tex and "nan" not in tex.lower()
     body = [line for line in tex.splitlines() if r"\texttt" in line]
-    assert [line.count(" & ") for line in body] == [9] * 4 and all(line.endswith(r"\\") for line in body)
-    assert body[0].split(" & ")[6:9] == ["7", "1", "0"]  # images, invalid, failed
+    assert [line.count(" & ") for line in body] == [7] * 4 and all(line.endswith(r"\\") for line in body)
+    assert body[0].split(" & ")[4:7] == ["7", "1", "0"]  # images, invalid, failed; a floor that is n/a has no columns
     raw = pd.read_csv(tmp_path / "tables" / "layers--embedded--zero.csv")
     assert list(raw["layer"]) == LAYERS and raw["sufficiency"].isna().tolist() == [False, False, False, True]
     np.testing.assert_allclose(raw["importance"], layer_table(frame)["importance"])
@@ -184,7 +190,7 @@ def test_tables(tmp_path):
     many = study(tmp_path / "many", [f"p{index}" for index in range(8)], (0,))
     write_report(tmp_path / "many", many)
     split = (tmp_path / "many" / "tables" / "prompts--leave_one_out--embedded--zero.tex").read_text()
-    assert split.count(r"\begin{table}") == 2 and "Part 2 of 2" in split
+    assert split.count(r"\begin{table}") == 1 and "n = 8 prompts" in split
     lines = (tmp_path / "tables" / "layers--embedded--zero.md").read_text().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
@@ -213,7 +219,7 @@ def test_page_escapes_prompts_and_links_to_files_that_exist(tmp_path):
     assert [tag for tag, _ in page.tags].count("script") == 2 and "&lt;script&gt;" in text  # the page's own two
     assert "b" not in {tag for tag, _ in page.tags}
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 7 and all((tmp_path / one["src"]).is_file() for one in pictures)
+    assert len(pictures) == 9 and all((tmp_path / one["src"]).is_file() for one in pictures)
     assert sum(one.get("loading") == "lazy" for one in pictures) == 4
     assert "http" not in text.replace("http-equiv", "") and "prefers-color-scheme" in text
     assert "mid_block.attentions.0 has no measurable effect" in text
@@ -280,6 +286,88 @@ def test_lesion_report_keeps_prompts_apart_that_share_an_id(tmp_path, capsys):
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out" / "tables" / "prompts--leave_one_out--embedded--zero.csv")
     assert list(table.columns) == ["layer", "p", "p-2"]
+    assert capsys.readouterr().err == ""
+
+
+def test_lesion_report_refuses_to_mix_what_cannot_be_compared_and_names_it(tmp_path, capsys):
+    study(tmp_path / "a", ("p",), (0,))
+    other = study(tmp_path / "b", ("p",), (0,))
+    other.assign(cell=other["cell"] + "x", steps=8).to_parquet(tmp_path / "b" / "results.parquet")
+    folders, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
+    assert main([*folders, "--out", str(out)]) == 2 and not out.exists()
+    said = capsys.readouterr().err
+    assert f"steps of 'embedded' is 4 in {folders[0]}, 8 in {folders[1]}" in said and "--mix" in said
+    assert said.count("\n") == 1
+    assert main([*folders, "--out", str(out), "--mix"]) == 0
+    page = (out / "report.html").read_text()
+    assert "embedded, zero replacement, steps 4" in page and "differ in steps; they are kept apart" in page
+
+
+@pytest.mark.parametrize("name", ["scorer_identity", "fingerprint", "protocol", "importance_metric"])
+def test_runs_that_differ_in_weights_or_scores_are_never_averaged(tmp_path, capsys, name):
+    frames = [study(tmp_path / one, ("p",), (0,)).assign(**{name: value, "ssim": 0.5}) for one, value in ("ax", "by")]
+    frames[1]["cell"] += "y"
+    for one, frame in zip("ab", frames, strict=True):
+        if name == "importance_metric":
+            frame[name] = {"a": "clip_similarity", "b": "ssim"}[one]
+        frame.to_parquet(tmp_path / one / "results.parquet")
+    runs = [read(tmp_path / one, tmp_path / "out") for one in "ab"]
+    with pytest.raises(Refused, match=name):
+        check(runs)
+    renamed, notes = apart(runs)
+    frame, _ = merge(renamed)
+    assert frame["model"].nunique() == 2 and len(frame) == 20 and name in notes[0]
+
+
+def test_floors_follow_their_prompts_and_count_once(tmp_path):
+    frames = {"a": study(tmp_path / "a", text="one"), "b": study(tmp_path / "b", text="two")}
+    pair = {"model": "embedded", "prompt_id_a": "p", "seed_a": 0, "prompt_id_b": "p", "seed_b": 1, "similarity": 0.8}
+    for name, frame in frames.items():
+        frame.assign(cell=frame["cell"] + name).to_parquet(tmp_path / name / "results.parquet")
+        pd.DataFrame([pair]).to_parquet(tmp_path / name / "floor.parquet")
+    runs = [read(tmp_path / one, tmp_path / "out") for one in ("a", "b", "a")]
+    frame, floor = merge(runs)
+    assert set(frame["prompt_id"]) == {"p", "q", "p-2", "q-2"} and len(frame) == 80
+    assert floor["prompt_id_a"].tolist() == floor["prompt_id_b"].tolist() == ["p", "p-2"]
+
+
+def test_a_cell_in_two_orders_is_two_rows(tmp_path):
+    frame = study(tmp_path, ("p",), (0,))
+    chain = frame[frame["selection"] == "all"].assign(selection="coalitions", lesioned="+".join(LAYERS))
+    both = pd.concat([frame, chain.assign(permutation=0), chain.assign(permutation=1)], ignore_index=True)
+    both.to_parquet(tmp_path / "results.parquet")
+    merged, _ = merge([read(tmp_path, tmp_path), read(tmp_path, tmp_path)])
+    assert len(merged) == len(both)
+
+
+def sweep(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(SweepReport, "folder", None)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    SweepReport().on_multirun_start(config)
+    SweepReport().on_multirun_end(config)
+
+
+def test_a_multirun_ends_with_a_report_over_its_jobs(tmp_path, monkeypatch, capsys):
+    study(tmp_path / "0", ("p",), (0,))
+    other = study(tmp_path / "1", ("q",), (0,))
+    other.assign(steps=8).to_parquet(tmp_path / "1" / "results.parquet")
+    sweep(tmp_path, monkeypatch)
+    assert "report over all jobs" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "steps 4" in page and "steps 8" in page
+    report_sweep()  # a second call, as after a job that failed, has nothing left to do
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_that_fails_after_a_multirun_is_said_and_costs_nothing(tmp_path, monkeypatch, capsys):
+    study(tmp_path / "0", ("p",), (0,))
+    (tmp_path / "tables").write_text("in the way")
+    before = (tmp_path / "0" / "results.parquet").read_bytes()
+    sweep(tmp_path, monkeypatch)
+    said = capsys.readouterr().err
+    assert "could not be written" in said and f"lesion-report --mix {tmp_path}" in said and said.count("\n") == 1
+    assert (tmp_path / "0" / "results.parquet").read_bytes() == before
+    sweep(tmp_path / "nothing here", monkeypatch)
     assert capsys.readouterr().err == ""
 
 

@@ -22,10 +22,11 @@ import pytest
 from PIL import Image
 
 from lesion import report
-from lesion.analysis import layer_by_prompt, layer_table
-from lesion.report import html, pictures, write_report
+from lesion.analysis import layer_by_prompt, layer_table, settings
+from lesion.report import contents, html, pictures, write_report
 from lesion.report.cli import main
 from lesion.report.data import as_json, inside, page_data
+from lesion.report.findings import findings
 from test_report import LAYERS, spoil, study
 
 HOSTILE = {
@@ -135,10 +136,10 @@ def test_the_page_is_marked_up_for_readers_that_do_not_see_it(run):
 def test_the_layer_table_holds_exact_numbers_to_sort_by(run):
     folder, frame = run
     values = [one["data-value"] for one in page_of(folder).of("td") if "data-value" in one]
-    table = np.array(values).reshape(4, -1)
+    table = np.array(values[: 4 * 11]).reshape(4, 11)  # the first table
     assert table[:, 0].tolist() == ["1", "2", "3", "4"]
     np.testing.assert_array_equal(table[:, 2].astype(float), layer_table(frame)["importance"])
-    assert table[3, 4] == "" and table[0, 4] == "0.6"  # sufficiency: missing values have no number
+    assert table[3, 6] == "" and table[0, 6] == "0.6"  # sufficiency: missing values have no number
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -149,6 +150,7 @@ def test_hostile_text_stays_text(tmp_path):
     frame["aspects"] = frame["prompt"].str[:50]
     frame["prompt_id"] = frame["prompt"].str[:100]
     frame["model"] = HOSTILE["script"] + HOSTILE["latex"] + HOSTILE["paths"]
+    plain["aspects"] = plain["prompt_id"]
     bad = frame["layer_index"] == 2
     frame.loc[bad, ["status", "reason"]] = [["failed", text] for text in frame.loc[bad, "prompt"]]
     plain.loc[bad, ["status", "reason"]] = ["failed", "why"]
@@ -400,7 +402,9 @@ def opened(request, browser, tmp_path_factory) -> tuple[Browser, pd.DataFrame, P
     )
     frame = spoil(frame, 0, "failed", "out of memory")
     (folder / frame["image"].iloc[0]).unlink()
-    sections = [html.Section("embedded, zero replacement", "s", [], layer_table(frame))]
+    sections = [
+        html.Section("embedded, zero replacement", "s", [], contents.layers(findings(frame), settings(frame)[0]))
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "INLINE_ROWS", 10 if request.param == "beside" else 10_000)
         assert len(html.write(folder, frame, sections, page_data(frame, {}))) == (2 if request.param == "beside" else 1)

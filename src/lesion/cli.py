@@ -64,6 +64,41 @@ class CheckFirst(Callback):
         _check_or_exit(_jobs(config))
 
 
+class SweepReport(Callback):
+    """Writes one report over all jobs of a multirun into its folder."""
+
+    folder: Path | None = None  # of the multirun whose report is still to be written
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepReport.folder = Path(config.hydra.sweep.dir)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        report_sweep()
+
+
+def report_sweep() -> None:
+    """The report over all jobs, once. If it cannot be written, that is said; results and exit code stay the jobs'.
+
+    Hydra does not call `on_multirun_end` after a job that failed, so `main` comes here too.
+    """
+    folder, SweepReport.folder = SweepReport.folder, None
+    if folder is None or not any(folder.rglob("results.parquet")):  # no multirun, or one with dry_run
+        return
+    try:
+        from lesion.report.cli import report
+        from lesion.report.merging import run_folders
+
+        _, written = report(run_folders([folder]), folder, mix=True)
+        print(f"\nreport over all jobs: {written[-1]}")
+    except Exception as error:  # whatever it is, the jobs are done and their results on disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(
+            f"lesion: the report over all jobs could not be written ({reason}); their results are complete, "
+            f"`lesion-report --mix {folder}` tries again",
+            file=sys.stderr,
+        )
+
+
 def _jobs(config: DictConfig) -> Iterator[DictConfig]:
     """The config of each job of a sweep of Hydra's basic sweeper; others pick values as they go and check per job."""
     if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
@@ -136,6 +171,7 @@ def main() -> None:
     try:
         job()
     except StudyFailed as failure:
+        report_sweep()
         print(f"lesion: {failure}", file=sys.stderr)
         sys.exit(1)
     except (RequestError, HydraException, OmegaConfBaseException) as error:

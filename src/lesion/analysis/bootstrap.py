@@ -69,22 +69,21 @@ class Interval:
 
 @dataclass(frozen=True)
 class Draws:
-    """Resampled prompts (B, P), and per drawn prompt its resampled seeds (B, P, S) and which of them count."""
+    """Resampled cells, and which of them count (None: all), as (B, P, S); cells are numbered row by row, S a row."""
 
-    prompts: NDArray[np.intp]
-    seeds: NDArray[np.intp]
-    used: NDArray[np.bool_]
+    cells: NDArray[np.intp]
+    used: NDArray[np.bool_] | None
 
 
 @lru_cache(maxsize=4)
 def draws(counts: tuple[int, ...], replicates: int = REPLICATES, seed: int = 0) -> Draws:
     """counts: of seeds, one a prompt, all positive."""
     rng = np.random.default_rng(seed)
-    of = np.asarray(counts)
+    of, most = np.asarray(counts), max(counts)
     prompts = rng.integers(len(of), size=(replicates, len(of)))
     drawn = of[prompts][..., None]  # (B, P, 1)
-    seeds = (rng.random((*prompts.shape, max(counts))) * drawn).astype(np.intp)
-    return Draws(prompts, seeds, np.arange(max(counts)) < drawn)
+    seeds = (rng.random((*prompts.shape, most)) * drawn).astype(np.intp)
+    return Draws(prompts[..., None] * most + seeds, None if (of == most).all() else np.arange(most) < drawn)
 
 
 def prompt_means(cells: Floats, drawn: Draws) -> Floats:
@@ -92,8 +91,11 @@ def prompt_means(cells: Floats, drawn: Draws) -> Floats:
 
     cells: (P, S), the seeds of a prompt first, then NaN; as many as `counts` of the draws.
     """
-    values = np.where(drawn.used, cells[drawn.prompts[..., None], drawn.seeds], 0.0)
-    means: Floats = values.sum(axis=2) / drawn.used.sum(axis=2)
+    values = np.take(cells[:, : drawn.cells.shape[2]], drawn.cells)
+    if drawn.used is None:
+        means: Floats = values.sum(axis=2) / values.shape[2]
+        return means
+    means = np.where(drawn.used, values, 0.0).sum(axis=2) / drawn.used.sum(axis=2)
     return means
 
 

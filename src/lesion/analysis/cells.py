@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from lesion.analysis.bootstrap import Floats, Interval, interval
 from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, left_out, similarity
@@ -50,12 +51,22 @@ def counts(part: pd.DataFrame) -> dict[str, int]:
 
 def nested(part: pd.DataFrame, column: str = "effect") -> Floats:
     """Prompts x seeds, a prompt's valid values first, then NaN. (P, S)"""
-    valid = part[["prompt_id", column]].dropna()
-    prompt, ids = pd.factorize(valid["prompt_id"])
-    place = valid.groupby("prompt_id", sort=False).cumcount().to_numpy()
+    values = part[column].to_numpy(dtype=np.float64, na_value=np.nan)
+    held = ~np.isnan(values)
+    prompt, ids = pd.factorize(part["prompt_id"].to_numpy(dtype=object)[held])
+    place = _nth(prompt)
     cells = np.full((len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
-    cells[prompt, place] = valid[column].to_numpy(dtype=np.float64)
+    cells[prompt, place] = values[held]
     return cells
+
+
+def _nth(codes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """How many equal codes stand before each."""
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    place = np.empty(len(codes), dtype=np.intp)
+    place[order] = np.arange(len(codes)) - np.repeat(starts, np.diff(starts, append=len(codes)))
+    return place
 
 
 def over_prompts(part: pd.DataFrame, column: str = "effect", **options: Any) -> Interval:
@@ -111,7 +122,7 @@ def cube(wide: pd.DataFrame) -> Floats:
     """`matched` as columns x prompts x seeds, a prompt's seeds first, then NaN. (L, P, S)"""
     prompts = wide.index.get_level_values("prompt_id")
     number, ids = pd.factorize(prompts)
-    place = pd.Series(0, index=range(len(wide))).groupby(number).cumcount().to_numpy()
+    place = _nth(number)
     cells = np.full((wide.shape[1], len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
     cells[:, number, place] = wide.to_numpy(dtype=np.float64).T
     return cells

@@ -80,17 +80,18 @@ def _jackknife(both: pd.DataFrame, confidence: float) -> Interval:
     square = pairs.reindex(index=prompts, columns=prompts).to_numpy(dtype=np.float64)
     n = len(prompts)
 
-    def mean(keep: list[int]) -> float:
-        part = square[np.ix_(keep, keep)]
-        held = np.isfinite(part).any(axis=1)
-        return float(np.nanmean(part[held], axis=1).mean()) if held.any() else np.nan
-
-    whole = mean(list(range(n)))
+    known = np.isfinite(square)
+    sums, held = np.where(known, square, 0.0).sum(axis=1), known.sum(axis=1)
+    whole = float((sums[held > 0] / held[held > 0]).mean()) if n else np.nan
     spread = float(np.nanstd(np.nanmean(square, axis=1), ddof=1)) if n > 1 else np.nan
     bare = Interval(whole, np.nan, np.nan, "", spread, np.nan, n, len(both))
     if n < 4:
         return without_limits(bare, "fewer than 4 prompts" if n else "no data")
-    without = np.array([mean([other for other in range(n) if other != one]) for one in range(n)])
+    # [i, k]: the mean of prompt i over its partners but k; a prompt without partners, and k itself, has none.
+    left = (held[:, None] - known).astype(np.float64)
+    left[np.diag_indices(n)] = 0.0
+    means = np.where(left > 0, (sums[:, None] - np.where(known, square, 0.0)) / np.maximum(left, 1.0), 0.0)
+    without = means.sum(axis=0) / np.maximum((left > 0).sum(axis=0), 1)
     error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
     if not error > 1e-12:
         return without_limits(bare, "constant")

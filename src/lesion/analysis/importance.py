@@ -75,10 +75,11 @@ def _over_prompts(part: pd.DataFrame) -> tuple[float, float]:
 
 def left_out(part: pd.DataFrame, column: str) -> dict[str, int]:
     """Rows that no mean of `column` takes in: n_invalid, n_failed, n_unscored (ok, but without a value)."""
+    status, unknown = part["status"].to_numpy(dtype=object), part[column].isna().to_numpy()
     return {
-        "n_invalid": int((part["status"] == "invalid").sum()),
-        "n_failed": int((part["status"] == "failed").sum()),
-        "n_unscored": int(((part["status"] == "ok") & part[column].isna()).sum()),
+        "n_invalid": int((status == "invalid").sum()),
+        "n_failed": int((status == "failed").sum()),
+        "n_unscored": int(((status == "ok") & unknown).sum()),
     }
 
 

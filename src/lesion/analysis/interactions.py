@@ -197,8 +197,12 @@ def window_map(
     """
     if measure not in MEASURES.values():
         raise ValueError(f"unknown measure {measure!r}; allowed: {', '.join(MEASURES.values())}")
-    table = layer_estimates(frame, metric)
-    table = table[table["measure"] == measure]
+    return by_window(layer_estimates(frame, metric), measure, value)
+
+
+def by_window(estimates: pd.DataFrame, measure: str = "importance", value: str = "mean") -> pd.DataFrame:
+    """`window_map` of ready-made `layer_estimates`."""
+    table = estimates[estimates["measure"] == measure]
     windows = table[["window_start", "window_end"]].drop_duplicates().sort_values(["window_start", "window_end"])
     labels = [f"{start:g}-{end:g}" for start, end in windows.to_numpy()]
     keys = [name for name in table.columns[: table.columns.get_loc("measure")] if not name.startswith("window_")]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pandas as pd
 from PIL import Image
 
-from lesion.analysis.importance import layer_table
 from lesion.analysis.settings import rows, settings
-from lesion.report import html, pictures, tables
+from lesion.report import contents, crossing, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
+from lesion.report.findings import Findings, findings
 from lesion.report.pictures import Drawn
 from lesion.report.text import clean
-from lesion.report.words import ranking_lines, summary
+from lesion.report.words import comparison, ranking_lines, summary
 
 __all__ = ["ranking_lines", "write_report"]
+
+
+ALL = "lesion-report --all-grids draws all."
 
 
 def _link(path: Path, root: Path) -> str:
@@ -39,7 +42,7 @@ def _left_out(kind: str, drawn: Drawn) -> list[str]:
     if done == drawn.possible:
         return []
     return [
-        f"Only the first {done} of {drawn.possible} {kind} are drawn; lesion-report --all-grids draws all. "
+        f"Only the first {done} of {drawn.possible} {kind} are drawn; {ALL} "
         "The heat map, the images below and every number cover the whole study."
     ]
 
@@ -53,45 +56,80 @@ def _thumbnails(run_dir: Path, frame: pd.DataFrame) -> dict[str, str]:
     return pictures.thumbnails(run_dir, names[large])
 
 
-def write_report(run_dir: Path, frame: pd.DataFrame, *, all_grids: bool = False) -> list[Path]:
+def write_report(
+    run_dir: Path,
+    frame: pd.DataFrame,
+    floor: pd.DataFrame | None = None,
+    *,
+    all_grids: bool = False,
+    clustered: bool = False,
+    siunitx: bool = False,
+    notes: Sequence[str] = (),
+) -> list[Path]:
     """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
 
+    floor: similarities between baselines (`lesion.analysis.floor`); without it all that needs a noise floor is n/a.
     Every setting (model, replacement, window, branch, strength) has files of its own. A large study gets its first
-    comparison pictures only, and a line that says so, unless `all_grids`. Returns the paths, the page last.
+    comparison pictures only, and a line that says so, unless `all_grids`. clustered: heat maps with layers and prompts
+    in clusters too. siunitx: LaTeX tables with S columns. notes: lines for the top of the page. Returns the paths, the
+    page last.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    frame = frame.reset_index(drop=True)
+    known = findings(frame, floor)
+    chosen = settings(frame)
+    most, sheets = (
+        None if all_grids else max(1, n // max(1, len(chosen))) for n in (pictures.COMPARISONS, pictures.SHEETS)
+    )
     written: list[Path] = []
     sections = []
-    found = settings(frame)
-    most, sheets = (
-        None if all_grids else max(1, n // max(1, len(found))) for n in (pictures.COMPARISONS, pictures.SHEETS)
-    )
-    for setting in found:
+    for number, setting in enumerate(chosen):
         part = rows(frame, setting)
-        table = layer_table(part)
         comparisons = pictures.comparisons(run_dir, part, setting, most)
         layer_grids = pictures.layer_grids(run_dir, part, setting, sheets)
-        figures = pictures.draw_figures(run_dir, part, setting, table)
-        listed = tables.write_layers(run_dir / "tables", part, setting)
-        listed += tables.write_prompts(run_dir / "tables", part, setting)
-        written += [path for path, _ in (*comparisons.pictures, *layer_grids.pictures, *figures)] + listed
+        short = number >= illustrations.SETTINGS and not all_grids
+        drawn = illustrations.of_setting(run_dir / "figures", known, setting, clustered, short)
+        made = contents.of_setting(known, setting)
+        listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
+        written += [path for path, _ in (*comparisons.pictures, *layer_grids.pictures, *drawn)] + listed
+        first = made[:1] if made and made[0].stem.startswith("layers--") else []
         sections.append(
             html.Section(
                 clean(setting.label),
                 setting.slug,
-                summary(frame, setting),
-                table,
-                _shown(figures, run_dir),
+                summary(known, setting),
+                first[0] if first else None,
+                _shown(drawn, run_dir),
                 _shown(comparisons.pictures, run_dir),
-                [_link(path, run_dir) for path in [*listed, *(path for path, _ in figures)]],
+                [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]],
                 [
                     *_left_out("comparison pictures (one a prompt and seed)", comparisons),
                     *_left_out("pictures of layers by prompts", layer_grids),
+                    *([f"Only the first {illustrations.SETTINGS} settings have every figure; {ALL}"] if short else []),
                 ],
+                # The page has a heat map of its own for layers by prompts.
+                [table for table in made[len(first) :] if not table.stem.startswith("prompts--")],
             )
         )
-    written += tables.write_status(run_dir / "tables", frame)
+    over = _over_settings(run_dir, known, siunitx)
+    if over is not None:
+        sections.insert(0 if len(chosen) > 1 else len(sections), over)
+        written += [run_dir / unquote(path) for path in over.files]
+    written += tables.write(run_dir / "tables", contents.status(frame), siunitx)
     thumbs = _thumbnails(run_dir, frame)
     written += [run_dir / path for path in thumbs.values()]
-    return written + html.write(run_dir, frame, sections, page_data(frame, thumbs))
+    return written + html.write(run_dir, frame, sections, page_data(frame, thumbs, known.metric), known.metric, notes)
+
+
+def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Section | None:
+    """What is said of all settings together; None where there is nothing."""
+    made = crossing.over_settings(known)
+    drawn = illustrations.over_settings(run_dir / "figures", known)
+    sentences = comparison(known)
+    if not made and not drawn and not sentences:
+        return None
+    listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
+    files = [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]]
+    figures = _shown(drawn, run_dir)
+    return html.Section("Agreement and noise", "over-settings", sentences, None, figures, files=files, tables=[*made])

@@ -1,43 +1,69 @@
-"""Figures in one style, drawn without pyplot state: importance layer x prompt, importance and sufficiency a layer."""
+"""Pieces of every figure, and the two kinds each study has: heat maps, and importance and sufficiency by layer.
+
+Drawn without pyplot's state. `paper.mplstyle` beside this file has the style; colours are Okabe-Ito's and cividis, told
+apart by colour-blind readers; markers and line styles differ too, so that nothing is lost in grey.
+"""
 
 from __future__ import annotations
 
+import textwrap
 import warnings
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from lesion.report.text import clean, number
 
-STYLE: Any = {  # Any: the stubs ask for a literal type of all keys
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "0.88",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.dpi": 160,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,  # prompt ids and model names may hold dollar signs
-}
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#767676"  # Okabe-Ito: told apart by colour-blind readers and in grey
-CELLS = 20  # values are written into heat maps of at most this many rows and columns
+SINGLE, DOUBLE, TALL = 3.3, 6.9, 9.0  # inches: width of one column, of both, and the height of a page
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#767676"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
+MARKERS, DASHES = ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+VALUES = 15  # values are written into heat maps of at most this many columns
+NAMED = 60  # rows and columns beyond which not every name is written
+
+
+@lru_cache
+def _style() -> dict[str, Any]:
+    with as_file(files("lesion.report").joinpath("paper.mplstyle")) as path:
+        settings: Any = matplotlib.rc_params_from_file(path, use_default_template=False)
+        return dict(settings)
+
+
+def styled() -> AbstractContextManager[None]:
+    """Drawing inside has the style."""
+    style: Any = _style()  # Any: the stubs ask for a literal type of all keys
+    return matplotlib.rc_context(style)
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure in inches, no higher than a page."""
+    figure = Figure(figsize=(width, min(TALL, height)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """A title above everything, broken to the figure's width: matplotlib's own wrapping reads dollar signs as maths."""
+    room = int(figure.get_figwidth() * 16)  # characters
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, room)]
+    figure.suptitle("\n".join(lines[:4]), x=0.01, ha="left", fontsize=7.5)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.png and stem.pdf."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.pdf"]
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+    with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks is drawn as a box
         figure.savefig(paths[0])
         figure.set_layout_engine("none")  # keep the layout just found: finding it again takes most of the time
@@ -45,99 +71,111 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = True) -> Figure:
-    """Layers (rows, depth order) x prompts; missing cells are hatched. `meaning` labels the colour bar.
-
-    Colours start at 0 with `from_zero`, else at the smallest value.
+def clustered(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows and columns with similar values side by side (average linkage, optimal leaf order); missing cells count as
+    their row's mean. The same table where there are fewer than 3 rows and columns.
     """
-    values = table.to_numpy(dtype="float64")  # (layers, prompts)
-    n_layers, n_prompts = values.shape
+    values = table.to_numpy(dtype="float64")
+    held = np.isfinite(values)
+    sums, n = np.where(held, values, 0.0).sum(axis=1, keepdims=True), held.sum(axis=1, keepdims=True)
+    filled = np.where(held, values, sums / np.maximum(n, 1))
+    order = [
+        leaves_list(linkage(side, "average", optimal_ordering=True)) if len(side) > 2 else np.arange(len(side))
+        for side in (filled, filled.T)
+    ]
+    return table.iloc[order[0], order[1]]
+
+
+def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = True, columns: str = "prompt") -> Figure:
+    """Layers (rows) x prompts, aspects or windows; missing cells are hatched. `meaning` labels the colour bar.
+
+    Colours start at 0 with `from_zero`, else at the smallest value. columns: what they are, for the axis.
+    """
+    values = table.to_numpy(dtype="float64")  # (layers, columns)
+    n_layers, n_columns = values.shape
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     low = min(0.0, low) if from_zero else low
     high = max(high, low + 1e-3)  # a map of nothing but zeros stays dark instead of showing rounding errors
-    written = n_layers <= CELLS and n_prompts <= CELLS
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(
-            min(24.0, 3.6 + (0.62 if written else 0.3) * max(n_prompts, 4)), min(24.0, 1.9 + 0.29 * max(n_layers, 4))
-        )
+    written = n_columns <= VALUES and n_layers <= NAMED
+    with styled():
+        figure = blank(SINGLE if n_columns <= 3 else DOUBLE, 1.1 + 0.155 * max(n_layers, 4))
         axes = figure.add_subplot()
         axes.set_facecolor("white")
-        axes.patch.set(hatch="////", edgecolor="0.8")
-        image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
-        every = max(1, -(-n_prompts // 60))
-        axes.set_xticks(range(0, n_prompts, every), [clean(name, 28) for name in table.columns[::every]])
-        axes.tick_params(axis="x", rotation=40, length=0)
+        axes.patch.set(hatch="//////", edgecolor="0.6")
+        image = axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        every, skip = max(1, -(-n_columns // NAMED)), max(1, -(-n_layers // NAMED))
+        axes.set_xticks(range(0, n_columns, every), [clean(name, 28) for name in table.columns[::every]])
+        axes.tick_params(axis="x", rotation=40 if n_columns <= 30 else 90, length=0)
         for tick in axes.get_xticklabels():
-            tick.set(ha="right", rotation_mode="anchor")
-        skip = max(1, -(-n_layers // 72))
+            tick.set(ha="right", rotation_mode="anchor", va="center" if n_columns > 30 else "baseline")
         axes.set_yticks(range(0, n_layers, skip), [clean(name, 64) for name in table.index[::skip]])
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("prompt")
-        axes.set_title(title, wrap=True)
-        figure.colorbar(image, ax=axes, label=meaning, pad=0.02)
+        axes.set_xlabel(columns)
+        entitle(figure, title)
+        figure.colorbar(image, ax=axes, label=meaning, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
         if written:
             for (row, column), value in np.ndenumerate(values):
-                missing = not np.isfinite(value)
-                shade = 0.0 if missing else (value - low) / (high - low)
-                colour = "black" if missing or shade > 0.5 else "white"
+                shade = 1.0 if not np.isfinite(value) else (value - low) / (high - low)
                 text = number(float(value))
-                axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+                colour = "black" if shade > 0.5 else "white"
+                axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
     return figure
 
 
-def layer_figure(
-    table: pd.DataFrame, title: str, control: float = float("nan"), metric: str = "clip_similarity"
-) -> Figure:
-    """Importance and sufficiency a layer (`layer_table` of one setting) in depth order, sd across prompts as bars.
+def limits(table: pd.DataFrame, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """How far the interval reaches below and above the mean, 0 where there is none. (2, rows)"""
+    mean = table[name].to_numpy(float)
+    low, high = (table[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
+    reach: np.ndarray[Any, np.dtype[np.float64]] = np.nan_to_num(np.maximum(np.stack([mean - low, high - mean]), 0.0))
+    return reach
 
-    Layers without measurable effect are hollow and named; `control` (similarity with every layer lesioned) is dashed.
+
+def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = float("nan")) -> Figure:
+    """Importance and sufficiency by layer (`Findings.summary` of one setting) in depth order with 95 % intervals.
+
+    Layers without measurable effect are hollow and named. Dashed: all layers lesioned (`control`, a similarity);
+    dotted: what another seed changes.
     """
     panels = [
-        ("importance", f"importance: mean over prompts of 1 - {metric}\n(leave-one-out)", BLUE, "o", 1.0 - control),
-        ("sufficiency", f"sufficiency: mean over prompts of {metric}\n(only-one)", VERMILION, "s", control),
+        ("importance", f"importance: 1 - {metric}\n(leave-one-out)", BLUE, "o", 1.0 - control),
+        ("sufficiency", f"sufficiency: {metric}\n(only-one)", VERMILION, "s", control),
     ]
     panels = [panel for panel in panels if table[panel[0]].notna().any()] or panels[:1]
     depth = np.arange(len(table))
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(3.2 + 3.4 * len(panels), min(24.0, 2.1 + 0.27 * max(len(table), 4)))
+    floor = float(table["other_seeds"].mean()) if "other_seeds" in table else float("nan")
+    with styled():
+        figure = blank(SINGLE if len(panels) == 1 else DOUBLE, 1.2 + 0.16 * max(len(table), 4))
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, label, colour, marker, dashed) in zip(all_axes, panels, strict=True):
-            mean, spread = table[name].to_numpy(float), table[f"{name}_sd"].to_numpy(float)
-            drawn = np.isfinite(spread) & np.isfinite(mean)
-            axes.errorbar(
-                mean[drawn], depth[drawn], xerr=spread[drawn], fmt="none", ecolor=colour, elinewidth=1.2, capsize=2.5
-            )
+            mean, reach = table[name].to_numpy(float), limits(table, name)
             none = (table["effect"] == "none").to_numpy() & (name == "importance")
-            axes.plot(mean[~none], depth[~none], marker, color=colour, markersize=5.5, linestyle="none")
-            axes.plot(mean[none], depth[none], marker, markersize=5.5, linestyle="none", mfc="white", mec=GREY)
-            beside: dict[str, Any] = {"textcoords": "offset points", "color": GREY}
+            drawn = np.isfinite(mean) & (reach.sum(axis=0) > 0)
+            axes.errorbar(
+                mean[drawn], depth[drawn], xerr=reach[:, drawn], fmt="none", ecolor=colour, elinewidth=1, capsize=1.8
+            )
+            axes.plot(mean[~none], depth[~none], marker, color=colour, linestyle="none")
+            axes.plot(mean[none], depth[none], marker, linestyle="none", mfc="white", mec=GREY)
             for row in depth[none]:
-                axes.annotate("no effect", (mean[row], row), (7, 0), va="center", **beside)
-            if np.isfinite(dashed):
-                axes.axvline(dashed, color=GREY, linestyle="--", linewidth=1.0)
-                axes.annotate(
-                    "all layers lesioned",
-                    (dashed, 1.0),
-                    (0, 3),
-                    xycoords=("data", "axes fraction"),
-                    ha="right" if name == "importance" else "left",  # away from the other panel's label
-                    fontsize=7.5,
-                    **beside,
-                )
-            axes.grid(axis="both", linewidth=0.6)
-            note = "bars: ± 1 sd across prompts" if drawn.any() else "one prompt: no spread"
+                beside: dict[str, Any] = {"textcoords": "offset points", "color": GREY, "fontsize": 6}
+                axes.annotate("no effect", (mean[row], row), (5, 0), va="center", **beside)
+            _line(axes, dashed, "--", "all lesioned", 0)
+            _line(axes, 1.0 - floor if name == "importance" else floor, ":", "another seed", 1)
+            axes.grid(axis="both")
+            note = "bars: 95 % intervals" if drawn.any() else "no intervals: see the table"
             axes.set_xlabel(f"{label}\n{note}")
             axes.tick_params(axis="y", length=0)
         first = all_axes[0]
         first.set_yticks(depth, [clean(name, 64) for name in table["layer"]])
         first.set_ylim(len(table) - 0.4, -0.6)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, wrap=True)
+        entitle(figure, title)
     return figure
+
+
+def _line(axes: Axes, at: float, dash: str, text: str, row: int) -> None:
+    """A reference line with its name above the axes, in rows so that two names do not meet."""
+    if np.isfinite(at):
+        axes.axvline(at, color=GREY, linestyle=dash, linewidth=0.9)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(text, (at, 1.0), (0, 1 + 7 * row), ha="center", fontsize=5.5, color=GREY, **place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +16,14 @@ from markupsafe import Markup
 
 from lesion.analysis.importance import status_counts
 from lesion.report.data import as_json
-from lesion.report.tables import EFFECTS, HEADERS
+from lesion.report.tables import Table
 from lesion.report.text import clean, number
 
 SCRIPTS = ("data", "table", "filters", "compare", "heatmap", "gallery", "main")  # page/*.js, in this order
 DATA_FILE = "report_data.js"
 INLINE_ROWS = 2000  # more images than this go to DATA_FILE, so that the page itself opens at once
 PROMPTS = 200  # rows of the table of prompts
-NUMERIC = tuple(name for name in HEADERS if name not in ("layer", "effect"))
+ROWS = 200  # of a table shown on the page; longer ones are in the files
 
 
 @dataclass
@@ -38,35 +38,25 @@ class Picture:
 
 @dataclass
 class Section:
-    """What the page says about one setting."""
+    """What the page says about one setting, or of all together. table: of layers; tables: the others."""
 
     title: str
     anchor: str
     sentences: list[str]
-    table: pd.DataFrame
+    table: Table | None = None
     figures: list[Picture] = field(default_factory=list)
     comparisons: list[Picture] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # links to tables and figures
     notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
 
 def _asset(name: str) -> str:
     return files("lesion.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def _raw(value: object) -> str:
-    """A number as the table sorts it; "" for a missing one."""
-    return "" if value is None or value is pd.NA or value != value else str(value)
-
-
 def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _columns(numeric: tuple[str, ...]) -> list[dict[str, Any]]:
-    heads = [{"head": "depth", "text": False, "up": True}, {"head": "layer", "text": True, "up": True}]
-    heads += [{"head": HEADERS[name], "text": False, "up": name == "rank"} for name in numeric]
-    return [*heads, {"head": "effect", "text": True, "up": True}]
 
 
 def page(
@@ -74,6 +64,7 @@ def page(
     sections: list[Section],
     data: Mapping[str, Any] | None,
     metric: str = "clip_similarity",
+    notes: Sequence[str] = (),
 ) -> str:
     """The page's HTML; every text is escaped by the template. `data` is inlined; None: it stands in DATA_FILE.
 
@@ -86,7 +77,7 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, clean=clean, raw=_raw)
+    environment.filters.update(number=number, clean=clean)
     style = _asset("style.css")
     script = "\n".join(['(() => {"use strict";', *(_asset(f"{name}.js") for name in SCRIPTS), "})();"])
     beside = "" if data is not None else " 'self' file:"
@@ -95,17 +86,15 @@ def page(
         "base-uri 'none'; form-action 'none'"
     )
     firsts = frame.drop_duplicates("prompt_id")[["prompt_id", "prompt"]] if len(frame) else frame
-    unscored = any(section.table["n_unscored"].any() for section in sections if len(section.table))
-    numeric = tuple(name for name in NUMERIC if name != "n_unscored" or unscored)
     return environment.get_template("report.html.j2").render(
         sections=sections,
         statuses=status_counts(frame).to_dict("records"),
         prompts=firsts.head(PROMPTS).to_dict("records"),
         n_prompts=len(firsts),
         metric=metric,
-        effects=EFFECTS,
-        numeric=numeric,
-        columns=_columns(numeric),
+        most=ROWS,
+        opened=sum(section.table is not None for section in sections) <= 1,
+        notes=notes,
         policy=policy,
         style=Markup(style),
         script=Markup(script),
@@ -115,7 +104,12 @@ def page(
 
 
 def write(
-    folder: Path, frame: pd.DataFrame, sections: list[Section], data: Mapping[str, Any], metric: str = "clip_similarity"
+    folder: Path,
+    frame: pd.DataFrame,
+    sections: list[Section],
+    data: Mapping[str, Any],
+    metric: str = "clip_similarity",
+    notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write report.html, and DATA_FILE where there are many images. Returns the paths, the page last."""
     path, beside = folder / "report.html", folder / DATA_FILE
@@ -124,6 +118,6 @@ def write(
         beside.write_text(f"globalThis.LESION_REPORT = {as_json(data)};\n", encoding="ascii", newline="\n")
     else:
         beside.unlink(missing_ok=True)  # of an earlier, larger report
-    text = page(frame, sections, None if many else data, metric)
+    text = page(frame, sections, None if many else data, metric, notes)
     path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return [beside, path] if many else [path]

@@ -1,4 +1,4 @@
-"""Every picture of a report: comparison pictures, layers x prompts, figures, thumbnails, made in a few threads."""
+"""Every picture of a report: comparison pictures, layers x prompts, thumbnails, made in a few threads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import TypeVar
 import pandas as pd
 from PIL import Image
 
-from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, layer_by_prompt
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
 from lesion.analysis.settings import Setting, in_order, slug
-from lesion.report import figures, grids
+from lesion.report import grids
 from lesion.report.text import clean
 
 COMPARISONS, SHEETS = 64, 12  # pictures of each kind a report holds unless all are asked for
@@ -82,27 +82,6 @@ def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int |
         return run_dir / "grids" / name, f"Layers by prompts, {selection.replace('_', '-')}, seed {seed}"
 
     return Drawn(in_threads(draw, jobs[:most]), len(jobs))
-
-
-def draw_figures(run_dir: Path, part: pd.DataFrame, setting: Setting, table: pd.DataFrame) -> list[tuple[Path, str]]:
-    """Heat maps and the layer figure of one setting as .png and .pdf, each with a text alternative."""
-    written: list[tuple[Path, str]] = []
-    for selection, meaning in (
-        (LEAVE_ONE_OUT, "importance: 1 - clip_similarity (leave-one-out)"),
-        (ONLY_ONE, "sufficiency: clip_similarity (only-one)"),
-    ):
-        by_prompt = layer_by_prompt(part, selection=selection)
-        if by_prompt.size:
-            figure = figures.heat_map(by_prompt, meaning, setting.label, from_zero=selection == LEAVE_ONE_OUT)
-            text = f"Heat map of layers by prompts, {meaning}; the same numbers are in the tables"
-            stem = run_dir / "figures" / f"heatmap--{selection}--{setting.slug}"
-            written += [(path, text) for path in figures.save(figure, stem)]
-    if len(table):
-        blind = controls(part)["similarity"]
-        figure = figures.layer_figure(table, setting.label, float(blind.iloc[0]) if len(blind) else float("nan"))
-        text = "Importance and sufficiency by layer, in depth order; the same numbers are in the layer table"
-        written += [(path, text) for path in figures.save(figure, run_dir / "figures" / f"layers--{setting.slug}")]
-    return written
 
 
 def thumbnail_path(image: str) -> str:

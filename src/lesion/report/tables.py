@@ -1,142 +1,305 @@
-"""Tables as CSV (raw numbers), Markdown and LaTeX (booktabs; needs \\usepackage{booktabs} only)."""
+"""Tables of ready-made cells, written as CSV (raw numbers), Markdown and LaTeX, and shown on the page.
+
+LaTeX needs \\usepackage{array,booktabs}; long tables also longtable; with `siunitx` the package of that name.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, layer_table, status_counts
+from lesion.analysis.importance import NO_EFFECT
 from lesion.analysis.settings import Setting
 from lesion.report.text import clean, code, latex, markdown, number
 
-HEADERS = {
-    "rank": "rank",
-    "layer": "layer",
-    "importance": "importance",
-    "importance_sd": "sd",
-    "sufficiency": "sufficiency",
-    "sufficiency_sd": "sd",
-    "n_images": "images",
-    "n_invalid": "invalid",
-    "n_failed": "failed",
-    "n_unscored": "unscored",
-    "effect": "effect",
-}
-EFFECTS = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
-TEXTS = ("layer", "effect", "model", "selection", "replacement")  # left-aligned columns
-WIDE = 6  # prompt columns a LaTeX table holds
+WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
+HEAD = 40  # characters of a heading in LaTeX
+BROKEN = 45  # characters from which a cell is broken over lines
+LONG = 45  # rows from which a LaTeX table runs over pages
+LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
+ABOVE, BELOW = "*", "†"
 
 
-def caption(part: pd.DataFrame, setting: Setting, what: str, metric: str = "clip_similarity") -> str:
+@dataclass(frozen=True)
+class Cell:
+    """text: as read. interval: beside it, "" for none. value: what the page sorts by, "" for a missing one."""
+
+    text: str
+    interval: str = ""
+    marks: str = ""
+    bold: bool = False
+    code: bool = False
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a frame is shown.
+
+    kind: number | count | exact (a number as it was given) | p | text | code. low, high: columns of the interval.
+    marks: column of p-values that are shown as marks, daggers where the column `sign` is below 0. best: bold for the
+    largest value. spare: left out of LaTeX where it says the same in every row.
+    up: the page sorts it upwards first.
+    """
+
+    name: str
+    head: str
+    kind: str = "number"
+    low: str = ""
+    high: str = ""
+    marks: str = ""
+    sign: str = ""
+    best: bool = False
+    spare: bool = False
+    up: bool = False
+
+    @property
+    def left(self) -> bool:
+        """Whether the column is text, aligned left and sorted as such."""
+        return self.kind in ("text", "code")
+
+    def cells(self, table: pd.DataFrame) -> list[Cell]:
+        """One a row."""
+        values = table[self.name].tolist() if self.name in table else [float("nan")] * len(table)
+        top = max((value for value in values if self.best and not missing(value)), default=None)
+        beside = [name for name in (self.low, self.high, self.marks, self.sign) if name and name in table]
+        records = table[beside].to_dict("records") if beside else [{}] * len(table)
+        return [self._cell(value, record, top) for value, record in zip(values, records, strict=True)]
+
+    def _cell(self, value: Any, record: Mapping[Any, Any], top: Any) -> Cell:
+        if self.left:
+            value = "" if missing(value) else value
+            return Cell(clean(value), code=self.kind == "code", value=clean(value))
+        if missing(value):
+            return Cell("n/a")
+        if self.kind == "p":
+            return Cell("< 0.001" if value < 0.001 else _number(value), value=str(value))
+        if self.kind == "exact":
+            return Cell(f"{value:g}", value=str(value))
+        text = str(int(value)) if self.kind == "count" else _number(value)
+        limits: list[Any] = [record.get(name) for name in (self.low, self.high) if name]
+        interval = ""
+        if limits:
+            shown = [str(int(x)) if self.kind == "count" else _number(x) for x in limits if not missing(x)]
+            interval = f"[{', '.join(shown)}]" if len(shown) == 2 else "[n/a]"
+        p = record.get(self.marks) if self.marks else None
+        marks = 0 if p is None or missing(p) else next((n for level, n in LEVELS if p <= level), 0)
+        stars = marks * (BELOW if self.sign and record.get(self.sign, 0) < 0 else ABOVE)
+        best = top is not None and text == (str(int(top)) if self.kind == "count" else _number(top))
+        return Cell(text, interval, stars, best, value=str(value))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `raw` becomes the CSV as it is; columns and cells are what people read.
+
+    stem: of the file names. lead: columns repeated where LaTeX has to split a wide table. title: short, for the page.
+    count: heading of the page's column of row numbers.
+    """
+
+    stem: str
+    caption: str
+    columns: list[Column]
+    raw: pd.DataFrame
+    cells: list[list[Cell]] = field(default_factory=list)  # rows
+    lead: int = 1
+    title: str = ""
+    count: str = "row"
+
+    @classmethod
+    def of(
+        cls,
+        stem: str,
+        title: str,
+        caption: str,
+        columns: Sequence[Column],
+        shown: pd.DataFrame,
+        raw: pd.DataFrame | None = None,
+        lead: int = 1,
+        count: str = "row",
+    ) -> Table:
+        """With the columns' cells of the frame `shown`; raw: what the CSV holds where it is another."""
+        made = [column.cells(shown) for column in columns]
+        cells = [list(row) for row in zip(*made, strict=True)]
+        return cls(stem, caption, list(columns), shown if raw is None else raw, cells, lead, title, count)
+
+    def without_spare(self) -> Table:
+        """Without spare columns that say the same everywhere."""
+        keep = [
+            place
+            for place, column in enumerate(self.columns)
+            if not column.spare or len({(row[place].text, row[place].interval) for row in self.cells}) > 1
+        ]
+        return replace(
+            self,
+            columns=[self.columns[place] for place in keep],
+            cells=[[row[place] for place in keep] for row in self.cells],
+        )
+
+
+def _number(value: Any) -> str:
+    """Three digits, four where an effect beyond rounding (1e-4) would read as 0."""
+    return number(float(value), 4 if NO_EFFECT <= abs(value) < 5e-4 else 3)
+
+
+def missing(value: Any) -> bool:
+    """None, NaN and NA."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def caption(part: pd.DataFrame, setting: Setting, what: str, metric: str) -> str:
     """Plain text: what is shown, metric, setting, how many prompts and seeds have a valid lesioned image."""
+    return f"{what} Model {clean(setting.label)}; metric {metric}; {sizes(part)}."
+
+
+def sizes(part: pd.DataFrame) -> str:
+    """How many prompts and seeds have a valid lesioned image."""
     valid = part[(part["status"] == "ok") & (part["selection"] != "none")]
     prompts, seeds = valid["prompt_id"].nunique(), valid["seed"].nunique()
-    return (
-        f"{what} Model {clean(setting.label)}; metric {metric}; "
-        f"n = {prompts} {'prompt' if prompts == 1 else 'prompts'}, {seeds} {'seed' if seeds == 1 else 'seeds'}."
-    )
+    return f"n = {prompts} {'prompt' if prompts == 1 else 'prompts'}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
 
-def to_markdown(table: pd.DataFrame, caption: str = "") -> str:
-    """A pipe table of ready-made cells, numbers and labels aligned by the reader's renderer."""
-    lines = ["| " + " | ".join(markdown(name) for name in table.columns) + " |"]
-    lines.append("|" + "|".join(" --- " for _ in table.columns) + "|")
-    lines += ["| " + " | ".join(map(str, record)) + " |" for record in table.itertuples(index=False)]
-    return (markdown(caption, 2000) + "\n\n" if caption else "") + "\n".join(lines) + "\n"
+def to_markdown(table: Table) -> str:
+    """A pipe table below its caption."""
+    lines = ["| " + " | ".join(markdown(column.head) for column in table.columns) + " |"]
+    lines.append("|" + "|".join(" --- " if column.left else " ---: " for column in table.columns) + "|")
+    lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.cells]
+    return markdown(table.caption, 2000) + "\n\n" + "\n".join(lines) + "\n"
 
 
-def to_latex(table: pd.DataFrame, caption: str, label: str) -> str:
-    """A table environment of cells that are LaTeX already; headers and caption are escaped here."""
-    plain = table.copy()
-    plain.columns = pd.RangeIndex(table.shape[1])  # Styler refuses repeated column names
-    heads: dict[object, str] = dict(enumerate(table.columns))
-    styler = plain.style.hide(axis="index").format_index(lambda index: latex(heads[index]), axis=1)
-    return styler.to_latex(
-        hrules=True,
-        column_format="".join("l" if name in TEXTS else "r" for name in table.columns),
-        caption=latex(caption, 2000),
-        label=label,
-        position="tbp",
-        position_float="centering",
-    )
+def _markdown_cell(cell: Cell) -> str:
+    if cell.code:
+        return code(cell.text)
+    text = markdown(cell.text)
+    text = f"**{text}**" if cell.bold else text
+    return text + markdown(cell.marks) + (f" {markdown(cell.interval)}" if cell.interval else "")
 
 
-def _layer_cells(table: pd.DataFrame, as_latex: bool) -> pd.DataFrame:
-    """The layer table as text cells; the `unscored` column only where there is something to count."""
-    shown = {name: head for name, head in HEADERS.items() if name != "n_unscored" or table["n_unscored"].any()}
-    cells = table[list(shown)].astype(object).map(number)
-    cells["layer"] = [rf"\texttt{{{latex(name)}}}" if as_latex else code(name) for name in table["layer"]]
-    cells["effect"] = table["effect"].map(EFFECTS)
-    return cells.set_axis(list(shown.values()), axis=1)
+def to_latex(table: Table, siunitx: bool = False) -> str:
+    """Table environments (longtable for many rows); everything is escaped. Too wide ones are split over several."""
+    slim = table.without_spare()
+    parts = _split(slim, siunitx)
+    out = []
+    for index, part in enumerate(parts, 1):
+        words, label = slim.caption, f"tab:{slim.stem}"
+        if len(parts) > 1:
+            words, label = f"{words} Part {index} of {len(parts)}.", f"{label}--{index}"
+        out.append(_environment(part, latex(words, 2000), label, siunitx))
+    return "\n".join(out)
 
 
-def _prompt_cells(table: pd.DataFrame, as_latex: bool) -> pd.DataFrame:
-    cells = table.astype(object).map(number)
-    names = [rf"\texttt{{{latex(name)}}}" if as_latex else code(name) for name in table.index]
-    cells.insert(0, "layer", names, allow_duplicates=True)
-    return cells.reset_index(drop=True)
-
-
-def _save(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n", errors="replace")
-    return path
-
-
-def write_layers(folder: Path, part: pd.DataFrame, setting: Setting, metric: str = "clip_similarity") -> list[Path]:
-    """The layer table of one setting (`part` holds its rows): layers--<setting>.csv, .md, .tex."""
-    table = layer_table(part, metric)
-    if table.empty:
-        return []
-    what = (
-        "Importance (leave-one-out) and sufficiency (only-one) of each layer, in depth order; means over seeds, then "
-        "prompts; sd across prompts; invalid and failed images are left out of the means."
-    )
-    words = caption(part, setting, what, metric)
-    stem = f"layers--{setting.slug}"
-    return [
-        _save(folder / f"{stem}.csv", table.to_csv(index=False, lineterminator="\n")),
-        _save(folder / f"{stem}.md", to_markdown(_layer_cells(table, False), words)),
-        _save(folder / f"{stem}.tex", to_latex(_layer_cells(table, True), words, f"tab:{stem}")),
+def _split(table: Table, siunitx: bool) -> list[Table]:
+    widths = [
+        max([_width(column, siunitx), *(_cell_width(row[place], siunitx) for row in table.cells)]) + 2
+        for place, column in enumerate(table.columns)
     ]
+    room = WIDE - sum(widths[: table.lead])
+    groups: list[list[int]] = [[]]
+    for place in range(table.lead, len(widths)):
+        if groups[-1] and sum(widths[one] for one in groups[-1]) + widths[place] > room:
+            groups.append([])
+        groups[-1].append(place)
+    found = []
+    for group in groups:
+        places = [*range(table.lead), *group]
+        cells = [[row[place] for place in places] for row in table.cells]
+        found.append(replace(table, columns=[table.columns[place] for place in places], cells=cells))
+    return found
 
 
-def write_prompts(folder: Path, part: pd.DataFrame, setting: Setting, metric: str = "clip_similarity") -> list[Path]:
-    """Layer x prompt tables of one setting, one a selection; LaTeX splits many prompts over several tables."""
-    written = []
-    for selection, what in ((LEAVE_ONE_OUT, "Importance (leave-one-out)"), (ONLY_ONE, "Sufficiency (only-one)")):
-        table = layer_by_prompt(part, metric, selection)
-        if table.empty:
-            continue
-        words = caption(part, setting, f"{what} of each layer for each prompt, mean over seeds.", metric)
-        stem = f"prompts--{selection}--{setting.slug}"
-        parts = [table.iloc[:, start : start + WIDE] for start in range(0, table.shape[1], WIDE)]
-        tex = "\n".join(
-            to_latex(
-                _prompt_cells(piece, True),
-                words if len(parts) == 1 else f"{words} Part {index} of {len(parts)}.",
-                f"tab:{stem}" if len(parts) == 1 else f"tab:{stem}--{index}",
+def _width(column: Column, siunitx: bool) -> float:
+    """Of a heading, in characters of a table."""
+    return max(min(len(column.head), HEAD) * 0.85, 6 if siunitx and not column.left else 3)
+
+
+def _cell_width(cell: Cell, siunitx: bool) -> float:
+    """Typewriter is wider than text, an interval smaller; with siunitx it is a column of its own."""
+    text = min(len(cell.text), BROKEN) * (1.1 if cell.code else 1.0)
+    return text + 0.85 * len(cell.interval) + len(cell.marks) + (4 if siunitx and cell.interval else 0)
+
+
+def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
+    heads, layout = [], ""
+    for place, column in enumerate(table.columns):
+        between = any(row[place].interval for row in table.cells)
+        if siunitx and not column.left:
+            heads += [f"{{{latex(column.head, HEAD)}}}", *([r"{95\,\%}"] if between else [])]
+            layout += f"S[table-format={_format([row[place].text for row in table.cells])}]" + ("l" if between else "")
+        else:
+            heads.append(latex(column.head, HEAD))
+            broken = any(len(row[place].text) > BROKEN for row in table.cells)
+            layout += r">{\raggedright\arraybackslash}p{0.42\textwidth}" if broken else "l" if column.left else "r"
+    body = [
+        " & ".join(
+            piece
+            for place, cell in enumerate(row)
+            for piece in _latex_cell(
+                cell,
+                siunitx and not table.columns[place].left,
+                any(other[place].interval for other in table.cells),
             )
-            for index, piece in enumerate(parts, 1)
         )
-        written += [
-            _save(folder / f"{stem}.csv", table.to_csv(lineterminator="\n")),
-            _save(folder / f"{stem}.md", to_markdown(_prompt_cells(table, False), words)),
-            _save(folder / f"{stem}.tex", tex),
-        ]
-    return written
-
-
-def write_status(folder: Path, frame: pd.DataFrame) -> list[Path]:
-    """How many images are ok, invalid, failed, a model, selection and replacement: status.csv, .md, .tex."""
-    table = status_counts(frame)
-    words = "Images by status; invalid and failed images are left out of every mean."
-    plain, tex = table.astype(object), table.astype(object)
-    for name in TEXTS[2:]:
-        plain[name], tex[name] = table[name].map(markdown), table[name].map(latex)
-    return [
-        _save(folder / "status.csv", table.to_csv(index=False, lineterminator="\n")),
-        _save(folder / "status.md", to_markdown(plain, words)),
-        _save(folder / "status.tex", to_latex(tex, words, "tab:status")),
+        + r" \\"
+        for row in table.cells
     ]
+    top = [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
+    named = rf"\caption{{{words}}}\label{{{label}}}"
+    if len(body) > LONG:
+        lines = [r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}"]
+        lines += [named + r"\\", *top, r"\endfirsthead", *top, r"\endhead", r"\bottomrule", r"\endlastfoot", *body]
+        lines += [r"\end{longtable}", r"\endgroup"]
+    else:
+        lines = [
+            r"\begin{table}[tbp]",
+            r"\centering",
+            named + r"\par\smallskip",
+            r"\footnotesize\setlength{\tabcolsep}{3pt}",
+        ]
+        lines += [rf"\begin{{tabular}}{{{layout}}}", *top, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cell(cell: Cell, aligned: bool, between: bool) -> list[str]:
+    """One piece, or number and interval in columns of their own where numbers are `aligned` at the decimal sign."""
+    text = _minus(latex(cell.text))
+    stars = rf"\textsuperscript{{{cell.marks.replace(BELOW, chr(92) + 'textdagger{}')}}}" if cell.marks else ""
+    interval = rf"{{\scriptsize {_minus(latex(cell.interval))}}}" if cell.interval else ""
+    if aligned:
+        plain = cell.text.lstrip("-").replace(".", "", 1).isdigit() and not cell.bold
+        shown = cell.text if plain else rf"{{\bfseries {text}}}" if cell.bold else f"{{{text}}}"
+        return [shown + (stars if not between else ""), *([stars + interval] if between else [])]
+    text = rf"\texttt{{{text}}}" if cell.code else rf"\textbf{{{text}}}" if cell.bold else text
+    return [text + stars + (f" {interval}" if interval else "")]
+
+
+def _minus(text: str) -> str:
+    """Numbers with a real minus sign."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", r"\\textminus{}", text)
+
+
+def _format(texts: Sequence[str]) -> str:
+    """Of an S column: digits before and after the decimal sign."""
+    numbers = [text for text in texts if text.lstrip("-").replace(".", "", 1).isdigit()]
+    before = max((len(text.lstrip("-").split(".")[0]) for text in numbers), default=1)
+    after = max((len(text.partition(".")[2]) for text in numbers), default=0)
+    sign = "-" if any(text.startswith("-") for text in numbers) else ""
+    return f"{sign}{before}.{after}"
+
+
+def write(folder: Path, table: Table, siunitx: bool = False) -> list[Path]:
+    """stem.csv, .md and .tex."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "csv": table.raw.to_csv(index=False, lineterminator="\n"),
+        "md": to_markdown(table),
+        "tex": to_latex(table, siunitx),
+    }
+    for ending, text in texts.items():
+        (folder / f"{table.stem}.{ending}").write_text(text, encoding="utf-8", newline="\n", errors="replace")
+    return [folder / f"{table.stem}.{ending}" for ending in texts]

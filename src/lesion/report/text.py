@@ -11,8 +11,12 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+_KNOWN = frozenset("–—‘’“”…†‡•€")  # beyond Latin letters, what pdflatex can set without further packages
 _REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would also turn what follows
 
 
@@ -32,8 +36,11 @@ def _dropped(character: str) -> bool:
 
 
 def latex(text: object, limit: int = 400) -> str:
-    """Escaped for LaTeX text mode, on one line (an empty line would end the paragraph inside a table cell)."""
-    return "".join(_LATEX.get(character, character) for character in clean(text, limit))
+    """Escaped for LaTeX text mode, on one line (an empty line would end the paragraph inside a table cell).
+
+    A character that plain pdflatex cannot set, and would stop at, becomes a question mark.
+    """
+    return "".join(_LATEX.get(c, c if ord(c) < 0x180 or c in _KNOWN else "?") for c in clean(text, limit))
 
 
 def markdown(text: object, limit: int = 400) -> str:

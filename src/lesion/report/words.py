@@ -7,10 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from lesion.analysis.importance import NO_EFFECT, controls, layer_table
+from lesion.analysis.importance import NO_EFFECT, layer_table
 from lesion.analysis.settings import Setting, rows, settings
+from lesion.report.contents import area_words, interaction_words
+from lesion.report.findings import NO_FLOOR, Findings, certain
+from lesion.report.tables import missing
 from lesion.report.text import clean, number
 
+MOST = 6  # layers a sentence names
 HEADER = ("rank", "layer", "importance (leave-one-out)", "sufficiency (only-one)", "images", "")
 
 
@@ -19,7 +23,7 @@ def _images(record: dict[Hashable, Any]) -> str:
     return str(record["n_images"]) + (f" (+ {', '.join(left_out)})" if left_out else "")
 
 
-def ranking_lines(frame: pd.DataFrame, metric: str = "clip_similarity") -> list[str]:
+def ranking_lines(frame: pd.DataFrame, metric: str | None = None) -> list[str]:
     """A plain text table a setting, most important layer first (depth order without leave-one-out), no colours."""
     lines: list[str] = []
     for setting in settings(frame):
@@ -43,7 +47,9 @@ def ranking_lines(frame: pd.DataFrame, metric: str = "clip_similarity") -> list[
     return lines
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str], most: int | None = None) -> str:
+    if most is not None and len(names) > most + 1:
+        names = [*names[:most], f"{len(names) - most} others"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -51,10 +57,18 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def summary(frame: pd.DataFrame, setting: Setting, metric: str = "clip_similarity") -> list[str]:
+def _with_interval(record: Any, name: str) -> str:
+    mean, low, high = (getattr(record, f"{name}{end}") for end in ("", "_low", "_high"))
+    return number(float(mean)) + ("" if missing(low) else f", 95 % {number(float(low))} to {number(float(high))}")
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {number(float(value))}"
+
+
+def summary(found: Findings, setting: Setting) -> list[str]:
     """Sentences computed from one setting's results (plain text, not escaped)."""
-    part = rows(frame, setting)
-    table = layer_table(part, metric)
+    part, table = found.rows(setting), found.summary(setting)
     counts = part["status"].value_counts()
     bad = [f"{counts[name]} {name}" for name in ("invalid", "failed") if counts.get(name, 0)]
     sentences = [
@@ -62,24 +76,204 @@ def summary(frame: pd.DataFrame, setting: Setting, metric: str = "clip_similarit
         f"{_count(part['seed'].nunique(), 'seed')}, {_count(len(table), 'layer')} lesioned; "
         + (f"{_listed(bad)}, left out of every mean." if bad else "none invalid or failed.")
     ]
-    ranked = table[table["importance"].notna()].sort_values("rank", kind="stable")
+    if len(table):
+        sentences += [*_importance(found, table), *_noise(found, table), *_sufficiency(found, setting, table)]
+    control = found.control(setting)
+    if not missing(control):
+        blind = part[(part["selection"] == "all") & (part["status"] == "ok")]
+        sentences.append(f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')}).")
+    sentences += [*_prompts(found, setting), *_aspects(found, setting), *_together(found, setting)]
+    return sentences + _unsaid(table)
+
+
+def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
+    """Which layers matter, and whether the first place is sure."""
+    out = []
+    ranked = table[table["importance"].notna()].sort_values("importance", ascending=False, kind="stable")
     effective = ranked[ranked["effect"] == "yes"]
     if len(effective):
-        top = [f"{clean(one.layer)} ({one.importance:.3f})" for one in effective.head(3).itertuples()]
-        sentences.append(f"Most important by leave-one-out (1 - {metric} to the baseline): {_listed(top)}.")
+        top = [f"{clean(one.layer)} ({_with_interval(one, 'importance')})" for one in effective.head(3).itertuples()]
+        out.append(f"Most important by leave-one-out (1 - {found.metric} to the baseline): {_listed(top)}.")
+        first = clean(effective["layer"].iloc[0])
+        maybe = [clean(name) for name in ranked.loc[ranked["rank_low"].eq(1).fillna(False), "layer"]]
+        others = [name for name in maybe if name != first]
+        if others:
+            out.append(
+                f"Who comes first is not settled: the rank intervals of {_listed([first, *others], MOST)} include 1."
+            )
+        elif maybe:
+            out.append(f"{first} is first also by its rank interval (1 to {effective['rank_high'].iloc[0]}).")
+        unsure = effective[effective["importance_low"].notna() & (effective["importance_low"] <= 0)]
+        if len(unsure):
+            names = _listed([clean(name) for name in unsure["layer"]], MOST)
+            out.append(f"The interval of importance includes 0 for {names}.")
     none = [clean(name) for name in table.loc[table["effect"] == "none", "layer"]]
     if none:
         verb = "has" if len(none) == 1 else "have"
-        sentences.append(f"{_listed(none)} {verb} no measurable effect (every similarity within {NO_EFFECT:g} of 1).")
+        out.append(f"{_listed(none)} {verb} no measurable effect (every similarity within {NO_EFFECT:g} of 1).")
+    return out
+
+
+def _noise(found: Findings, table: pd.DataFrame) -> list[str]:
+    """The effects beside those of another seed and another prompt."""
+    tried = table[table["importance"].notna()]
+    if tried.empty:
+        return []
+    seeds, prompts = (float(table[name].mean()) for name in ("other_seeds", "other_prompts"))
+    if missing(seeds) and missing(prompts):
+        why = NO_FLOOR if found.pairs.empty else "the baselines of this setting were not compared"
+        return [f"How this compares with noise cannot be said: {why}."]
+    parts = [("seed", seeds), ("prompt", prompts)]
+    known = [f"another {what} changes an image by {1 - value:.3f}" for what, value in parts if not missing(value)]
+    unknown = [f"of another {what}" for what, value in parts if missing(value)]
+    out = [f"Noise floor: {_listed(known)}" + (f"; {unknown[0]} n/a." if unknown else ".")]
+    tested = tried[tried["p_floor"].notna()]
+    if len(tested):
+        sure = tested["p_floor"].map(certain)
+        groups = [
+            ("change the image more", tested[sure & (tested["beyond_floor"] > 0)]),
+            ("change it less", tested[sure & (tested["beyond_floor"] < 0)]),
+            ("cannot be told apart from it", tested[~sure]),
+        ]
+        said = []
+        for verb, group in groups:
+            if len(group):
+                layers = group.sort_values("importance", ascending=False)["layer"]
+                said.append(f"{_count(len(group), 'layer')} {verb} ({_listed([clean(name) for name in layers], MOST)})")
+        said = [text.replace("1 layer change ", "1 layer changes ", 1) for text in said]
+        out.append(f"Against another seed (paired t tests over prompts, Holm-corrected, 5 %): {'; '.join(said)}.")
+    elif not missing(seeds):
+        out.append("Whether layers differ from another seed could not be tested: it takes two prompts that differ.")
+    return out
+
+
+def _sufficiency(found: Findings, setting: Setting, table: pd.DataFrame) -> list[str]:
     alone = table[table["sufficiency"].notna()].sort_values("sufficiency", ascending=False, kind="stable")
-    if len(alone):
-        best = alone.iloc[0]
-        sentences.append(
-            f"Alone, {clean(best['layer'])} keeps the image closest to the baseline "
-            f"(sufficiency {best['sufficiency']:.3f})."
+    if alone.empty:
+        return []
+    best = next(iter(alone.itertuples()))
+    out = [
+        f"Alone, {clean(best.layer)} keeps the image closest to the baseline "
+        f"(sufficiency {_with_interval(best, 'sufficiency')})."
+    ]
+    agreed = found.of("agreement", setting)
+    agreed = agreed[agreed["between"] == "measure"] if len(agreed) else agreed
+    return out + [
+        f"Importance and sufficiency order the layers with {_correlation(one)}." for one in agreed.to_dict("records")
+    ]
+
+
+def _correlation(one: dict[Hashable, Any]) -> str:
+    if missing(one["spearman"]):
+        return "no rank correlation (n/a: fewer than three layers, or ties)"
+    limits = (
+        "no interval"
+        if missing(one["spearman_low"])
+        else f"95 % {number(float(one['spearman_low']), 2)} to {number(float(one['spearman_high']), 2)}"
+    )
+    return (
+        f"Spearman {number(float(one['spearman']), 2)} ({limits}) and Kendall {number(float(one['kendall']), 2)} "
+        f"over {one['n_layers']} layers"
+    )
+
+
+def _prompts(found: Findings, setting: Setting) -> list[str]:
+    """Do prompts agree, and does the top survive resampling?"""
+    out = []
+    agreed = found.of("concordance", setting)
+    for one in agreed.to_dict("records"):
+        if not missing(one["W"]):
+            out.append(
+                f"Prompts agree on the order by {one['measure']} with Kendall's W = {number(float(one['W']), 2)} "
+                f"({_p(one['p'])}, {one['n_prompts']} prompts)."
+            )
+    for one in found.of("stability", setting).to_dict("records"):
+        if one["k"] > 1 and not missing(one["overlap"]):
+            out.append(
+                f"Of the {one['k']} most important layers {100 * one['overlap']:.0f} % stay among them when prompts "
+                f"and seeds are resampled; all of them do in {100 * one['same']:.0f} % of resamples."
+            )
+    return out
+
+
+def _aspects(found: Findings, setting: Setting) -> list[str]:
+    test, table = found.of("interaction", setting), found.of("aspects", setting)
+    if test.empty:
+        return []
+    p = test["p"].iloc[0]
+    if missing(p):
+        out = [f"Whether layers matter differently for different aspects cannot be said: {test['method'].iloc[0]}."]
+    else:
+        verb = "matter" if certain(float(p)) else "cannot be shown to matter"
+        out = [f"Layers {verb} differently for different aspects. {interaction_words(found, setting)}"]
+    table = table[(table["measure"] == "importance") & table["mean"].notna()]
+    if len(table):
+        best = table.loc[table.groupby("aspect", sort=False)["mean"].idxmax()]
+        named = [
+            f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['mean']))})"
+            for one in best.to_dict("records")
+        ]
+        out.append(f"The most important layer by aspect: {_listed(named, 12)}.")
+    return out
+
+
+def _together(found: Findings, setting: Setting) -> list[str]:
+    """Lesions of several layers."""
+    out = []
+    pairs = found.of("interactions", setting)
+    pairs = pairs[pairs["interaction"].notna()] if len(pairs) else pairs
+    if len(pairs):
+        apart = pairs[(pairs["low"] > 0) | (pairs["high"] < 0)]
+        largest = pairs.iloc[int(pairs["interaction"].abs().to_numpy().argmax())]
+        out.append(
+            f"Of {_count(len(pairs), 'pair')} of layers {len(apart)} have an interaction whose 95 % interval excludes "
+            f"0; the largest is {number(float(largest['interaction']))} for {clean(largest['layer_a'])} and "
+            f"{clean(largest['layer_b'])}."
         )
-    blind = controls(part, metric)
-    if len(blind) and blind["n_images"].iloc[0]:
-        value, images = blind["similarity"].iloc[0], int(blind["n_images"].iloc[0])
-        sentences.append(f"With every layer lesioned the similarity is {value:.3f} ({_count(images, 'image')}).")
-    return sentences
+    areas = area_words(found, setting)
+    if areas:
+        out.append(f"Layers lesioned one after the other. {areas}")
+    shapley = found.of("shapley", setting)
+    if len(shapley) and shapley["shapley"].notna().any():
+        top = shapley.sort_values("shapley", ascending=False).iloc[0]
+        error = "n/a" if missing(top["se"]) else number(float(top["se"]))
+        out.append(
+            f"Largest Shapley value: {clean(top['layer'])} {number(float(top['shapley']))} (standard error {error}, "
+            f"{top['n_orders']} orders)."
+        )
+    return out
+
+
+def _unsaid(table: pd.DataFrame) -> list[str]:
+    """Intervals there are none of, and why."""
+    out = []
+    for measure in ("importance", "sufficiency"):
+        methods = table[f"{measure}_method"].astype(str) if len(table) else pd.Series(dtype=str)
+        reasons = methods[methods.str.startswith("n/a") & table[measure].notna()] if len(table) else methods
+        found = reasons.str.removeprefix("n/a (").str.removesuffix(")").value_counts(sort=False)
+        if len(found):
+            why = [f"{_count(int(n), 'layer')}: {reason}" for reason, n in found.items()]
+            out.append(f"No interval of {measure} for {'; '.join(why)}.")
+    return out
+
+
+def comparison(found: Findings) -> list[str]:
+    """Sentences on settings compared with each other, and on what the analysis refused."""
+    out = []
+    table = found.agreement
+    table = table[table["between"] != "measure"] if len(table) else table
+    for one in table.head(12).to_dict("records"):
+        what = f"{one['between']}s {clean(one['a'])} and {clean(one['b'])}"
+        model = f" of {clean(one['model'])}" if one["between"] != "model" and "model" in one else ""
+        out.append(f"By {one['measure']}, {what}{model} order the layers with {_correlation(one)}.")
+    if len(table) > 12:
+        out.append(f"{len(table) - 12} more comparisons are in the table.")
+    for one in found.floors.to_dict("records"):
+        what = str(one["floor"]).replace("_", " ")
+        if not missing(one["mean"]):
+            limits = "no interval" if missing(one["low"]) else f"95 % {number(one['low'])} to {number(one['high'])}"
+            out.append(
+                f"Baselines of {what} are similar by {number(one['mean'])} ({limits}; {_count(one['n_pairs'], 'pair')}"
+                f"{', ' + clean(one['model']) if found.floors['model'].nunique() > 1 else ''})."
+            )
+    return out + [f"Could not be worked out: {clean(text)}." for text in found.troubles]

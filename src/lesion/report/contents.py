@@ -1,0 +1,251 @@
+"""The tables of one setting: which there are, their columns and captions. `crossing` has those over settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from lesion.analysis.aspects import aspect_table
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
+from lesion.analysis.settings import Setting
+from lesion.report.findings import NO_FLOOR, Findings
+from lesion.report.tables import Cell, Column, Table, caption, missing
+from lesion.report.text import clean, number
+
+STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001"
+NO_EFFECT_TEXT = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
+COUNTS = [
+    Column("n_images", "images", "count"),
+    Column("n_invalid", "invalid", "count", spare=True),
+    Column("n_failed", "failed", "count", spare=True),
+    Column("n_unscored", "unscored", "count", spare=True),
+]
+
+
+def missing_intervals(table: pd.DataFrame, columns: Iterable[str]) -> str:
+    """A sentence on the limits that there are none of, by reason; "" if all are there."""
+    reasons = pd.concat([table[name] for name in columns if name in table] or [pd.Series(dtype=object)])
+    reasons = reasons[reasons.astype(str).str.startswith("n/a")].astype(str)
+    found = reasons.str.removeprefix("n/a (").str.removesuffix(")").value_counts(sort=False)
+    return f" n/a: {', '.join(found.index)}." if len(found) else ""
+
+
+def layers(found: Findings, setting: Setting) -> Table | None:
+    """All that is said of each layer."""
+    table = found.summary(setting)
+    if table.empty:
+        return None
+    has_floor = table["other_seeds"].notna().any()
+    table["effect_text"] = table["effect"].map(NO_EFFECT_TEXT)
+    words = (
+        "Importance (1 - similarity, leave-one-out) and sufficiency (similarity, only-one) of each layer, in depth "
+        "order: means over seeds, then prompts, with 95 % intervals (hierarchical bootstrap); ranks with simultaneous "
+        "95 % intervals. "
+    )
+    if has_floor:
+        words += (
+            f"Normalised: importance as a share of what another seed changes (similarity {_mean(table, 'other_seeds')})"
+            f" or another prompt ({_mean(table, 'other_prompts')}). p: paired t test of importance against that of "
+            f"another seed, Holm-corrected over layers; * above, † below it with p < 0.05, two 0.01, three 0.001. "
+        )
+    else:
+        words += f"Normalised importance and p are n/a: {NO_FLOOR}. "
+    words += "Bold: largest."
+    words += missing_intervals(table, [str(name) for name in table if str(name).endswith("method")])
+    columns = [
+        Column("layer", "layer", "code"),
+        Column("rank", "rank", "count", "rank_low", "rank_high", up=True),
+        _measure("importance", "importance"),
+        _measure("normalised_other_seeds", "of a new seed", marks="p_floor", sign="beyond_floor", spare=True),
+        _measure("normalised_other_prompts", "of a new prompt", spare=True),
+        Column("p_floor", "p", "p", spare=True),
+        _measure("sufficiency", "sufficiency", spare=True),
+        *[one for one in COUNTS if one.name != "n_unscored" or table["n_unscored"].any()],
+        Column("effect_text", "effect", "text", spare=True),
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    raw = table.drop(columns="effect_text")
+    return Table.of(f"layers--{setting.slug}", "Layer table", words, columns, table, raw, count="depth")
+
+
+def _measure(name: str, head: str, marks: str = "", sign: str = "", spare: bool = False) -> Column:
+    return Column(name, head, "number", f"{name}_low", f"{name}_high", marks, sign, best=True, spare=spare)
+
+
+def _mean(table: pd.DataFrame, name: str) -> str:
+    return number(float(table[name].mean()))
+
+
+def prompts(found: Findings, setting: Setting) -> list[Table]:
+    """Layers by prompts, one table a selection."""
+    out = []
+    for selection, what in ((LEAVE_ONE_OUT, "Importance (leave-one-out)"), (ONLY_ONE, "Sufficiency (only-one)")):
+        part = found.rows(setting)
+        table = layer_by_prompt(part, found.metric, selection)
+        if table.empty:
+            continue
+        words = caption(part, setting, f"{what} of each layer for each prompt, mean over seeds.", found.metric)
+        names = [str(name) for name in table.columns]
+        raw = table.set_axis(names, axis=1).reset_index(names="layer" if "layer" not in names else "layer path")
+        heads = list(raw.columns)
+        columns = [Column(heads[0], "layer", "code"), *(Column(name, name) for name in heads[1:])]
+        title = f"Layers by prompts, {selection.replace('_', '-')}"
+        out.append(Table.of(f"prompts--{selection}--{setting.slug}", title, words, columns, raw))
+    return out
+
+
+def aspects(found: Findings, setting: Setting) -> Table | None:
+    """Layers by aspects, importance with intervals."""
+    table = found.of("aspects", setting)
+    table = table[table["measure"] == "importance"] if len(table) else table
+    if table.empty:
+        return None
+    values = {value: aspect_table(table, value=value) for value in ("mean", "low", "high", "n_prompts")}
+    names = [str(name) for name in values["mean"].columns]
+    best = values["mean"].max(axis=0)
+    rows = []
+    for layer in values["mean"].index:
+        row = [Cell(clean(layer), code=True, value=clean(layer))]
+        for name in names:
+            mean, low, high = (values[key].loc[layer, name] for key in ("mean", "low", "high"))
+            if missing(mean):
+                row.append(Cell("n/a"))
+                continue
+            limits = "[n/a]" if missing(low) else f"[{number(float(low))}, {number(float(high))}]"
+            row.append(Cell(number(float(mean)), limits, bold=mean == best[name], value=str(mean)))
+        rows.append(row)
+    sizes = values["n_prompts"].max(axis=0).fillna(0).astype(int)
+    words = (
+        "Importance of each layer for the aspects of prompts, with 95 % intervals over the prompts of that aspect; "
+        "bold: the most important layer for the aspect. " + interaction_words(found, setting)
+    )
+    words += missing_intervals(table, ["method"])
+    columns = [Column("layer", "layer", "code"), *(Column(name, f"{name} ({sizes[name]})") for name in names)]
+    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts with the aspect."
+    return Table(f"aspects--{setting.slug}", full, columns, table, rows, title="Layers by aspects")
+
+
+def interaction_words(found: Findings, setting: Setting) -> str:
+    """The test of layers by aspects in one sentence."""
+    test = found.of("interaction", setting)
+    if test.empty:
+        return "Layers by aspects: n/a."
+    one = test.iloc[0]
+    if missing(one["p"]):
+        return f"Layers by aspects: {one['method']}."
+    return (
+        f"Layers by aspects: R2 = {number(float(one['r2']))}, p = {number(float(one['p']))} "
+        f"(permutation of the tags over {one['n_prompts']} prompts)."
+    )
+
+
+def order(found: Findings, setting: Setting) -> Table | None:
+    """Is a layer more important than the next?"""
+    table = found.of("neighbours", setting)
+    if table.empty:
+        return None
+    words = (
+        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired t test over prompts, "
+        f"Holm-corrected; {STARS}." + missing_intervals(table, ["method"])
+    )
+    columns = [
+        Column("rank", "rank", "count"),
+        Column("layer", "layer", "code"),
+        Column("next_layer", "next layer", "code"),
+        Column("difference", "difference", "number", "low", "high", "p_holm"),
+        Column("p_holm", "p", "p"),
+        Column("n_prompts", "prompts", "count"),
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    return Table.of(f"order--{setting.slug}", "Neighbouring ranks", words, columns, table)
+
+
+def pairs(found: Findings, setting: Setting) -> Table | None:
+    """Interactions of two layers."""
+    table = found.of("interactions", setting)
+    if table.empty:
+        return None
+    words = (
+        "Two layers lesioned together: effect, sum of the single effects, and interaction (their difference; above 0: "
+        "each can stand in for the other) with 95 % interval." + missing_intervals(table, ["method"])
+    )
+    columns = [
+        Column("layer_a", "layer", "code"),
+        Column("layer_b", "and", "code"),
+        Column("both", "both"),
+        Column("expected", "sum"),
+        Column("interaction", "interaction", "number", "low", "high"),
+        *COUNTS[:1],
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    return Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2)
+
+
+def cumulative(found: Findings, setting: Setting) -> Table | None:
+    """Effect by number of lesioned layers, areas in the caption."""
+    table = found.of("cumulative", setting)
+    if table.empty:
+        return None
+    table = table.assign(order_text=table["order"].replace("", "as given"))
+    words = (
+        "Layers lesioned one after the other: effect (1 - similarity) with 95 % interval. "
+        + area_words(found, setting)
+        + missing_intervals(table, ["method"])
+    )
+    columns = [
+        Column("order_text", "order", "text", spare=True),
+        Column("n_lesioned", "layers", "count"),
+        Column("added", "added", "code"),
+        Column("mean", "effect", "number", "low", "high"),
+        *COUNTS[:1],
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    raw = table.drop(columns="order_text")
+    return Table.of(f"cumulative--{setting.slug}", "Layers one after the other", words, columns, table, raw, 2)
+
+
+def area_words(found: Findings, setting: Setting) -> str:
+    """The areas under the cumulative curves in one sentence."""
+    areas = []
+    for one in found.of("areas", setting).to_dict("records"):
+        limits = "no interval" if missing(one["low"]) else f"95 % {number(one['low'])} to {number(one['high'])}"
+        areas.append(f"{one['order'] or 'as given'} {number(one['area'])} ({limits})")
+    return f"Area under the curve: {'; '.join(areas)}." if areas else ""
+
+
+def shapley(found: Findings, setting: Setting) -> Table | None:
+    """Shapley values of layers."""
+    table = found.of("shapley", setting)
+    if table.empty:
+        return None
+    words = (
+        f"Shapley values of layers: share of the effect of losing all, from {table['n_orders'].max()} sampled orders; "
+        "se: of the sampling of orders; 95 % interval over prompts, the orders given."
+        + missing_intervals(table, ["method"])
+    )
+    columns = [
+        Column("layer", "layer", "code"),
+        Column("shapley", "Shapley value", "number", "low", "high", best=True),
+        Column("se", "se"),
+        Column("n_orders", "orders", "count"),
+        *COUNTS[:1],
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    return Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table)
+
+
+def of_setting(found: Findings, setting: Setting) -> list[Table]:
+    """Every table there is of one setting, the layer table first where there is one."""
+    first = [layers(found, setting), *prompts(found, setting)]
+    rest = [what(found, setting) for what in (aspects, order, pairs, cumulative, shapley)]
+    return [table for table in [*first, *rest] if table is not None]
+
+
+def status(frame: pd.DataFrame) -> Table:
+    """How many images are ok, invalid, failed, a model, selection and replacement."""
+    table = status_counts(frame)
+    columns = [Column(name, name, "text") for name in ("model", "selection", "replacement")]
+    columns += [Column(name, name, "count") for name in table.columns[3:]]
+    words = "Images by status; invalid and failed images are left out of every mean."
+    return Table.of("status", "Images by status", words, columns, table, lead=3)

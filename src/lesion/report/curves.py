@@ -1,0 +1,138 @@
+"""Figures of pairs of measures and of curves: scatters, cumulative lesions, strengths, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lesion.report.figures import (
+    COLOURS,
+    DASHES,
+    DOUBLE,
+    GREY,
+    MARKERS,
+    SINGLE,
+    blank,
+    entitle,
+    limits,
+    styled,
+)
+from lesion.report.text import clean
+
+KEY = 40  # layers that a scatter names
+LINES = 5  # layers that stand out among curves
+PLACES = (("down", "o", COLOURS[0]), ("mid", "s", COLOURS[1]), ("up", "^", COLOURS[2]), ("", "D", GREY))
+
+
+def scatter(
+    one: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], labels: tuple[str, str], title: str, same: bool
+) -> Figure:
+    """Layers by two measures, with intervals and their numbers in depth order, which a key beside resolves.
+
+    one, other: tables with layer and, for the name in `names`, columns NAME, NAME_low, NAME_high. same: both axes are
+    one scale, with its diagonal.
+    """
+    both = one.merge(other, on="layer", suffixes=("|x", "|y"))
+    x, y = (_renamed(both, name, end) for name, end in zip(names, ("|x", "|y"), strict=True))
+    with styled():
+        figure = blank(DOUBLE, max(2.9, 0.45 + 0.115 * min(len(both), KEY)))
+        axes, key = figure.subplots(1, 2, width_ratios=(2, 1))
+        kinds = [_place(name) for name in both["layer"]]
+        for number, (place, marker, colour) in enumerate(PLACES):
+            of = np.array([kind == number for kind in kinds])
+            if of.any():
+                style: dict[str, Any] = {
+                    "fmt": marker,
+                    "color": colour,
+                    "elinewidth": 0.6,
+                    "capsize": 0,
+                    "label": place or "layer",
+                }
+                x_reach, y_reach = limits(x, "v")[:, of], limits(y, "v")[:, of]
+                axes.errorbar(x["v"][of], y["v"][of], yerr=y_reach, xerr=x_reach, **style)
+        for number, (across, up) in enumerate(zip(x["v"], y["v"], strict=True), 1):
+            if np.isfinite([across, up]).all() and len(both) <= KEY:
+                axes.annotate(str(number), (across, up), (3, 3), textcoords="offset points", fontsize=5.5)
+        if same:
+            ends = np.array([np.nanmin([x["v"], y["v"]]), np.nanmax([x["v"], y["v"]])])
+            axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.grid()
+        if len(set(kinds)) > 1:
+            figure.legend(loc="outside lower left", ncols=4)
+        key.axis("off")
+        lines = [f"{number:2} {clean(name, 48)}" for number, name in enumerate(both["layer"][:KEY], 1)]
+        if len(both) <= KEY:
+            key.text(0, 1, "\n".join(lines), va="top", fontsize=5.5, transform=key.transAxes, linespacing=1.25)
+        entitle(figure, title)
+    return figure
+
+
+def _renamed(both: pd.DataFrame, name: str, end: str) -> pd.DataFrame:
+    def column(suffix: str) -> pd.Series:
+        full = f"{name}{suffix}"
+        return both[full if full in both else full + end].astype("float64")
+
+    return pd.DataFrame({"v": column(""), "v_low": column("_low"), "v_high": column("_high")})
+
+
+def _place(layer: str) -> int:
+    return next((number for number, (place, *_) in enumerate(PLACES) if place and str(layer).startswith(place)), 3)
+
+
+def orders(table: pd.DataFrame, title: str, metric: str) -> Figure:
+    """Effect against the number of lesioned layers, a line an order with its 95 % band."""
+    with styled():
+        figure = blank(SINGLE, 2.4)
+        axes = figure.add_subplot()
+        for number, (order, line) in enumerate(table.groupby("order", sort=False)):
+            line = line.sort_values("n_lesioned")
+            x, mean = [0, *line["n_lesioned"]], [0.0, *line["mean"]]
+            style = _style_of(number)
+            axes.plot(x, mean, **style, label=clean(order, 40) or "as given")
+            axes.fill_between(x, [0.0, *line["low"]], [0.0, *line["high"]], color=style["color"], alpha=0.15, lw=0)
+        axes.set(xlabel="layers lesioned", ylabel=f"effect: 1 - {metric}")
+        entitle(figure, title)
+        axes.grid()
+        if table["order"].nunique() > 1:
+            axes.legend(title="order", title_fontsize=6)
+    return figure
+
+
+def lines(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, origin: bool) -> Figure:
+    """Effect of each layer along `x` with 95 % bars; the layers with the largest effect stand out.
+
+    table: layer, x, mean, low, high. origin: curves start at 0, 0.
+    """
+    top = table.groupby("layer", sort=False)["mean"].max().nlargest(LINES).index.tolist()
+    depth = list(dict.fromkeys(table["layer"]))
+    with styled():
+        figure = blank(DOUBLE, 2.7)
+        axes = figure.add_subplot()
+        for layer in sorted(depth, key=lambda name: name in top):
+            line = table[table["layer"] == layer].sort_values(x)
+            start = [0.0] if origin else []
+            points, mean = [*start, *line[x]], [*start, *line["mean"]]
+            if layer not in top:
+                axes.plot(points, mean, color="0.75", linewidth=0.7)
+                continue
+            style = _style_of(sorted(top, key=depth.index).index(layer))
+            axes.plot(points, mean, **style, label=clean(layer, 48))
+            reach = limits(line.rename(columns={"mean": "v", "low": "v_low", "high": "v_high"}), "v")
+            axes.errorbar(line[x], line["mean"], yerr=reach, fmt="none", ecolor=style["color"], elinewidth=0.7)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid()
+        rest = len(depth) - len(top)
+        figure.legend(loc="outside right upper", title=f"grey: {rest} other layers" if rest else None, title_fontsize=6)
+        entitle(figure, title)
+    return figure
+
+
+def _style_of(number: int) -> dict[str, Any]:
+    pick: list[Sequence[object]] = [COLOURS, DASHES, MARKERS]
+    colour, dash, marker = (choices[number % len(choices)] for choices in pick)
+    return {"color": colour, "linestyle": dash, "marker": marker}

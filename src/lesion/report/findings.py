@@ -1,0 +1,196 @@
+"""All that the analysis says of a results frame, worked out once: what tables, figures and sentences read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lesion.analysis.agreement import BETWEEN, correlations
+from lesion.analysis.aspects import aspect_estimates, aspect_interaction
+from lesion.analysis.estimates import layer_estimates
+from lesion.analysis.floor import FLOORS, PAIR, noise_floor, normalised_importance, of_setting
+from lesion.analysis.importance import LEAVE_ONE_OUT, controls, importance_metric, layer_table
+from lesion.analysis.interactions import (
+    cumulative_areas,
+    cumulative_curves,
+    dose_response,
+    pair_interactions,
+)
+from lesion.analysis.order import kendalls_w, ranks, top_stability
+from lesion.analysis.paired import against_floor, neighbours
+from lesion.analysis.settings import GENERATION, LESION, Setting, rows, settings
+from lesion.analysis.shapley import shapley_values
+
+CERTAIN = 0.05  # p-values up to this count as a difference
+NO_FLOOR = "there are no pairs of baselines to take the noise floor from"
+_RANK = ("rank", "rank_low", "rank_high", "top_1", "top_3")
+
+
+def _none() -> pd.DataFrame:
+    return pd.DataFrame()
+
+
+@dataclass
+class Findings:
+    """One table of the analysis a field, over every setting of the frame; empty where the data have nothing for it.
+
+    pairs: similarities between baselines (see `lesion.analysis.floor`), empty if there are none. troubles: what could
+    not be worked out though there are rows for it, and why.
+    """
+
+    frame: pd.DataFrame
+    pairs: pd.DataFrame
+    metric: str
+    layers: pd.DataFrame = field(default_factory=_none)
+    ranks: pd.DataFrame = field(default_factory=_none)
+    stability: pd.DataFrame = field(default_factory=_none)
+    concordance: pd.DataFrame = field(default_factory=_none)
+    neighbours: pd.DataFrame = field(default_factory=_none)
+    tested: pd.DataFrame = field(default_factory=_none)
+    normalised: pd.DataFrame = field(default_factory=_none)
+    floors: pd.DataFrame = field(default_factory=_none)
+    aspects: pd.DataFrame = field(default_factory=_none)
+    interaction: pd.DataFrame = field(default_factory=_none)
+    agreement: pd.DataFrame = field(default_factory=_none)
+    interactions: pd.DataFrame = field(default_factory=_none)
+    cumulative: pd.DataFrame = field(default_factory=_none)
+    areas: pd.DataFrame = field(default_factory=_none)
+    doses: pd.DataFrame = field(default_factory=_none)
+    shapley: pd.DataFrame = field(default_factory=_none)
+    troubles: list[str] = field(default_factory=list)
+    _summaries: dict[Setting, pd.DataFrame] = field(default_factory=dict)
+
+    def of(self, name: str, setting: Setting) -> pd.DataFrame:
+        """The rows of one setting in the table `name`; columns that the table lacks do not matter."""
+        return of_setting(getattr(self, name), setting.columns()).reset_index(drop=True)
+
+    def rows(self, setting: Setting) -> pd.DataFrame:
+        """The setting's lesioned images and their baselines."""
+        return rows(self.frame, setting)
+
+    def summary(self, setting: Setting) -> pd.DataFrame:
+        """One row a layer in depth order: all that is said of it.
+
+        Columns: those of `layer_table`; importance_low, _high, _method and the same of sufficiency; rank_low,
+        rank_high, top_1, top_3; other_seeds, normalised_other_seeds, _low, _high, _method and the same of
+        other_prompts; beyond_floor (importance less 1 - floor), p_floor (Holm-corrected over layers); n_importance,
+        n_sufficiency (images). NaN where there is nothing to say.
+        """
+        if setting not in self._summaries:
+            self._summaries[setting] = self._summary(setting)
+        return self._summaries[setting].copy()
+
+    def _summary(self, setting: Setting) -> pd.DataFrame:
+        table = layer_table(self.rows(setting), self.metric)
+        if table.empty:
+            return table
+        table = table.drop(columns="rank").set_index("layer", drop=False)
+        estimates = self.of("layers", setting)
+        for measure in ("importance", "sufficiency"):
+            of = estimates[estimates["measure"] == measure].set_index("layer")
+            for name in ("low", "high"):
+                table[f"{measure}_{name}"] = of[name].astype("float64")
+            table[f"{measure}_method"] = of["method"]
+            table[f"n_{measure}"] = of["n_images"].reindex(table.index).fillna(0).astype(int)
+        _take(table, self.of("ranks", setting), {name: name for name in _RANK})
+        named = [name for floor in FLOORS for name in (floor, *(f"normalised_{floor}{end}" for end in _ENDS))]
+        _take(table, self.of("normalised", setting), {name: name for name in named})
+        tests = {"difference": "beyond_floor", "p_holm": "p_floor"}
+        _take(table, self.of("tested", setting), tests)
+        return table.astype(dict.fromkeys(_RANK[:3], "Int64")).reset_index(drop=True)
+
+    def control(self, setting: Setting) -> float:
+        """Mean similarity with every layer lesioned; NaN without such images."""
+        blind = controls(self.rows(setting), self.metric)
+        return float(blind["similarity"].iloc[0]) if len(blind) else float("nan")
+
+
+_ENDS = ("", "_low", "_high", "_method")
+
+
+def _take(table: pd.DataFrame, source: pd.DataFrame, names: dict[str, str]) -> None:
+    """Copy columns of `source` (one row a layer) into `table` (index layer); NaN where there are none."""
+    of = source.set_index("layer") if len(source) else pd.DataFrame(columns=list(names))
+    for name, new in names.items():
+        found = of[name].reindex(table.index)
+        table[new] = found if name.endswith("method") else found.astype("float64")
+
+
+def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None) -> Findings:
+    """Work out everything; what the analysis refuses for some rows is left out and named in `troubles`."""
+    metric = importance_metric(frame)
+    found = Findings(frame, pd.DataFrame(columns=list(PAIR)) if floor is None else floor, metric)
+    if frame.empty:
+        return found
+    frame = _slim(frame, metric)
+    has = frame["selection"].value_counts()
+
+    def work(name: str, what: Callable[..., pd.DataFrame], *arguments: Any) -> None:
+        try:
+            setattr(found, name, what(*arguments, metric=metric))
+        except ValueError as error:
+            found.troubles.append(f"{name}: {error}")
+
+    work("layers", layer_estimates, frame)
+    work("ranks", ranks, frame)
+    work("stability", top_stability, frame)
+    work("concordance", kendalls_w, frame)
+    work("neighbours", neighbours, frame)
+    if len(found.pairs):
+        work("tested", against_floor, frame, found.pairs)
+        work("normalised", normalised_importance, frame, found.pairs)
+        work("floors", _floors, frame, found.pairs)
+    if "aspects" in frame and (frame["aspects"].fillna("") != "").any():
+        work("aspects", aspect_estimates, frame)
+        work("interaction", aspect_interaction, frame)
+    work("agreement", _agreement, frame)
+    if has.get("pairs", 0):
+        work("interactions", pair_interactions, frame)
+    if has.get("cumulative", 0):
+        work("cumulative", cumulative_curves, frame)
+        work("areas", cumulative_areas, frame)
+    if frame.loc[frame["selection"] == LEAVE_ONE_OUT, "strength"].nunique() > 1:
+        work("doses", dose_response, frame)
+    if has.get("coalitions", 0):
+        work("shapley", shapley_values, frame)
+    return found
+
+
+_READ = ("prompt_id", "seed", "selection", "layer", "layer_index", "lesioned", "aspects", "order", "permutation")
+
+
+def _slim(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Only what the analysis reads, texts as plain objects: it takes rows apart, and would copy the rest each time."""
+    keep = ["model", *LESION, *GENERATION, *_READ, "status", metric]
+    slim = frame[[name for name in dict.fromkeys(keep) if name in frame]]
+    texts = [name for name in slim if not pd.api.types.is_numeric_dtype(slim[name])]
+    return slim.astype(dict.fromkeys(texts, object))
+
+
+def _agreement(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    tables = [correlations(frame, between, metric) for between in BETWEEN]
+    tables = [table for table in tables if len(table)]
+    found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return found if "measure" in found or found.empty else found.assign(measure=None)
+
+
+def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """`noise_floor` for each model and way of generating: those columns of its settings that the pairs name."""
+    tables, seen = [], []
+    for setting in settings(frame):
+        names = {"model": setting.model, **dict(setting.generation)}
+        if names in seen:
+            continue
+        seen.append(names)
+        table = noise_floor(of_setting(pairs, names))
+        tables.append(table[table["n_pairs"] > 0].assign(**names))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def certain(p: object) -> bool:
+    """Whether a (corrected) p-value counts as a difference; no for a missing one."""
+    return isinstance(p, float) and bool(np.isfinite(p)) and p <= CERTAIN

@@ -1,0 +1,237 @@
+"""Run folders into one frame: every image once, and nothing put together that cannot be compared."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from lesion.analysis.importance import IMPORTANCE_METRIC
+from lesion.analysis.settings import GENERATION, LESION, slug
+from lesion.report.data import inside
+
+RESULTS, FLOOR = "results.parquet", "floor.parquet"
+NEEDED = (
+    *("model", "prompt_id", "prompt", "seed", "selection", "layer", "layer_index"),
+    *("replacement", "window_start", "window_end", "branch", "strength"),
+    *("status", "reason", "image", "cell", "clip_similarity"),
+)
+LATER: dict[str, str | float] = {
+    "kind": "cross_attention",
+    "lesioned": "",
+    "noising": 0.0,
+}  # columns that results of earlier versions lack
+BEST = {"ok": 0, "invalid": 1, "failed": 2}
+IDENTITY = ("fingerprint", "dtype", "device", "scorer_identity", IMPORTANCE_METRIC, "protocol")
+SEVERAL = ("lesioned", "order", "permutation")  # tell lesions of several layers apart; a cell may stand in many orders
+
+
+class Refused(Exception):
+    """The request is wrong; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's results, with image paths relative to where the report goes, and its noise floor if it has one."""
+
+    folder: Path
+    frame: pd.DataFrame
+    floor: pd.DataFrame | None = None
+
+
+def run_folders(folders: Sequence[Path]) -> list[Path]:
+    """Every run folder among or below `folders`, each once. Refused when one holds no results."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise Refused(f"{folder}: no such folder")
+        below = [folder] if (folder / RESULTS).is_file() else sorted(path.parent for path in folder.rglob(RESULTS))
+        if not below:
+            raise Refused(f"{folder}: no {RESULTS} in it or below it")
+        for run in below:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def read(run: Path, out: Path) -> Run:
+    """The run, with image paths relative to `out`. Refused when a file cannot be read or misses columns."""
+    frame = _parquet(run / RESULTS)
+    missing = [name for name in NEEDED if name not in frame]
+    if missing:
+        raise Refused(f"{run / RESULTS}: no column {', '.join(missing)}")
+    try:
+        frame["clip_similarity"] = frame["clip_similarity"].astype("float64")
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{run / RESULTS}: column clip_similarity is not a number everywhere") from error
+    for name, value in LATER.items():
+        if name not in frame:
+            frame[name] = value
+    texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image"]
+    frame[texts] = frame[texts].astype(object).fillna("")
+    start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
+    # A results file may come from anybody: what it names outside its own folder is no image of the run.
+    names = frame["image"].map(inside)
+    frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
+    return Run(run, frame, _parquet(run / FLOOR) if (run / FLOOR).is_file() else None)
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many kinds; each means that the file is not a results file
+        raise Refused(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+
+
+def differences(runs: Sequence[Run], names: Sequence[str]) -> dict[tuple[str, str], dict[str, list[Path]]]:
+    """Where runs of one model differ: (column, model) -> value -> the run folders with that value."""
+    found: dict[tuple[str, str], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for name in names:
+            if name not in run.frame:
+                continue
+            rows = run.frame[run.frame["selection"] != "none"] if name == "protocol" else run.frame
+            keys = ["model", "replacement"] if name == "protocol" else ["model"]
+            for key, values in rows.groupby(keys, sort=False)[name]:
+                what = f"{name} of replacement {key[1]}" if name == "protocol" else name
+                for value in values.astype(object).where(values.notna(), "").astype(str).unique():
+                    found[what, str(key[0])][value].append(run.folder)
+    return {key: dict(values) for key, values in found.items() if len(values) > 1}
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Refused where images of one model were made or scored in different ways; names what and where."""
+    found = differences(runs, (*IDENTITY, *GENERATION))
+    if not found:
+        return
+    named = []
+    for (name, model), values in found.items():
+        sides = [f"{_short(value) or 'none'} in {_folders(where)}" for value, where in values.items()]
+        named.append(f"{name} of {_short(model)!r} is {', '.join(sides)}")
+    raise Refused(
+        f"these runs cannot be compared: {'; '.join(named)}. Report them apart, or side by side, never averaged "
+        "together, with --mix"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _folders(folders: Sequence[Path]) -> str:
+    return f"{folders[0]}" + (f" and {len(folders) - 1} more" if len(folders) > 1 else "")
+
+
+def apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Models under names of their own where weights, precision, device, scorer or protocol differ; and what was done.
+
+    What differs in how images were generated (steps, guidance...) makes settings of their own without that.
+    """
+    found = differences(runs, IDENTITY)
+    notes = [f"Runs of {_short(model)} differ in {name}; they are kept apart." for name, model in found]
+    for name, model in differences(runs, GENERATION):
+        notes.append(f"Runs of {_short(model)} differ in {name}; they are kept apart.")
+    suffixes: dict[tuple[Path, str], list[str]] = defaultdict(list)
+    for (name, model), values in found.items():
+        for number, (value, folders) in enumerate(values.items(), 1):
+            short = value if len(value) <= 16 else f"{number}"
+            for folder in folders:
+                suffixes[folder, model].append(f"{name} {short}")
+    renamed = []
+    for run in runs:
+        names = {
+            model: f"{model} ({', '.join(words)})"
+            for (folder, model), words in suffixes.items()
+            if folder == run.folder
+        }
+        frame = run.frame.assign(model=_renamed(run.frame["model"], names))
+        floor = run.floor
+        if floor is not None and "model" in floor:
+            floor = floor.assign(model=_renamed(floor["model"], names))
+        renamed.append(replace(run, frame=frame, floor=floor))
+    return renamed, notes
+
+
+def _renamed(models: pd.Series, names: dict[str, str]) -> pd.Series:
+    return models.map(lambda name: names.get(str(name), name))
+
+
+def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """All rows, each image of a lesion once: an ok one rather than an invalid or failed one, then the first seen.
+
+    A prompt_id that stands for different prompts gets a number for the second and later texts. The noise floors
+    likewise, each pair once; None if no run has one.
+    """
+    frame = pd.concat([run.frame.assign(_run=number) for number, run in enumerate(runs)], ignore_index=True)
+    texts = frame[["prompt_id", "prompt"]].drop_duplicates()
+    nth = texts.groupby("prompt_id").cumcount()
+    names = {
+        (one, text): one if n == 0 else f"{one}-{n + 1}"
+        for one, text, n in zip(texts["prompt_id"], texts["prompt"], nth, strict=True)
+    }
+    new = pd.Series([names[pair] for pair in zip(frame["prompt_id"], frame["prompt"], strict=True)], index=frame.index)
+    floor = _floors(runs, frame.assign(_new=new))
+    frame["prompt_id"] = new
+    own = ["model", "prompt_id", "seed", "selection", "layer", *(n for n in (*SEVERAL, *GENERATION) if n in frame)]
+    lesion = frame[list(LESION)].astype(object).where(frame["selection"] != "none", "")  # a baseline has no lesion
+    key = pd.concat([frame[["cell", *own]], lesion], axis=1)
+    better = frame["status"].map(BEST).fillna(len(BEST)).sort_values(kind="stable").index
+    keep = key.loc[better].drop_duplicates().index.sort_values()
+    return frame.loc[keep].drop(columns="_run").reset_index(drop=True), floor
+
+
+def _floors(runs: Sequence[Run], frame: pd.DataFrame) -> pd.DataFrame | None:
+    """Pairs of baselines under the prompts' new names, each once."""
+    parts = []
+    for number, run in enumerate(runs):
+        if run.floor is None or not {"prompt_id_a", "prompt_id_b"} <= set(run.floor):
+            continue
+        rows = frame[frame["_run"] == number].drop_duplicates("prompt_id")
+        new = dict(zip(rows["prompt_id"], rows["_new"], strict=True))
+        ids = {name: run.floor[name].map(new) for name in ("prompt_id_a", "prompt_id_b")}
+        parts.append(run.floor.assign(**ids).dropna(subset=list(ids)))
+    if not parts:
+        return None
+    floor = pd.concat(parts, ignore_index=True)
+    return floor.drop_duplicates([name for name in floor if name != "similarity"]).reset_index(drop=True)
+
+
+def alike(frame: pd.DataFrame) -> int:
+    """Rows that differ from another only in what results do not show (weights, calibration, precision)."""
+    lesioned = frame[frame["selection"].isin(("leave_one_out", "only_one", "all"))]
+    key = ["model", "prompt_id", "seed", "selection", "layer", *LESION, *(name for name in GENERATION if name in frame)]
+    return int(lesioned.duplicated(key).sum())
+
+
+def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """Links (or copies) images that lie outside `out` into it, so that the folder can be sent as it is.
+
+    They come to images/<run>/, where <run> tells the folders of the runs apart. A file that is not there stays away.
+    """
+    places = {name: name for name in frame["image"].unique()}
+    roots: dict[str, str] = {}
+    for name in places:
+        if name.startswith("../"):
+            root, _, rest = name.rpartition("/images/")
+            rest = rest or posixpath.basename(name)
+            if root not in roots:
+                roots[root] = slug(root)  # its hash is that of the whole path
+            places[name] = f"images/{roots[root]}/{rest}"
+            _link(out / name, out / places[name])
+    return frame.assign(image=frame["image"].map(places))
+
+
+def _link(source: Path, target: Path) -> None:
+    if not source.is_file() or (target.exists() and target.samefile(source)):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)

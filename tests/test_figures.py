@@ -1,0 +1,105 @@
+"""Figures: which are written, their size on paper, and what is drawn at planted values."""
+
+from __future__ import annotations
+
+import matplotlib.colors
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lesion.analysis import settings
+from lesion.report import figures, illustrations, write_report
+from lesion.report.findings import findings
+from lesion.report.profile import levels, profile
+from lesion.report.text import clean
+from planted import LAYERS, planted
+
+
+def stems(drawn):
+    return {path.name.rpartition(".")[0] for path, _ in drawn}
+
+
+def test_every_kind_of_data_has_its_figure_at_paper_size(tmp_path):
+    frame, floor = planted(everything=True)
+    found = findings(frame, floor)
+    one = settings(frame)[0]
+    drawn = illustrations.of_setting(tmp_path, found, one, clusters=True)
+    kinds = (
+        "layers",
+        "profile",
+        "heatmap--leave_one_out",
+        "heatmap-clustered--only_one",
+        "aspects",
+        "modes",
+        "cumulative",
+    )
+    assert {f"{kind}--tiny--zero" for kind in kinds} <= stems(drawn)
+    over = illustrations.over_settings(tmp_path, found)
+    assert {"doses--1", "windows--importance--1", "window-curves--importance--1"} <= stems(over)
+    assert any(name.startswith("zero-vs-mean") for name in stems(over))
+    for path, text in [*drawn, *over]:
+        assert path.stat().st_size > 1000 and "same numbers are in the tables" in text
+        assert path.with_suffix(".png").is_file() and path.with_suffix(".pdf").is_file()
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert round(picture.width / 220, 1) in (figures.SINGLE, figures.DOUBLE)
+
+
+def test_figures_are_written_only_where_the_data_have_them(tmp_path):
+    frame, _ = planted()
+    plain = frame[(frame["selection"] != "only_one") & (frame["replacement"] != "mean")].assign(aspects="")
+    found = findings(plain)
+    drawn = stems(illustrations.of_setting(tmp_path, found, settings(plain)[0]))
+    assert drawn == {"layers--tiny--zero", "profile--tiny--zero", "heatmap--leave_one_out--tiny--zero"}
+    assert illustrations.over_settings(tmp_path, found) == []
+    bare = frame[frame["selection"] == "none"]
+    assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0]) == []
+
+
+def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, monkeypatch):
+    frame, floor = planted(prompts=2, seeds=1)
+    monkeypatch.setattr(illustrations, "SETTINGS", 1)
+    names = {path.name for path in write_report(tmp_path, frame, floor)}
+    assert {"profile--tiny--zero.pdf", "layers--tiny--zero.pdf", "layers--tiny--mean.pdf"} <= names
+    assert "profile--tiny--mean.pdf" not in names
+    assert "Only the first 1 settings have every figure" in (tmp_path / "report.html").read_text()
+
+
+def test_intervals_are_drawn_at_their_values():
+    frame, floor = planted()
+    table = findings(frame, floor).summary(settings(frame)[0])
+    axes = figures.layer_figure(table, "title", "clip_similarity").axes[0]
+    bars = axes.containers[0].lines[2][0].get_segments()
+    known = table[table["importance_low"].notna()]
+    np.testing.assert_allclose([bar[:, 0] for bar in bars], known[["importance_low", "importance_high"]].to_numpy())
+    assert [text.get_text() for text in axes.get_yticklabels()] == LAYERS
+    assert {"no effect", "another seed"} <= {text.get_text() for text in axes.texts}
+
+
+def test_the_u_follows_the_blocks():
+    assert levels(LAYERS) == [0, 1, 1, 1, 0]
+    sdxl = ["down_blocks.1.attentions.0", "down_blocks.2.attentions.1", "mid_block.attentions.0"]
+    assert levels([*sdxl, "up_blocks.0.attentions.2", "up_blocks.1.attentions.0"]) == [1, 2, 2, 2, 1]
+    assert (
+        levels(["transformer_blocks.0", "transformer_blocks.1"]) is None and levels(["mid_block.attentions.0"]) is None
+    )
+    table = pd.DataFrame({"layer": LAYERS, "importance": [0.0, 0.1, 0.4, np.nan, 0.2]})
+    figure = profile(table, "importance", "importance", "title")
+    boxes = figure.axes[0].patches
+    assert [matplotlib.colors.to_hex(boxes[n].get_facecolor()) for n in (0, 2)] == ["#00224e", "#fee838"]
+    assert boxes[3].get_hatch() and "n/a" in " ".join(text.get_text() for text in figure.axes[0].texts)
+
+
+def test_clusters_bring_like_layers_together():
+    table = pd.DataFrame([[0, 9, 0], [5, 5, np.nan], [0, 8, 0], [5, 6, 5]], index=list("abcd"), columns=list("xyz"))
+    found = figures.clustered(table)
+    order = "".join(found.index)
+    assert {order[:2], order[2:]} & {"ac", "ca"} and sorted(found.columns) == list("xyz")
+    assert figures.clustered(table.iloc[:1, :2]).shape == (1, 2)
+
+
+@pytest.mark.parametrize("text", ["$\\frac{1}$ & _x_ %", "<script>\n\x00‮שלום", "x" * 10_000])
+def test_any_text_can_be_drawn(tmp_path, text):
+    table = pd.DataFrame([[0.1, np.nan]], index=[text], columns=[text, text + "2"])
+    assert all(path.is_file() for path in figures.save(figures.heat_map(table, "m", clean(text, 300)), tmp_path / "x"))

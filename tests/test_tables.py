@@ -1,0 +1,151 @@
+"""Tables and sentences against planted effects; nothing that cannot be said becomes a number."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lesion.analysis import settings
+from lesion.analysis.estimates import layer_estimates
+from lesion.analysis.order import ranks
+from lesion.report import contents, crossing, tables
+from lesion.report.findings import findings
+from lesion.report.tables import Column, Table
+from lesion.report.words import comparison, summary
+from planted import LAYERS, planted
+
+
+@pytest.fixture(scope="module")
+def full():
+    frame, floor = planted(everything=True)
+    return frame, findings(frame, floor)
+
+
+def first(frame):
+    return settings(frame)[0]
+
+
+def cell(table: Table, layer: str, head: str):
+    (row,) = [row for row in table.cells if row[0].text == layer]
+    return row[[column.head for column in table.columns].index(head)]
+
+
+def test_the_layer_table_says_what_the_analysis_says(full):
+    frame, found = full
+    one = first(frame)
+    table = contents.layers(found, one)
+    assert found.troubles == []
+    estimates = layer_estimates(frame[(frame["strength"] == 1) & (frame["window_end"] - frame["window_start"] == 1)])
+    expected = estimates[(estimates["measure"] == "importance") & (estimates["replacement"] == "zero")]
+    np.testing.assert_allclose(table.raw["importance_low"], expected["low"])
+    np.testing.assert_allclose(table.raw["importance"], expected["mean"])
+    assert table.raw["rank"].tolist() == [4, 3, 1, 5, 2]
+    order = ranks(frame)
+    assert table.raw["rank_low"].tolist() == order["rank_low"].tolist()[:5]
+    middle = cell(table, LAYERS[2], "importance")
+    assert (
+        middle.bold
+        and float(middle.text) == pytest.approx(0.3, abs=0.02)
+        and re.fullmatch(r"\[0\.\d{3}, 0\.\d{3}\]", middle.interval)
+    )
+    # Another seed changes 0.15: the mid block changes more, the first layer less.
+    assert cell(table, LAYERS[2], "of a new seed").marks == "***"
+    assert cell(table, LAYERS[0], "of a new seed").marks == "†††"
+    assert float(cell(table, LAYERS[2], "of a new seed").value) == pytest.approx(2, abs=0.2)
+    # A layer without effect has a mean of 0 and no interval.
+    silent = cell(table, LAYERS[3], "importance")
+    assert (silent.text, silent.interval) == ("0.000", "[n/a]") and "n/a: no effect" in table.caption
+
+
+def test_every_kind_of_data_has_its_table(full):
+    frame, found = full
+    made = [table for one in settings(frame) for table in contents.of_setting(found, one)]
+    made += crossing.over_settings(found)
+    stems = {table.stem for table in made}
+    kinds = (
+        "layers",
+        "prompts--leave_one_out",
+        "prompts--only_one",
+        "aspects",
+        "order",
+        "pairs",
+        "cumulative",
+        "shapley",
+    )
+    assert {f"{kind}--tiny--zero" for kind in kinds} <= stems
+    assert {"agreement", "concordance", "stability", "floor", "doses", "windows--importance"} <= stems
+    assert len(stems) == len(made)
+    for table in made:
+        text = tables.to_markdown(table) + tables.to_latex(table) + tables.to_latex(table, siunitx=True)
+        assert not re.search(r"\b(nan|None|<NA>|inf)\b", text), table.stem
+        assert "metric clip" in text and "prompts" in text
+        assert all(len(row) == len(table.columns) for row in table.cells)
+
+
+def test_without_a_floor_or_with_one_prompt_it_says_na():
+    frame, _ = planted(prompts=1)
+    found = findings(frame)
+    table = contents.layers(found, first(frame))
+    assert {cell(table, LAYERS[2], head).text for head in ("of a new seed", "of a new prompt", "p")} == {"n/a"}
+    assert cell(table, LAYERS[2], "importance").interval == "[n/a]" and "n/a: one prompt" in table.caption
+    assert cell(table, LAYERS[2], "rank").interval == "[n/a]"
+    assert "no pairs of baselines" in table.caption
+    assert table.raw["p_floor"].isna().all() and table.raw["importance_low"].isna().all()
+    said = " ".join(summary(found, first(frame)))
+    assert "How this compares with noise cannot be said" in said
+    assert "No interval of importance for 5 layers: one prompt" in said and "nan" not in said
+    assert "is first also" not in said and "not settled" not in said
+
+
+def test_the_words_follow_the_planted_effects(full):
+    frame, found = full
+    said = summary(found, first(frame))
+    text = " ".join(said)
+    assert f"Most important by leave-one-out (1 - clip_similarity to the baseline): {LAYERS[2]} (0." in text
+    assert f"{LAYERS[2]} is first also by its rank interval (1 to 1)." in text
+    assert f"{LAYERS[3]} has no measurable effect" in text
+    floor = r"another seed changes an image by 0\.1[45]\d and another prompt changes an image by 0\.(39|40)\d"
+    assert re.search(floor, text)
+    assert re.search(rf"2 layers change the image more \({LAYERS[2]} and {LAYERS[4]}\)", text)
+    assert "3 layers change it less" in text
+    assert "Importance and sufficiency order the layers with Spearman" in text
+    assert "Kendall's W = " in text and "for different aspects" in text and "Largest Shapley value" in text
+    over = " ".join(comparison(found))
+    assert "replacements zero and mean of tiny order the layers with Spearman 1.00" in over
+
+
+def test_a_tie_for_the_first_place_is_not_hidden():
+    frame, floor = planted()
+    same = frame["layer"].isin([LAYERS[2], LAYERS[4]])
+    frame.loc[same, "clip_similarity"] = 0.7 + 0.05 * np.random.default_rng(1).normal(size=int(same.sum()))
+    said = " ".join(summary(findings(frame, floor), first(frame)))
+    assert "Who comes first is not settled" in said
+
+
+def test_what_the_analysis_refuses_is_named_and_costs_nothing_else():
+    frame, floor = planted(everything=True)
+    broken = frame[~((frame["selection"] == "coalitions") & (frame["lesioned"] == LAYERS[0]))]
+    found = findings(broken, floor)
+    assert len(found.troubles) == 1 and "is not a chain" in found.troubles[0]
+    assert len(found.layers) and any("is not a chain" in text for text in comparison(found))
+
+
+def test_another_metric_is_read_and_named():
+    frame, floor = planted()
+    frame["ssim"], frame["importance_metric"] = 1 - (1 - frame["clip_similarity"]) / 2, "ssim"
+    table = contents.layers(findings(frame, floor), first(frame))
+    assert "metric ssim" in table.caption
+    assert table.raw["importance"].max() == pytest.approx(0.15, abs=0.02)
+
+
+def test_long_and_wide_tables_are_split():
+    frame = pd.DataFrame({"layer": ["a_b"] * 60, **{f"column {n}": np.arange(60) / 7 for n in range(30)}})
+    columns = [Column("layer", "layer", "code"), *(Column(name, name) for name in frame.columns[1:])]
+    table = Table.of("wide", "Wide", "100% of it", columns, frame)
+    text = tables.to_latex(table)
+    parts = text.count(r"\begin{longtable}")
+    assert parts > 1 and f"Part {parts} of {parts}" in text and text.count(r"\texttt{a\_b}") == 60 * parts
+    assert r"100\% of it" in text
