@@ -295,7 +295,7 @@ def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path
         written.append(folder / f"{name}.parquet")
         with atomically(written[-1]) as temporary:
             table.to_parquet(temporary, index=False)
-    written += write_report(folder, frame)
+    written += write_report(folder, frame, beside.get("floor"))
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):
