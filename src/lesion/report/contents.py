@@ -8,6 +8,7 @@ import pandas as pd
 
 from lesion.analysis.aspects import aspect_table
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
+from lesion.analysis.reading import reading_table
 from lesion.analysis.settings import Setting
 from lesion.report.findings import NO_FLOOR, Findings
 from lesion.report.tables import Cell, Column, Table, caption, missing
@@ -101,7 +102,39 @@ def aspects(found: Findings, setting: Setting) -> Table | None:
     table = table[table["measure"] == "importance"] if len(table) else table
     if table.empty:
         return None
-    values = {value: aspect_table(table, value=value) for value in ("mean", "low", "high", "n_prompts")}
+    words = (
+        "Importance of each layer for the aspects of prompts, with 95 % intervals over the prompts of that aspect; "
+        "bold: the most important layer for the aspect. " + interaction_words(found, setting)
+    )
+    words += missing_intervals(table, ["method"])
+    columns, rows = _by_aspect({name: aspect_table(table, value=name) for name in ("mean", *_LIMITS)})
+    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts with the aspect."
+    return Table(f"aspects--{setting.slug}", full, columns, table, rows, title="Layers by aspects")
+
+
+def reading(found: Findings, setting: Setting) -> Table | None:
+    """Layers by aspects that are read from pixels: what leaving a layer out breaks."""
+    table = found.of("reading", setting)
+    if table.empty:
+        return None
+    right = table.groupby("aspect", sort=False)["baseline"].max()
+    words = (
+        "Share of images in which leaving the layer out breaks what the prompt asks for, less the share in which it "
+        "mends it, read from pixels by rule; 95 % intervals over the prompts that ask; bold: the most broken. Right in "
+        f"baselines: {', '.join(f'{name} {number(float(value))}' for name, value in right.items())}."
+    )
+    words += missing_intervals(table, ["method"])
+    shown = {name: "drop" if name == "mean" else name for name in ("mean", *_LIMITS)}
+    columns, rows = _by_aspect({name: reading_table(table, value) for name, value in shown.items()})
+    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
+    return Table(f"reading--{setting.slug}", full, columns, table, rows, title="What a layer's absence breaks")
+
+
+_LIMITS = ("low", "high", "n_prompts")
+
+
+def _by_aspect(values: dict[str, pd.DataFrame]) -> tuple[list[Column], list[list[Cell]]]:
+    """Columns and rows of a table of layers by aspects: mean, low, high, n_prompts as such tables each."""
     names = [str(name) for name in values["mean"].columns]
     best = values["mean"].max(axis=0)
     rows = []
@@ -113,17 +146,11 @@ def aspects(found: Findings, setting: Setting) -> Table | None:
                 row.append(Cell("n/a"))
                 continue
             limits = "[n/a]" if missing(low) else f"[{number(float(low))}, {number(float(high))}]"
-            row.append(Cell(number(float(mean)), limits, bold=mean == best[name], value=str(mean)))
+            bold = mean == best[name] and mean > 0
+            row.append(Cell(number(float(mean)), limits, bold=bold, value=str(mean)))
         rows.append(row)
     sizes = values["n_prompts"].max(axis=0).fillna(0).astype(int)
-    words = (
-        "Importance of each layer for the aspects of prompts, with 95 % intervals over the prompts of that aspect; "
-        "bold: the most important layer for the aspect. " + interaction_words(found, setting)
-    )
-    words += missing_intervals(table, ["method"])
-    columns = [Column("layer", "layer", "code"), *(Column(name, f"{name} ({sizes[name]})") for name in names)]
-    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts with the aspect."
-    return Table(f"aspects--{setting.slug}", full, columns, table, rows, title="Layers by aspects")
+    return [Column("layer", "layer", "code"), *(Column(name, f"{name} ({sizes[name]})") for name in names)], rows
 
 
 def interaction_words(found: Findings, setting: Setting) -> str:
@@ -238,7 +265,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
 def of_setting(found: Findings, setting: Setting) -> list[Table]:
     """Every table there is of one setting, the layer table first where there is one."""
     first = [layers(found, setting), *prompts(found, setting)]
-    rest = [what(found, setting) for what in (aspects, order, pairs, cumulative, shapley)]
+    rest = [what(found, setting) for what in (aspects, reading, order, pairs, cumulative, shapley)]
     return [table for table in [*first, *rest] if table is not None]
 
 

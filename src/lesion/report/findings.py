@@ -22,6 +22,7 @@ from lesion.analysis.interactions import (
 )
 from lesion.analysis.order import kendalls_w, ranks, top_stability
 from lesion.analysis.paired import against_floor, neighbours
+from lesion.analysis.reading import reading_columns, reading_drops
 from lesion.analysis.settings import GENERATION, LESION, Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
 
@@ -55,6 +56,7 @@ class Findings:
     floors: pd.DataFrame = field(default_factory=_none)
     aspects: pd.DataFrame = field(default_factory=_none)
     interaction: pd.DataFrame = field(default_factory=_none)
+    reading: pd.DataFrame = field(default_factory=_none)
     agreement: pd.DataFrame = field(default_factory=_none)
     interactions: pd.DataFrame = field(default_factory=_none)
     cumulative: pd.DataFrame = field(default_factory=_none)
@@ -126,6 +128,8 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None) -> Findings
     found = Findings(frame, pd.DataFrame(columns=list(PAIR)) if floor is None else floor, metric)
     if frame.empty:
         return found
+    if reading_columns(frame):
+        found.reading = reading_drops(frame)
     frame = _slim(frame, metric)
     has = frame["selection"].value_counts()
 
