@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from conftest import settings
+from lesion.anatomy import examine
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.models.schedulers import FLOW, SCHEDULERS, make
@@ -46,6 +48,20 @@ def test_a_site_replaced_in_every_row_is_not_computed(tiny_model):
     assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, window=LATE))])[0] == 2
     assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, branch="cond"))])[0] == 4
     assert counted(tiny_model, to_out, [cell(tiny_model, SUBJECTS[0], zero(first, strength=0.5))])[0] == 4
+
+
+def test_neither_is_the_norm_before_it(tiny_model):
+    first, second, *_ = tiny_model.anatomy.paths
+    norm = tiny_model.denoiser.get_submodule(tiny_model.anatomy.sites[first][0].removesuffix(".attn2")).norm2
+    both = [cell(tiny_model, subject, zero(first)) for subject in SUBJECTS]
+    assert counted(tiny_model, norm, both)[0] == 0
+    mixed = [cell(tiny_model, SUBJECTS[0], zero(first)), cell(tiny_model, SUBJECTS[1], zero(second))]
+    assert counted(tiny_model, norm, mixed)[0] == 4
+    assert counted(tiny_model, norm, [cell(tiny_model, SUBJECTS[0], zero(first, window=LATE))])[0] == 2
+    assert counted(tiny_model, norm, [cell(tiny_model, SUBJECTS[0], zero(first, branch="cond"))])[0] == 4
+    self_attention = dataclasses.replace(tiny_model, anatomy=examine(tiny_model.denoiser, kind="self_attention"))
+    asked = [cell(tiny_model, SUBJECTS[0], zero(first, kind="self_attention"))]
+    assert counted(self_attention, norm, asked)[0] == 4
 
 
 def test_sparing_changes_no_bit(tiny_model, tiny_folder, monkeypatch):

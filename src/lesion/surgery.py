@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy, Site
@@ -164,6 +165,8 @@ def lesioned(
             operation = Operation(list(together))
             module = denoiser.get_submodule(path)
             stack.enter_context(forward_replaced(module, functools.partial(operation.around, module)))
+            if norm := _norm_before(denoiser, path):
+                stack.enter_context(forward_replaced(norm, operation.sparing))
             if block := operation.port.block:
                 watch = denoiser.get_submodule(block).register_forward_pre_hook(operation.watch.note, with_kwargs=True)
                 stack.callback(watch.remove)
@@ -320,6 +323,26 @@ class Operation:
             return self.port.write(call, output, changes) if changes else output
 
         return operated
+
+    def sparing(self, norm: Callable[..., Any]) -> Callable[..., Any]:
+        """The norm before the module, not computed where the module is not."""
+
+        def maybe(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            spared = all(fitting.spares(len(hidden)) for fitting in self.fittings)
+            return hidden if spared else norm(hidden, *args, **kwargs)
+
+        return maybe
+
+
+def _norm_before(denoiser: nn.Module, path: str) -> nn.Module | None:
+    """The layer norm whose output this attention alone reads, where the block is known to be built so."""
+    parent, _, leaf = path.rpartition(".")
+    block, module = denoiser.get_submodule(parent), denoiser.get_submodule(path)
+    if not isinstance(block, BasicTransformerBlock) or block.norm_type != "layer_norm" or block.pos_embed is not None:
+        return None
+    norm = {"attn1": block.norm1, "attn2": block.norm2}.get(leaf)
+    keeps_shape = getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)  # else it is computed anyway
+    return norm if isinstance(norm, nn.LayerNorm) and keeps_shape else None
 
 
 def _anew(value: Any) -> Any:
