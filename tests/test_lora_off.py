@@ -218,12 +218,15 @@ def test_from_command_to_table(cli, lora):
 
 
 @needs_loras
-def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, monkeypatch):
+def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, tmp_path, monkeypatch):
     """On a tiny model with a LoRA of its own."""
     from test_configs import small
+    from test_scoring import write_dino
 
     cli.defaults = []
-    code, _, err = cli("experiment=lora", f"model.loras.0.path={lora}", *small(tiny_folder, tiny_clip))
+    code, _, err = cli(
+        "experiment=lora", f"model.loras.0.path={lora}", *small(tiny_folder, tiny_clip, write_dino(tmp_path / "dino"))
+    )
     assert code == 0, err
     (frame,) = cli.frames()
     assert (frame.status == "ok").all()
