@@ -18,9 +18,10 @@ setup: .venv/ready ## make .venv with pinned versions of everything
 demo: .venv/ready ## run the demonstration study on the model that ships with the project
 	$(BIN)/lesion experiment=demo
 
+# One process a core, one thread each: more threads would wait for each other.
 test: .venv/ready ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-all: .venv/ready ## the test suite with the slow tests
 	$(BIN)/python -m pytest -m ''
