@@ -19,13 +19,12 @@ from lesion.anatomy import KINDS, examine
 from lesion.errors import RequestError
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
-from lesion.models import ModelSpec, loading
+from lesion.models import loading
 from lesion.surgery import replacement_key
-from test_surgery import SUBJECTS, cell, plain
+from test_surgery import SUBJECTS, cell, drawn, plain
 
 OFF = Replacement("lora_off")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-needs_loras = pytest.mark.skipif("loras" not in ModelSpec.__dataclass_fields__, reason="model.loras is not there yet")
 
 
 def opened(folder):
@@ -61,10 +60,14 @@ def bare(tiny_model):
 
 
 def with_loras(model, *folders, weights=None):
-    for index, folder in enumerate(folders):
-        model.pipe.load_lora_weights(str(folder), adapter_name=f"lora_{index}")
-    model.pipe.set_adapters([f"lora_{i}" for i in range(len(folders))], weights or [1.0] * len(folders))
+    put_on(model.pipe, folders, weights)
     return model
+
+
+def put_on(pipe, folders, weights):
+    for index, folder in enumerate(folders):
+        pipe.load_lora_weights(str(folder), adapter_name=f"lora_{index}")
+    pipe.set_adapters([f"lora_{i}" for i in range(len(folders))], weights or [1.0] * len(folders))
 
 
 def off(*layers, **changes):
@@ -83,9 +86,7 @@ def images(model, lesions, subjects=SUBJECTS):
 def reference(folder, loras, sites, weights=None, when=lambda call: True):
     """Plain diffusers and PEFT; at the calls that `when` names, the second matrices within `sites` are zero."""
     pipe = opened(folder)
-    for index, lora in enumerate(loras):
-        pipe.load_lora_weights(str(lora), adapter_name=f"lora_{index}")
-    pipe.set_adapters([f"lora_{i}" for i in range(len(loras))], weights or [1.0] * len(loras))
+    put_on(pipe, loras, weights)
     parts = [
         matrix.weight
         for path, module in pipe.unet.named_modules()
@@ -102,15 +103,7 @@ def reference(folder, loras, sites, weights=None, when=lambda call: True):
                 part.copy_(torch.zeros_like(full) if off_now else full)
 
     pipe.unet.register_forward_pre_hook(before)
-    return pipe(
-        [prompt for prompt, _ in SUBJECTS],
-        generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in SUBJECTS],
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        height=16,
-        width=16,
-        output_type="np",
-    ).images
+    return drawn(pipe)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in ("cross_attention", "self_attention", "block")])
@@ -197,7 +190,6 @@ def test_without_a_lora_it_is_refused_before_the_model_loads(cli, monkeypatch):
     assert "allowed: none" in err
 
 
-@needs_loras
 def test_heads_and_compiled_blocks_are_refused(cli, lora):
     for wrong in ("layers.by=head", "performance.compile=true"):
         code, _, err = cli("replacement=lora_off", wrong, f"model.loras=[{{path: {lora}}}]")
@@ -205,7 +197,6 @@ def test_heads_and_compiled_blocks_are_refused(cli, lora):
         assert "lora_off" in err and len(err.strip().splitlines()) == 1
 
 
-@needs_loras
 def test_from_command_to_table(cli, lora):
     code, _, err = cli(
         "replacement=lora_off", f"model.loras=[{{path: {lora}, weight: 1.0}}]", "selection=[leave_one_out,all]"
@@ -217,7 +208,6 @@ def test_from_command_to_table(cli, lora):
     assert (lesioned.clip_similarity < 1 - 1e-6).any()
 
 
-@needs_loras
 def test_the_experiment_runs_and_can_be_read(cli, lora, tiny_folder, tiny_clip, tmp_path, monkeypatch):
     """On a tiny model with a LoRA of its own."""
     from test_configs import small

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.surgery import replacement_key
-from test_surgery import SUBJECTS, cell, plain, run
+from test_surgery import SUBJECTS, cell, drawn, plain, run
 
 
 class Louder:
@@ -51,15 +51,7 @@ def reference(folder, sites):
             module = pipe.unet.get_submodule(site)
             module.to_k.weight.mul_(2)
             module.to_v.weight.mul_(2)
-    return pipe(
-        [prompt for prompt, _ in SUBJECTS],
-        generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in SUBJECTS],
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        height=16,
-        width=16,
-        output_type="np",
-    ).images
+    return drawn(pipe)
 
 
 def test_a_rerun_is_the_site_under_its_condition_to_the_bit(tiny_folder, tiny_model):

@@ -185,7 +185,7 @@ def test_memory_is_bounded_and_still_right(clip_folder: Path, monkeypatch: pytes
     monkeypatch.setattr(embeddings_module, "KEPT", 3)
     np.testing.assert_allclose(scorer.score(given)["clip_similarity"], expected, atol=1e-6)
     np.testing.assert_allclose(scorer.score(given[::-1])["clip_similarity"], expected[::-1], atol=1e-6)
-    assert len(scorer.metrics[0].clip.images.kept) == 3  # type: ignore[attr-defined]
+    assert len(scorer.metrics[0].embedder.images.kept) == 3  # type: ignore[attr-defined]
 
 
 def test_half_precision_weights_are_computed_in_float32(clip_folder: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_half_precision_weights_are_computed_in_float32(clip_folder: Path, tmp_p
         under_autocast = scorer.score(shots())["clip_similarity"]
     clip_module._embedder.cache_clear()
     plain = make_scorer(spec(folder, "clip_similarity"), "cpu").score(shots())["clip_similarity"]
-    assert next(scorer.metrics[0].clip.model.parameters()).dtype == torch.float32  # type: ignore[attr-defined]
+    assert next(scorer.metrics[0].embedder.model.parameters()).dtype == torch.float32  # type: ignore[attr-defined]
     np.testing.assert_array_equal(under_autocast, plain)
 
 
@@ -385,7 +385,7 @@ def test_dino_of_an_unchanged_image_is_exactly_one_and_each_image_is_embedded_on
     found = scorer.score(given)["dino_similarity"]
     assert found[0] == 1.0
     assert found[1] < 0.9999
-    assert len(scorer.metrics[0].dino.images.kept) == 2  # type: ignore[attr-defined]
+    assert len(scorer.metrics[0].embedder.images.kept) == 2  # type: ignore[attr-defined]
 
 
 def test_dino_identity_follows_the_weights_not_the_place(dino_folder: Path, tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def plain(folder, subjects, hooked=(), steps=4, guidance=3.0):
     for name, module in pipe.unet.named_modules():
         if name in hooked:
             module.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    return drawn(pipe, subjects, steps, guidance)
+
+
+def drawn(pipe, subjects=SUBJECTS, steps=4, guidance=3.0):
+    """The plain pipeline call."""
     return pipe(
         [prompt for prompt, _ in subjects],
         generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in subjects],

@@ -21,7 +21,7 @@ from lesion.anatomy import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.budget import Budget
 from lesion.errors import RequestError
 from lesion.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
-from lesion.models import DTYPES, OFFLOADS, ModelSpec
+from lesion.models import DTYPES, ModelSpec, check_offload
 from lesion.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 from lesion.scoring import ScorerSpec
 
@@ -196,7 +196,6 @@ def parse(config: DictConfig) -> Request:
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
     _one_of("performance.dtype", data["performance"]["dtype"], DTYPE_NAMES)
-    _one_of("model.offload", model["offload"], OFFLOADS)
     _one_of("generation.task", generation["task"], TASKS)
     _one_of("layers.by", layers["by"], GRANULARITIES)
     _one_of("layers.kind", layers["kind"], KINDS)
@@ -212,8 +211,7 @@ def parse(config: DictConfig) -> Request:
     if data["performance"]["compile"] and model["offload"] != "none":
         raise RequestError("model.offload", "works without performance.compile only; allowed here: none")
     device = _device(data["device"])
-    if model["offload"] != "none" and device == "cpu":
-        raise RequestError("model.offload", "moves weights to an accelerator and back; allowed on device=cpu: none")
+    check_offload(model["offload"], device)
     _at_least("generation.steps", generation["steps"], 1)
     _at_least("generation.guidance", generation["guidance"], 0)
     for side in ("height", "width"):

@@ -45,6 +45,11 @@ def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
     return blended
 
 
+def keeps_shape(module: nn.Module) -> bool:
+    """Whether a module is an attention that puts out what it takes in: the shape of its hidden states."""
+    return getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a module. forward: what it would do un-lesioned. text_tokens: length of the text in front of the
@@ -100,8 +105,7 @@ class Port:
 
     def placeholder(self, call: Call) -> Any | None:
         """Something of the output's form, had without running the module; None where there is no such thing."""
-        same = getattr(call.module, "query_dim", None) == getattr(call.module, "out_dim", -1)
-        return call.hidden if same else None
+        return call.hidden if keeps_shape(call.module) else None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
         """The quantity, (rows, …)."""

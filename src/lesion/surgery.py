@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy, Site
 from lesion.lesions import Lesion, covers
-from lesion.ports import Call, Change, Head, HeadTokens, Share
+from lesion.ports import Call, Change, Head, HeadTokens, Share, keeps_shape
 from lesion.reuse import forward_replaced
 
 UNCOND, COND = 0, 1
@@ -341,8 +341,8 @@ def _norm_before(denoiser: nn.Module, path: str) -> nn.Module | None:
     if not isinstance(block, BasicTransformerBlock) or block.norm_type != "layer_norm" or block.pos_embed is not None:
         return None
     norm = {"attn1": block.norm1, "attn2": block.norm2}.get(leaf)
-    keeps_shape = getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)  # else it is computed anyway
-    return norm if isinstance(norm, nn.LayerNorm) and keeps_shape else None
+    # A module that changes the shape is computed anyway.
+    return norm if isinstance(norm, nn.LayerNorm) and keeps_shape(module) else None
 
 
 def _anew(value: Any) -> Any:

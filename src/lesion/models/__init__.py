@@ -3,17 +3,17 @@
 from lesion.models.loading import DTYPES, Model, identity_of, load
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
-from lesion.models.source import EMBEDDED, OFFLOADS, ModelSpec, Source, pipeline_class, resolve
+from lesion.models.source import EMBEDDED, ModelSpec, Source, check_offload, pipeline_class, resolve
 
 __all__ = [
     "DTYPES",
     "EMBEDDED",
-    "OFFLOADS",
     "SCHEDULERS",
     "Lora",
     "Model",
     "ModelSpec",
     "Source",
+    "check_offload",
     "identity_of",
     "load",
     "pipeline_class",

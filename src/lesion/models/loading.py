@@ -16,7 +16,7 @@ from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
 from lesion.errors import RequestError
 from lesion.gates import Gates
 from lesion.models import loras, schedulers
-from lesion.models.source import ModelSpec, Source, pipeline_class, resolve
+from lesion.models.source import ModelSpec, Source, check_offload, pipeline_class, resolve
 from lesion.reuse import TextMemory
 from lesion.study import ModelIdentity
 
@@ -76,8 +76,7 @@ def load(source: Source, device: str) -> Model:
 @lru_cache(maxsize=1)
 def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     source = resolve(spec)
-    if spec.offload != "none" and device == "cpu":
-        raise RequestError("model.offload", "moves weights to an accelerator and back; allowed on device=cpu: none")
+    check_offload(spec.offload, device)
     pipe = _pipeline(source, DTYPES[resolve_dtype(spec.dtype, device)])
     if spec.loras:  # before any hook, gate or compiled block
         loras.put_on(pipe, spec.loras, source.adapters)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.models.hub import snapshot
 
 KEY = "model.loras"
 USUAL = "pytorch_lora_weights.safetensors"  # diffusers' own name
@@ -60,25 +61,14 @@ def locate(lora: Lora) -> Path:
             raise RequestError(
                 KEY, f"no file or folder {lora.path!r}; allowed: a folder, a .safetensors file, a hub name"
             )
-        path = _from_hub(lora)
+        path = snapshot(lora.path, [lora.file or "*.safetensors"], KEY, "file")
     files = {file.name: file for file in path.glob(lora.file or "*.safetensors") if file.is_file()}
     if USUAL in files:
         return files[USUAL]
     if len(files) != 1:
-        have = ", ".join(sorted(files)) or "none"
         wanted, have = lora.file or ".safetensors file", ", ".join(sorted(files)) or "none"
         raise RequestError(KEY, f"{lora.path!r} must hold one {wanted}, or name it by `file`; it has: {have}")
     return next(iter(files.values()))
-
-
-def _from_hub(lora: Lora) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(lora.path, allow_patterns=[lora.file or "*.safetensors"]))
-    except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(KEY, f"{lora.path!r} is no local file, and the hub did not give it: {reason}") from None
 
 
 def put_on(pipe: Any, loras: Sequence[Lora], files: Sequence[Path]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from lesion.errors import RequestError
 from lesion.models import loras, schedulers
+from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
 
@@ -260,8 +261,7 @@ def resolve(spec: ModelSpec) -> Source:
     """
     if spec.scheduler is not None and spec.scheduler not in SCHEDULERS:  # before anything is fetched
         schedulers.check(spec.scheduler, {}, "")
-    if spec.offload not in OFFLOADS:
-        raise RequestError("model.offload", f"got {spec.offload!r}; allowed: {', '.join(OFFLOADS)}")
+    check_offload(spec.offload)
     source = _found(spec)
     adapters = tuple(loras.locate(lora) for lora in spec.loras)
     source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
@@ -273,6 +273,14 @@ def resolve(spec: ModelSpec) -> Source:
         if name not in takes:
             raise RequestError("model.arguments", f"{cls.__name__} takes no {name!r} here; allowed: {_listed(takes)}")
     return source
+
+
+def check_offload(offload: str, device: str = "") -> None:
+    """Raises RequestError for a way of offloading that is none, or makes no sense on the device ("": any)."""
+    if offload not in OFFLOADS:
+        raise RequestError("model.offload", f"got {offload!r}; allowed: {', '.join(OFFLOADS)}")
+    if offload != "none" and device == "cpu":
+        raise RequestError("model.offload", "moves weights to an accelerator and back; allowed on device=cpu: none")
 
 
 def _found(spec: ModelSpec) -> Source:
@@ -288,7 +296,7 @@ def _found(spec: ModelSpec) -> Source:
             "model.id",
             f"no folder {spec.id!r}; allowed: a diffusers folder, a .safetensors file, a hub name 'org/model'",
         )
-    folder = _snapshot(spec.id, spec.revision, "model.id")
+    folder = snapshot(spec.id, _CONFIGS, "model.id", revision=spec.revision)
     return Source(spec, folder, commit=folder.name)
 
 
@@ -298,7 +306,7 @@ def _autoencoder(name: str) -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise RequestError("model.vae", f"no folder {name!r}; allowed: null, a folder, a hub name")
-        folder = _snapshot(name, None, "model.vae", ["config.json", "diffusion_pytorch_model.safetensors"])
+        folder = snapshot(name, ["config.json", "diffusion_pytorch_model.safetensors"], "model.vae")
     if not str(_config(folder).get("_class_name", "")).startswith("Autoencoder"):
         raise RequestError("model.vae", f"{name!r} holds no autoencoder: its config.json names none")
     return folder
@@ -323,18 +331,7 @@ def _single_file(spec: ModelSpec, path: Path) -> Source:
         )
     folder = Path(spec.config).expanduser()
     if not folder.is_dir():
-        folder = _snapshot(spec.config, None, "model.config")
+        folder = snapshot(spec.config, _CONFIGS, "model.config")
     if not (folder / "model_index.json").is_file():
         raise RequestError("model.config", f"{spec.config!r} has no model_index.json")
     return Source(spec, folder, file=path)
-
-
-def _snapshot(name: str, revision: str | None, key: str, files: Sequence[str] = _CONFIGS) -> Path:
-    """Folder with these files, the configs if nothing else is said, of a hub model."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(key, f"{name!r} is no local folder, and the hub did not give it: {reason}") from None

@@ -31,7 +31,7 @@ def identity(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_model(model: ModelSpec) -> None:
     """Raises RequestError if the model is asked for without a LoRA, or compiled."""
-    if not getattr(model, "loras", ()):
+    if not model.loras:
         raise RequestError("replacement", "lora_off has no LoRA to take off; name one in model.loras: [{path: FOLDER}]")
     if model.compile:
         raise RequestError("performance.compile", "does not work with replacement=lora_off; allowed here: false")

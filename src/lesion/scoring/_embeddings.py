@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from lesion.scoring import Shot
 
 Item = TypeVar("Item")
 Vectors = NDArray[np.float64]
@@ -43,6 +45,20 @@ def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     """Cosines (n,) of unit vectors (n, d); rounding cannot take them out of [-1, 1]."""
     cosines: NDArray[np.float64] = np.einsum("nd,nd->n", a, b)
     return cosines.clip(-1.0, 1.0)
+
+
+class BaselineCosine:
+    """The metric that is the cosine of an image's and its baseline's embeddings; exactly 1 for identical pixels."""
+
+    def __init__(self, column: str, embedder: Any, batch_size: int):
+        """embedder: `embedder.images(images, batch_size)` are their embeddings as unit vectors (n, d)."""
+        self.column, self.embedder, self.batch_size = column, embedder, batch_size
+
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        embedded = self.embedder.images([s.image for s in shots] + [s.baseline for s in shots], self.batch_size)
+        values = cosine(embedded[: len(shots)], embedded[len(shots) :])
+        values[[shot.unchanged for shot in shots]] = 1.0
+        return values
 
 
 def unit(vectors: torch.Tensor) -> Vectors:

@@ -9,31 +9,14 @@ is 1 minus this. Raw values have little headroom, so read them beside the noise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
-
-from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._clip import Embedder, clip_identity, cosine, embedder
-
-
-class ClipSimilarity:
-    column = "clip_similarity"
-
-    def __init__(self, clip: Embedder, batch_size: int):
-        self.clip, self.batch_size = clip, batch_size
-
-    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
-        embedded = self.clip.images([s.image for s in shots] + [s.baseline for s in shots], self.batch_size)
-        values = cosine(embedded[: len(shots)], embedded[len(shots) :])
-        values[[shot.unchanged for shot in shots]] = 1.0
-        return values
+from lesion.scoring import ScorerSpec
+from lesion.scoring._clip import clip_identity, embedder
+from lesion.scoring._embeddings import BaselineCosine
 
 
 def identity(spec: ScorerSpec) -> str:
     return f"clip_similarity/1 ({clip_identity(spec)})"
 
 
-def build(spec: ScorerSpec, device: str) -> ClipSimilarity:
-    return ClipSimilarity(embedder(spec, device), spec.batch_size)
+def build(spec: ScorerSpec, device: str) -> BaselineCosine:
+    return BaselineCosine("clip_similarity", embedder(spec, device), spec.batch_size)

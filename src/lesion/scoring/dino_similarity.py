@@ -11,27 +11,9 @@ et al. 2024, arXiv:2411.14430). Importance of a layer is 1 minus this if `scorer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
-
-from lesion.scoring import ScorerError, ScorerSpec, Shot
-from lesion.scoring._dino import DinoEmbedder, dino_identity, embedder
-from lesion.scoring._embeddings import cosine
-
-
-class DinoSimilarity:
-    column = "dino_similarity"
-
-    def __init__(self, dino: DinoEmbedder, batch_size: int):
-        self.dino, self.batch_size = dino, batch_size
-
-    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
-        embedded = self.dino.images([s.image for s in shots] + [s.baseline for s in shots], self.batch_size)
-        values = cosine(embedded[: len(shots)], embedded[len(shots) :])
-        values[[shot.unchanged for shot in shots]] = 1.0
-        return values
+from lesion.scoring import ScorerError, ScorerSpec
+from lesion.scoring._dino import dino_identity, embedder
+from lesion.scoring._embeddings import BaselineCosine
 
 
 def identity(spec: ScorerSpec) -> str:
@@ -41,5 +23,5 @@ def identity(spec: ScorerSpec) -> str:
         raise ScorerError(f"scorer {spec.name}: DINOv2 {spec.dino_model}: {error}") from error
 
 
-def build(spec: ScorerSpec, device: str) -> DinoSimilarity:
-    return DinoSimilarity(embedder(spec, device), spec.batch_size)
+def build(spec: ScorerSpec, device: str) -> BaselineCosine:
+    return BaselineCosine("dino_similarity", embedder(spec, device), spec.batch_size)
