@@ -57,6 +57,16 @@ def test_figures_are_written_only_where_the_data_have_them(tmp_path):
     assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0]) == []
 
 
+def test_what_a_layers_absence_breaks_has_its_figure(tmp_path):
+    frame, _ = planted()
+    broken = (frame["selection"] == "leave_one_out") & (frame["layer"] == LAYERS[2])
+    frame = frame.assign(read_shape=np.where(broken, 0.0, 1.0), read_count=np.nan)
+    found = findings(frame)
+    for one in settings(frame):
+        drawn = illustrations.of_setting(tmp_path, found, one)
+        assert f"reading--{one.slug}" in stems(drawn)
+
+
 def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, monkeypatch):
     frame, floor = planted(prompts=2, seeds=1)
     monkeypatch.setattr(illustrations, "SETTINGS", 1)

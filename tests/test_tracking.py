@@ -66,6 +66,12 @@ def a_run_folder(folder: Path, rows_per_prompt: int = 3) -> pd.DataFrame:
     for name, width in (("p0-s0", 32), ("p0-s1", 33), ("p1-s0", 48)):
         Image.new("RGB", (width // 16 * 16, 16), (width, 0, 0)).save(folder / "grids" / f"{name}.png")
     Image.new("RGB", (20, 20)).save(folder / "figures" / "heatmap.png")
+    (folder / "tables").mkdir()
+    columns = {"layer": [*LAYERS, "NA"], "importance": [0.25, None, 0.5], "n": [1, 2, 3], NASTY[0]: NASTY[0]}
+    layers = pd.DataFrame(columns)
+    layers.to_csv(folder / "tables" / "layers.csv", index=False)
+    (folder / "tables" / "layers.md").write_text("not a CSV")
+    (folder / "tables" / "torn.csv").write_bytes(b'a,b\n"\xff')
     frame = pd.DataFrame(rows)
     frame.to_parquet(folder / "results.parquet")
     # As objects: a string column of pandas 3 cannot hold a lone surrogate, a frame made elsewhere can.
@@ -184,6 +190,11 @@ def test_an_offline_run_holds_everything(
     assert logged["figures/heatmap"]["_type"] == "image-file"
     for relative in [*logged["grids"]["filenames"], logged["figures/heatmap"]["path"]]:
         assert (log.parent / "files" / relative).is_file()
+
+    layers = json.loads((log.parent / "files" / logged["tables/layers"]["path"]).read_text("utf-8"))
+    assert layers["columns"][:3] == ["layer", "importance", "n"]
+    assert [row[:3] for row in layers["data"]] == [[LAYERS[0], 0.25, 1], [LAYERS[1], None, 2], ["NA", 0.5, 3]]
+    assert [key for key in logged if key.startswith("tables/")] == ["tables/layers"], "what cannot be read is left out"
 
     table = json.loads((log.parent / "files" / logged["results"]["path"]).read_text("utf-8"))
     assert table["columns"] == ["picture", *frame.columns]

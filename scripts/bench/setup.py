@@ -21,10 +21,11 @@ from bench import architectures
 from lesion import models, replacements, runner
 from lesion.anatomy import examine
 from lesion.cli import conf_dir
-from lesion.config import Request, parse, register
+from lesion.config import Request, parse
 from lesion.generate import generate
 from lesion.models import EMBEDDED, Model
 from lesion.models.loading import DTYPES, resolve_dtype
+from lesion.schema import register
 from lesion.scoring import _clip
 from lesion.study import Cell, Study
 from lesion.surgery import Filler, replacement_key

@@ -19,9 +19,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.config import parse, register
+from lesion.config import parse
 from lesion.errors import RequestError, StudyFailed
 from lesion.prompts import ENDINGS
+from lesion.schema import register
 
 
 def conf_dir() -> Path:

@@ -22,8 +22,8 @@ from torch import nn
 from lesion import models
 from lesion.anatomy import GRANULARITIES, KINDS, PLACES, WITH_HEADS, AnatomyError, attentions_of, examine, kinds_of
 from lesion.cli import conf_dir, one_line
-from lesion.config import register
 from lesion.errors import RequestError
+from lesion.schema import register
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

@@ -86,8 +86,8 @@ def write_report(
     sections = []
     for number, setting in enumerate(chosen):
         part = rows(frame, setting)
-        comparisons = pictures.comparisons(run_dir, part, setting, most)
-        layer_grids = pictures.layer_grids(run_dir, part, setting, sheets)
+        comparisons = pictures.comparisons(run_dir, part, setting, known.metric, most)
+        layer_grids = pictures.layer_grids(run_dir, part, setting, known.metric, sheets)
         short = number >= illustrations.SETTINGS and not all_grids
         drawn = illustrations.of_setting(run_dir / "figures", known, setting, clustered, short)
         made = contents.of_setting(known, setting)

@@ -14,9 +14,9 @@ import pandas as pd
 
 from lesion.analysis.settings import BASELINE, GENERATION, in_order, layers_in_order, rows, settings
 from lesion.report.text import clean
+from lesion.scoring import known_metrics
 
 PROMPT_LIMIT = 2000  # characters of a prompt that the page shows
-METRICS = ("clip_similarity", "clip_text", "ssim", "psnr", "lpips")
 SHADES = 64  # of the heat map's colour scale
 
 
@@ -88,7 +88,7 @@ def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "cli
     groups, group = _numbered(["", *together])
     named, of_setting, of_group = _memberships(frame)
     images = [inside(name) for name in frame["image"].fillna("")]
-    extra = [name for name in METRICS if name != metric and name in frame]
+    extra = [name for name in known_metrics() if name != metric and name in frame]
     colours = matplotlib.colormaps["cividis"]
     return {
         "metric": metric,

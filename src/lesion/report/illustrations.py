@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from lesion.analysis.aspects import aspect_table
 from lesion.analysis.cells import groups
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt
+from lesion.analysis.reading import reading_table
 from lesion.analysis.settings import Setting, slug
 from lesion.report import curves, figures
 from lesion.report.crossing import telling, window_maps
@@ -61,6 +62,11 @@ def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool =
         if clusters:
             figure = figures.heat_map(figures.clustered(by_aspect), meaning, title, columns="aspect")
             add(figure, "aspects-clustered", "Heat map of layers by aspects in clusters")
+    reading = found.of("reading", setting)
+    if len(reading) and reading["drop"].notna().any():
+        meaning = "share of images that it breaks"
+        figure = figures.heat_map(reading_table(reading), meaning, title, columns="aspect, read from pixels")
+        add(figure, "reading", "Heat map of what leaving a layer out breaks, by aspect read from pixels")
     if len(table) and (table["importance"].notna() & table["sufficiency"].notna()).sum() > 1:
         labels = (f"importance: 1 - {metric} (leave-one-out)", f"sufficiency: {metric} (only-one)")
         words = f"{title}\n{_agreed(found.of('agreement', setting), 'measure')}".strip()

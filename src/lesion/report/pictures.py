@@ -44,7 +44,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     picture.save(path, compress_level=COMPRESSION)
 
 
-def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int | None) -> Drawn:
+def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None) -> Drawn:
     """One comparison picture a prompt and seed of one setting, the first `most` of them (None: all)."""
     scope = grids.Scope.of(part, setting)
     by_subject = part.groupby(["prompt_id", "seed"], sort=False)
@@ -54,13 +54,13 @@ def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int |
         prompt_id, seed = subject
         name = f"comparison--{setting.slug}--{slug(str(prompt_id))}--seed{seed}.png"
         here = by_subject.get_group(subject)
-        _save(grids.compare(here, scope, run_dir, prompt_id, seed), run_dir / "grids" / name)
+        _save(grids.compare(here, scope, run_dir, prompt_id, seed, metric=metric), run_dir / "grids" / name)
         return run_dir / "grids" / name, f"Comparison for prompt {clean(prompt_id, 100)}, seed {seed}"
 
     return Drawn(in_threads(draw, subjects[:most]), len(subjects))
 
 
-def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int | None) -> Drawn:
+def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None) -> Drawn:
     """Layers x prompts, one picture a selection and seed, more where the prompts do not fit side by side."""
     room = grids.prompts_a_picture(part, run_dir)
     ids = in_order(part["prompt_id"])
@@ -77,7 +77,7 @@ def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, most: int |
         selection, seed, index = job
         suffix = f"--page{index + 1}" if len(pages) > 1 else ""
         name = f"layers-by-prompts--{selection}--{setting.slug}--seed{seed}{suffix}.png"
-        picture = grids.layer_grid(part, setting, run_dir, seed, selection, prompt_ids=pages[index])
+        picture = grids.layer_grid(part, setting, run_dir, seed, selection, prompt_ids=pages[index], metric=metric)
         _save(picture, run_dir / "grids" / name)
         return run_dir / "grids" / name, f"Layers by prompts, {selection.replace('_', '-')}, seed {seed}"
 

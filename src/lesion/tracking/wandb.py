@@ -96,7 +96,7 @@ class WandbTracker:
             run.log({"images_done": done, "images_left": total - done, "images_per_second": float(images_per_second)})
 
     def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
-        """Log the summary, all pictures, the results table and `results.parquet`."""
+        """Log the summary, all pictures, the report's tables, the results table and `results.parquet`."""
         if self.run is None:
             return
         import wandb
@@ -106,6 +106,8 @@ class WandbTracker:
             run.summary.update({text(key): float(value) for key, value in summary.items()})
             if pictures := _picture_lists(run_dir / "grids", "grids") | _named_pictures(run_dir / "figures", "figures"):
                 run.log(pictures)
+            if tables := _report_tables(run_dir / "tables"):
+                run.log(tables)
             run.log({"results": _results_table(frame, run_dir, self.options.max_table_images)})
             artifact = wandb.Artifact(f"results-{run.id}", type="results")
             artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
@@ -272,14 +274,24 @@ def _named_pictures(folder: Path, key: str) -> dict[str, object]:
     return {name: picture for name, picture in pictures.items() if picture is not None}
 
 
-def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> "wandb.Table":
-    """The frame as a W&B table: a column `picture` (for the first `max_images` images), then the frame's own columns.
-
-    Numbers stay numbers (missing or infinite: None), everything else becomes text: W&B wants one type a column.
-    """
+def _report_tables(folder: Path) -> dict[str, object]:
+    """The CSV of every table of the report as `tables/NAME`; one that cannot be read is left out."""
     import wandb
 
-    frame = frame.head(TABLE_ROWS)
+    found: dict[str, object] = {}
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            columns = _columns(pd.read_csv(path, nrows=TABLE_ROWS, keep_default_na=False, na_values=[""]))
+        except (OSError, ValueError) as error:
+            log.debug("W&B: left out %s: %s", path, error)
+            continue
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        found[f"tables/{text(path.stem)}"] = wandb.Table(columns=list(columns), data=rows)
+    return found
+
+
+def _columns(frame: pd.DataFrame) -> dict[str, list[object]]:
+    """Numbers stay numbers (missing or infinite: None), everything else becomes text: W&B wants one type a column."""
     columns: dict[str, list[object]] = {}
     for name, column in frame.items():
         if pd.api.types.is_numeric_dtype(column):
@@ -287,6 +299,15 @@ def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> "wand
             columns[text(name)] = [plain(value) for value in kept]
         else:
             columns[text(name)] = [None if pd.isna(value) else text(value) for value in column]
+    return columns
+
+
+def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> "wandb.Table":
+    """The frame as a W&B table: a column `picture` (for the first `max_images` images), then the frame's columns."""
+    import wandb
+
+    frame = frame.head(TABLE_ROWS)
+    columns = _columns(frame)
     pictures: list[wandb.Image | None] = []
     left = max_images
     for image in columns.get("image", [None] * len(frame)):
