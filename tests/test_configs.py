@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from hydra import compose, initialize_config_dir
 
 from lesion import replacements, scoring
 from lesion.cli import conf_dir
-from lesion.config import parse, register
+from lesion.config import parse
 from lesion.lesions import SELECTIONS
 from lesion.models import EMBEDDED
 from lesion.prompts import parse_prompts
-from lesion.scenes import parse_caption
+from lesion.scenes import is_held_out, parse_caption
+from lesion.schema import register
 from lesion.tracking import tracker_names
 
 CONF = conf_dir()
@@ -134,6 +136,7 @@ def small(pipeline_folder: Path, clip: Path, dino: Path, steps: int = 2) -> list
 
 SIZES = {
     "demo": 1 + 7 + 7,
+    "study": 1 + 2 * (7 + 7 + 1),
     "sdxl_layers": 1 + 11 + 11 + 1,
     "sdxl_style_layout": 1 + 6 + 1,
     "sd15_per_layer_prompts": 1 + 2 + 16,
@@ -201,3 +204,10 @@ def test_sdxl_baseline_is_plain_diffusers_to_the_bit(tiny_sdxl_folder):
             output_type="np",
         ).images
         assert np.array_equal(generate(model, cells, {}), plain)
+
+
+def test_the_worked_examples_prompts_are_captions_the_model_never_saw_evenly_over_the_aspects():
+    prompts = parse_prompts(yaml.safe_load((CONF / "prompts" / "study.yaml").read_text()))[1]
+    assert all(is_held_out(prompt.text) and parse_caption(prompt.text) for prompt in prompts)
+    tags = Counter(tag for prompt in prompts for tag in prompt.aspects)
+    assert tags == dict.fromkeys(("colour", "shape", "background", "size", "count", "relation", "binding"), 7)

@@ -17,7 +17,7 @@ from lesion.lesions import choices, covers
 from lesion.runner import _chosen
 from test_configs import CONF, FILES, composed
 
-PRESETS = [name for group, name in FILES if group == "experiment" and name not in ("demo", "lora")]
+PRESETS = [name for group, name in FILES if group == "experiment" and name not in ("demo", "lora", "study")]
 DOCS = CONF.parent / "docs" / "presets.md"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
