@@ -23,7 +23,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench import batching, engine, scale, speed, switches
+from bench import batching, engine, profile, scale, speed, switches
 from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
@@ -59,6 +59,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "speed and scores under each switch against float32 without any",
         switches.switches,
     ),
+    "profile": (
+        "Where the time goes",
+        "a job's stages, and the operators of generation",
+        profile.profile,
+    ),
     "batch": (
         "Batch effect on images and scores",
         "the same cells in batches and one at a time",
@@ -91,7 +96,7 @@ def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:
 
 
 def usual_parts(kind: str) -> list[str]:
-    on_gpu = ["speed", "overhead", "only-one", "window", "switches", "share"]
+    on_gpu = ["speed", "overhead", "only-one", "window", "switches", "profile", "share"]
     return on_gpu if kind == "cuda" else [part for part in PARTS if part != "share"]
 
 

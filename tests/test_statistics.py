@@ -86,6 +86,23 @@ def nested_gamma(rng, prompts, seeds, shape):
     return rng.gamma(shape, 1, (prompts, 1)) * rng.gamma(4, 1 / 4, (prompts, seeds)) - shape
 
 
+@pytest.mark.parametrize(("large", "stands_in"), [((0.2, 0.3, 0.4), "bca"), ((0.4,), "t")])
+def test_limits_that_run_away_give_way_to_bca_then_to_students(large, stands_in):
+    # What most layers of a study look like: nearly all prompts do not need them.
+    values = np.zeros((49, 4))
+    values[:, 0] = np.random.default_rng(0).normal(0, 1e-5, 49)
+    values[: len(large)] = np.array(large)[:, None]
+    means = values.mean(axis=1)
+    error = means.std(ddof=1) / 7
+    star = bootstrap.prompt_means(values, bootstrap.draws(bootstrap.seed_counts(values)))
+    reach = stats.t.ppf(0.975, 48) * error
+    assert bootstrap._student(star, means, error, 0.025)[1] - means.mean() > 10 * reach  # it says nothing
+    found = interval(values)
+    assert found.method == stands_in
+    assert means.mean() < found.high < means.mean() + bootstrap.STRETCH * reach
+    assert (found.low, found.high) == (interval(values, stands_in).low, interval(values, stands_in).high)
+
+
 @pytest.mark.parametrize(
     ("model", "prompts", "seeds", "parameter"),
     [
