@@ -203,7 +203,7 @@ def test_the_layer_table_says_what_a_budget_gave_each_layer():
     frame.loc[frame["layer"] == LAYERS[3], "stopped"] = "budget spent"
     frame = frame[~(early & late)]
     table = contents.layers(findings(frame, floor), first(frame))
-    heads = ("images, out", "images, only", "stopped")
+    heads = ("n, out", "n, only", "stopped")
     assert [cell(table, LAYERS[2], head).text for head in heads] == [
         "12", "4", "grid exhausted (leave-one-out), tight (only-one)"
     ]  # fmt: skip

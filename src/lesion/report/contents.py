@@ -62,7 +62,7 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     words += "Bold: largest."
     counted = _images(table)
     if len(counted) > 1:
-        words += " Images: valid ones of leave-one-out (out) and of only-one (only)."
+        words += " n: valid images of leave-one-out (out) and of only-one (only)."
     words += interval_words(table, [str(name) for name in table if str(name).endswith("method")])
     columns = [
         Column("layer", "layer", "code"),
@@ -100,8 +100,8 @@ def _images(table: pd.DataFrame) -> list[Column]:
     if len(measures) < 2:
         return COUNTS[:1]
     return [
-        Column("n_importance", "images, out", "count"),
-        Column("n_sufficiency", "images, only", "count"),
+        Column("n_importance", "n, out", "count"),
+        Column("n_sufficiency", "n, only", "count"),
     ]
 
 

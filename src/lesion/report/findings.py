@@ -82,9 +82,9 @@ class Findings:
         Columns: those of `layer_table`; importance_low, _high, _method and the same of sufficiency; rank_low,
         rank_high, top_1, top_3 (over the images valid for every layer); n_rank_prompts, n_left_out: prompts of these,
         and pairs of prompt and seed that are not among them (the same in every row); other_seeds,
-        normalised_other_seeds, _low, _high, _method and the same of other_prompts; beyond_floor (importance less 1 - floor), p_floor
-        (Holm-corrected over layers); n_importance, n_sufficiency (images); where the frame has it, stopped: why rounds
-        of a budget ended for the layer. NaN where there is nothing to say.
+        normalised_other_seeds, _low, _high, _method and the same of other_prompts; beyond_floor (importance less 1 -
+        floor), p_floor (Holm-corrected over layers); n_importance, n_sufficiency (images); where the frame has it,
+        stopped: why rounds of a budget ended for the layer. NaN where there is nothing to say.
         """
         if setting not in self._summaries:
             self._summaries[setting] = self._summary(setting)
