@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lesion.analysis import settings
-from lesion.report import figures, illustrations, write_report
+from lesion.report import curves, figures, illustrations, write_report
 from lesion.report.findings import findings
 from lesion.report.profile import levels, profile
 from lesion.report.text import clean
@@ -74,6 +74,16 @@ def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_p
     assert {"profile--tiny--zero.pdf", "layers--tiny--zero.pdf", "layers--tiny--mean.pdf"} <= names
     assert "profile--tiny--mean.pdf" not in names
     assert "Only the first 1 settings have every figure" in (tmp_path / "report.html").read_text()
+
+
+def test_replacements_of_different_layers_have_no_scatter_and_cost_nothing(tmp_path):
+    frame, floor = planted()
+    frame = frame[(frame["layer"] == "") | (frame["layer_index"] < 2) == (frame["replacement"] == "zero")]
+    written = write_report(tmp_path, frame, floor)
+    assert written[-1].is_file() and not [path for path in written if "-vs-" in path.name]
+    table = pd.DataFrame({"layer": ["a"], **{f"importance{end}": [0.1] for end in ("", "_low", "_high")}})
+    names = ("importance", "importance")
+    curves.scatter(table, table.assign(layer="b"), names, names, "nothing shared", True)
 
 
 def test_intervals_are_drawn_at_their_values():

@@ -5,11 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from lesion.analysis import settings
 from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
+from lesion.report.tables import Column, Table
+from lesion.report.text import latex
 from planted import planted
 
 NASTY = r"\input{/etc/passwd} 50% & $x_1^2$ # {~} \\ " "\n\n" + r"\end{tabular} < > | ` ' \" [a]"
@@ -28,8 +33,13 @@ def compiled(folder, text: str) -> str:
         assert done.returncode == 0, done.stdout[-1500:]
     wide = [line for line in done.stdout.splitlines() if line.startswith("Overfull")]
     assert not [line for line in wide if float(line.split("(")[1].split("pt")[0]) > 5], wide
+    if shutil.which("pdftoppm"):
+        subprocess.run(["pdftoppm", "-r", "40", "-gray", "-png", "paper.pdf", "page"], cwd=folder, check=True)
+        pages = sorted(folder.glob("page-*.png"))
+        inked = [float((np.asarray(Image.open(page).convert("L")) < 160).mean()) for page in pages]
+        assert inked and min(inked) > 0.001, inked  # no page is blank
     if not shutil.which("pdftotext"):
-        return ""
+        pytest.skip("compiled, but without pdftotext nobody reads what the PDF says")
     command = ["pdftotext", "-layout", "paper.pdf", "-"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
@@ -46,6 +56,30 @@ def test_tables_compile_and_say_what_they_should(tmp_path, siunitx):
     found = findings(frame, floor)
     made = [*contents.of_setting(found, settings(frame)[0]), *crossing.over_settings(found), contents.status(frame)]
     said = compiled(tmp_path, "\n".join(tables.to_latex(table, siunitx) for table in made))
-    if said:
-        assert r"\input{/etc/passwd} 50% & $x" in " ".join(said.split())
-        assert "down_blocks.0.attentions.0" in said and "root:" not in said
+    assert r"\input{/etc/passwd} 50% & $x" in " ".join(said.split())
+    assert "down_blocks.0.attentions.0" in said and "root:" not in said
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
+@pytest.mark.parametrize("siunitx", [False, True])
+@pytest.mark.parametrize("long", [False, True])
+def test_rows_that_begin_with_a_bracket_or_a_star_are_not_options(tmp_path, siunitx, long):
+    firsts = ["[2pt] boxed", "*starred", "[bare", "plain"]
+    frame = pd.DataFrame({"[head]": firsts * (12 if long else 1)})
+    frame["value"] = [float(number) for number in range(len(frame))]
+    made = Table.of("x", "X", "[1] *", [Column("[head]", "[head]", "text"), Column("value", "value")], frame)
+    text = tables.to_latex(made, siunitx)
+    assert ("longtable" in text) == long
+    said = " ".join(compiled(tmp_path, text).split())
+    assert "[head] value" in said
+    for number, first in enumerate(firsts):
+        assert f"{first} {number}.000" in said
+    assert said.count("[2pt] boxed") == (12 if long else 1)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
+def test_every_character_that_is_let_through_can_be_set(tmp_path):
+    characters = [chr(code) for code in [*range(0x20, 0x250), *range(0x2000, 0x2070), 0x20AC, 0x5D0, 0x1F600]]
+    characters = [one for one in characters if latex(one).strip()]
+    said = compiled(tmp_path, " ".join(f"({latex(one)})" for one in characters))
+    assert "(é)" in said and "(ą)" in said and "(†)" in said and said.count("(?)") > 9

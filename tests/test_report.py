@@ -18,6 +18,7 @@ from lesion.cli import SweepReport, report_sweep
 from lesion.report import ranking_lines, write_report
 from lesion.report.canvas import font, wrap
 from lesion.report.cli import main
+from lesion.report.findings import findings
 from lesion.report.grids import comparison, layers_by_prompts
 from lesion.report.merging import Refused, apart, check, merge, read
 from lesion.report.tables import Column, Table, to_latex
@@ -180,8 +181,9 @@ def test_tables(tmp_path):
     assert r"\texttt{down\_blocks.0.attentions.0}" in tex and "n = 2 prompts, 2 seeds" in tex
     assert re.search(r"mid\\_block.*no effect", tex) and "n/a" in tex and "nan" not in tex.lower()
     body = [line for line in tex.splitlines() if r"\texttt" in line]
-    assert [line.count(" & ") for line in body] == [7] * 4 and all(line.endswith(r"\\") for line in body)
-    assert body[0].split(" & ")[4:7] == ["7", "1", "0"]  # images, invalid, failed; a floor that is n/a has no columns
+    assert [line.count(" & ") for line in body] == [8] * 4 and all(line.endswith(r"\\") for line in body)
+    # images of both modes, invalid, failed; a floor that is n/a has no columns
+    assert body[0].split(" & ")[4:8] == ["3", "4", "1", "0"]
     raw = pd.read_csv(tmp_path / "tables" / "layers--embedded--zero.csv")
     assert list(raw["layer"]) == LAYERS and raw["sufficiency"].isna().tolist() == [False, False, False, True]
     np.testing.assert_allclose(raw["importance"], layer_table(frame)["importance"])
@@ -287,6 +289,67 @@ def test_lesion_report_keeps_prompts_apart_that_share_an_id(tmp_path, capsys):
     table = pd.read_csv(tmp_path / "out" / "tables" / "prompts--leave_one_out--embedded--zero.csv")
     assert list(table.columns) == ["layer", "p", "p-2"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_new_name_is_not_one_that_another_prompt_has(tmp_path):
+    study(tmp_path / "a", ("p", "p-2"), (0,), text="one")
+    other = study(tmp_path / "b", ("p",), (0,), text="two")
+    other.assign(cell=other["cell"] + "x").to_parquet(tmp_path / "b" / "results.parquet")
+    frame, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
+    texts = frame.drop_duplicates(["prompt_id", "prompt"]).set_index("prompt_id")["prompt"]
+    assert texts.to_dict() == {"p": "one p", "p-2": "one p-2", "p-3": "two p"}
+
+
+@pytest.mark.parametrize("names", [("cat.png", "dog.png"), ("cat.png", "cat.png")])
+def test_prompts_with_other_init_images_are_kept_apart(tmp_path, names):
+    """By the name of the image, or where that is the same by the baselines: their cells depend on its digest."""
+    frames = {one: study(tmp_path / one, ("p", "q"), (0,)) for one in "abc"}
+    for one, name in zip("abc", (*names, names[0]), strict=True):
+        own = "x" if one == "b" else ""  # c has the images of a, with another lesion
+        frame = frames[one].assign(task="img2img", init=name, cell=frames[one]["cell"] + own)
+        if one == "c":
+            frame.loc[frame["selection"] != "none", ["replacement", "cell"]] = ["mean", "c-" + frame["cell"]]
+        frame.to_parquet(tmp_path / one / "results.parquet")
+    frame, _ = merge([read(tmp_path / one, tmp_path) for one in "abc"])
+    assert set(frame["prompt_id"]) == {"p", "q", "p-2", "q-2"}
+    folders = frame["image"].str.split("/").str[0]
+    assert set(folders[frame["prompt_id"].isin(("p-2", "q-2"))]) == {"b"}
+    assert set(frame.loc[frame["replacement"] == "mean", "prompt_id"]) == {"p", "q"}
+    assert len(frame) == 3 * 20 - 2  # the baselines of c are those of a
+
+
+def test_results_without_aspects_or_with_some_have_no_aspect_called_nan(tmp_path):
+    frame = study(tmp_path / "a", ("p",), (0,)).drop(columns="aspects")
+    frame.to_parquet(tmp_path / "a" / "results.parquet")
+    study(tmp_path / "b", ("q",), (0,)).assign(aspects="colour").to_parquet(tmp_path / "b" / "results.parquet")
+    merged, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
+    assert set(merged["aspects"]) == {"", "colour"}
+    assert set(findings(merged).aspects["aspect"]) == {"colour"}
+
+
+def test_the_interval_is_the_users_choice(tmp_path, capsys):
+    study(tmp_path, [f"p{n}" for n in range(6)], (0,))
+    frame = pd.read_parquet(tmp_path / "results.parquet")
+    frame["clip_similarity"] -= np.random.default_rng(0).uniform(0, 0.1, len(frame)) * (frame["selection"] != "none")
+    frame.to_parquet(tmp_path / "results.parquet")
+    for asked, expected in (([], "bootstrap-t"), (["--interval", "bca"], "bca"), (["--interval", "t"], "t")):
+        assert main([str(tmp_path), *asked]) == 0
+        table = pd.read_csv(tmp_path / "tables" / "layers--embedded--zero.csv")
+        assert set(table["importance_method"]) == set(table["sufficiency_method"]) == {expected}
+    capsys.readouterr()
+    assert main([str(tmp_path), "--interval", "percentile"]) == 2
+    said = capsys.readouterr().err
+    assert "--interval" in said and "bca" in said and said.count("\n") == 1
+
+
+def test_lesion_report_keeps_why_the_rounds_of_a_budget_ended(tmp_path):
+    frame = study(tmp_path / "a", ("p", "q"), (0,))
+    frame.assign(images_taken=2, stopped="tight").to_parquet(tmp_path / "a" / "results.parquet")
+    study(tmp_path / "b", ("p", "q"), (0,), replacement="mean")  # a run without a budget
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    with_budget, without = (tmp_path / "out" / "tables" / f"layers--embedded--{name}.md" for name in ("zero", "mean"))
+    assert with_budget.read_text().count("| tight |") == len(LAYERS)
+    assert "stopped" not in without.read_text().split("|", 1)[1]
 
 
 def test_lesion_report_refuses_to_mix_what_cannot_be_compared_and_names_it(tmp_path, capsys):

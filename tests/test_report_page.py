@@ -136,10 +136,17 @@ def test_the_page_is_marked_up_for_readers_that_do_not_see_it(run):
 def test_the_layer_table_holds_exact_numbers_to_sort_by(run):
     folder, frame = run
     values = [one["data-value"] for one in page_of(folder).of("td") if "data-value" in one]
-    table = np.array(values[: 4 * 11]).reshape(4, 11)  # the first table
+    table = np.array(values[: 4 * 12]).reshape(4, 12)  # the first table
     assert table[:, 0].tolist() == ["1", "2", "3", "4"]
     np.testing.assert_array_equal(table[:, 2].astype(float), layer_table(frame)["importance"])
     assert table[3, 6] == "" and table[0, 6] == "0.6"  # sufficiency: missing values have no number
+
+
+def test_the_page_explains_the_marks_of_its_layer_table(run):
+    folder, frame = run
+    known = contents.layers(findings(frame), settings(frame)[0])
+    shown = " ".join(" ".join(page_of(folder).inner[""]).split())
+    assert known.caption in shown and "The headings sort." in shown
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -499,8 +506,44 @@ def test_in_a_browser_filters_choose_the_images(opened):
 
 
 def test_in_a_browser_nothing_is_complained_about_nor_fetched(opened):
-    browser, _, folder = opened
+    browser, frame, folder = opened
     assert browser.js("typeof window.pwned") == "undefined"
     assert browser.requests and all(url.startswith(folder.as_uri()) for url in browser.requests)
-    gone = [one for one in browser.complaints if "ERR_FILE_NOT_FOUND" in one]
-    assert [one for one in browser.complaints if one not in gone] == []
+    gone = (folder / frame["image"].iloc[0]).as_uri()  # the one file that was deleted
+    expected = [
+        one for one in browser.complaints if "ERR_FILE_NOT_FOUND" in one and json.loads(one)["entry"]["url"] == gone
+    ]
+    assert [one for one in browser.complaints if one not in expected] == [] and expected
+
+
+def test_in_a_browser_ten_thousand_images_are_shown_a_page_at_a_time(browser, tmp_path):
+    one = study(tmp_path, ("p",), (0,))
+    frame = pd.concat([one] * 1000, ignore_index=True)
+    frame["prompt_id"] = [f"prompt-{n}" for n in np.repeat(np.arange(1000), len(one))]
+    frame["prompt"] = "a picture of " + frame["prompt_id"]
+    html.write(tmp_path, frame, [], page_data(frame, {}))
+    browser.open((tmp_path / "report.html").as_uri())
+    assert browser.js("performance.getEntriesByType('navigation')[0].loadEventEnd") < 5000
+    items, words = (
+        "document.querySelectorAll('#gallery li').length",
+        "document.getElementById('gallery-words').textContent",
+    )
+    elements = "document.querySelectorAll('*').length"
+    assert browser.js(words) == "10,000 images of 10,000." and 0 < browser.js(items) <= 200
+    assert browser.js(elements) < 20_000  # of these the filter has an option a prompt
+    changed = f"""(async () => {{
+        const before = {words}, began = performance.now();
+        const field = document.getElementById('filters').elements.mode;
+        field.value = [...field.options].find(one => one.text === 'leave-one-out').value;
+        field.dispatchEvent(new Event('input', {{bubbles: true}}));
+        while ({words} === before) await new Promise(done => setTimeout(done, 10));
+        document.body.offsetHeight;
+        return performance.now() - began;
+    }})()"""
+    assert browser.js(changed) < 5000
+    assert browser.js(words) == "4,000 images of 10,000." and 0 < browser.js(items) <= 200
+    turned = "[...document.querySelectorAll('#gallery-pager button')].at(-1).click()"
+    first = "document.querySelector('#gallery li').textContent"
+    before = browser.js(first)
+    browser.js(turned)
+    assert browser.js(first) != before and browser.js(items) <= 200 and browser.js(elements) < 20_000

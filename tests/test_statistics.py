@@ -144,8 +144,23 @@ def test_where_resampling_is_not_defined_students_t_stands_in():
     assert few.method == "t" and few.low < 0.1
     lone = np.zeros((10, 1))  # a third of the replicates draw zeros only and have no standard error
     lone[0] = 1.0
-    assert interval(lone).method == "t"
-    assert interval(lone, "bca").method in ("t", "bca")
+    students = interval(lone, "t")
+    assert interval(lone) == students
+    assert interval(lone, "bca") == students  # its upper level lies beyond the outermost replicate
+    even = interval(np.arange(10.0)[:, None], "bca")
+    assert even.method == "bca" and even.low < 4.5 < even.high
+
+
+def test_t_tests_are_scipys_but_for_rows_without_spread():
+    rows = np.random.default_rng(12).normal(0.3, 1, (3, 2, 7))
+    rows[1, 1] = 0.1 + 0.2
+    t, p = paired.t_test(rows)
+    expected = stats.ttest_1samp(rows[[0, 2]], 0, axis=-1)
+    np.testing.assert_allclose(t[[0, 2]], expected.statistic)
+    np.testing.assert_allclose(p[[0, 2]], expected.pvalue)
+    assert np.isnan(t[1, 1]) and np.isnan(p[1, 1]) and np.isfinite(t[1, 0])
+    assert np.isnan(paired.t_test(rows[..., :1])).all()
+    assert paired.t_test(rows[0, 0])[1] == pytest.approx(p[0, 0])
 
 
 def test_wrong_requests_name_what_is_allowed():
@@ -281,6 +296,44 @@ def test_the_interval_of_the_ratio_covers_a_planted_ratio():
 # Order
 
 
+def of_pairs(own):
+    """Similarities of baselines that are 1 - the mean of both prompts' own changes."""
+    rows = [(f"p{a}", 0, f"p{b}", 0, 1 - (own[a] + own[b]) / 2) for a, b in itertools.combinations(range(len(own)), 2)]
+    return pd.DataFrame(rows, columns=list(floor.PAIR))
+
+
+def test_the_interval_of_the_ratio_to_other_prompts_minds_that_prompts_share_pairs():
+    rng, covered, runs = np.random.default_rng(13), 0, 100
+    for _ in range(runs):
+        effects = rng.normal(0.2, 0.01, (1, 20, 1))
+        table = floor.normalised_importance(planted(effects), of_pairs(rng.normal(0.4, 0.1, 20)), method="t")
+        one = table.iloc[0]
+        assert one["normalised_other_prompts_method"] == "jackknife"
+        covered += one["normalised_other_prompts_low"] <= 0.5 <= one["normalised_other_prompts_high"]
+    assert 0.9 <= covered / runs <= 0.99
+
+
+def test_the_jackknife_of_the_ratio_is_what_deleting_each_prompt_gives():
+    rng = np.random.default_rng(14)
+    effects, pairs = rng.normal(0.2, 0.05, (1, 6, 2)), of_pairs(rng.normal(0.4, 0.1, 6))
+    pairs = pairs.drop(index=[0, 7])  # not every two prompts were compared
+
+    def ratio(gone=None):
+        data = planted(effects)
+        kept = pairs[(pairs["prompt_id_a"] != gone) & (pairs["prompt_id_b"] != gone)]
+        return floor.normalised_importance(data[data["prompt_id"] != gone], kept, method="t").iloc[0]
+
+    one = ratio()
+    without = np.array([ratio(f"p{n}")["normalised_other_prompts"] for n in range(6)])
+    error = math.sqrt(5 / 6 * ((without - without.mean()) ** 2).sum())
+    reach = stats.t.ppf(0.975, 5) * error
+    assert one["normalised_other_prompts_low"] == pytest.approx(one["normalised_other_prompts"] - reach)
+    assert one["normalised_other_prompts_high"] == pytest.approx(one["normalised_other_prompts"] + reach)
+    few = floor.normalised_importance(planted(effects[:, :3]), pairs).iloc[0]
+    assert few["normalised_other_prompts_method"] == "n/a (fewer than 4 prompts)"
+    assert math.isnan(few["normalised_other_prompts_low"]) and few["normalised_other_prompts"] > 0
+
+
 def test_holm_by_hand():
     assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paired.holm([0.9, math.nan, 0.02]) == pytest.approx([0.9, math.nan, 0.04], nan_ok=True)
@@ -384,6 +437,22 @@ def test_modes_and_models_are_compared_where_they_share_the_rest():
 
 
 # Aspects
+
+
+def test_sides_that_share_prompts_but_no_layer_are_no_pair():
+    effects = np.random.default_rng(15).uniform(0.1, 0.4, (4, 6, 2))
+    whole = planted(effects)
+    one, other = whole[whole["layer"].isin(LAYERS[:2])], whole[whole["layer"].isin(LAYERS[2:])]
+    apart = pd.concat([one, other.assign(replacement="mean")])
+    assert agreement.correlations(apart, "replacement").empty
+    assert len(agreement.correlations(pd.concat([whole, other.assign(replacement="mean")]), "replacement")) == 1
+    broken = pd.concat([whole, whole.assign(model="n", status="failed", clip_similarity=np.nan)])
+    assert agreement.correlations(broken, "model").empty
+
+
+@pytest.mark.parametrize("missing", [np.nan, None, pd.NA, "", " , "])
+def test_missing_aspects_are_no_aspect(missing):
+    assert aspects.tags(missing) == []
 
 
 def test_aspects_are_averaged_by_tag():

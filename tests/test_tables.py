@@ -112,9 +112,105 @@ def test_the_words_follow_the_planted_effects(full):
     assert re.search(rf"2 layers change the image more \({LAYERS[2]} and {LAYERS[4]}\)", text)
     assert "3 layers change it less" in text
     assert "Importance and sufficiency order the layers with Spearman" in text
-    assert "Kendall's W = " in text and "for different aspects" in text and "Largest Shapley value" in text
+    assert "Kendall's W = " in text and "Largest Shapley value" in text
+    assert "Layers cannot be shown to matter differently for different aspects." in text
     over = " ".join(comparison(found))
     assert "replacements zero and mean of tiny order the layers with Spearman 1.00" in over
+
+
+def test_an_aspect_that_has_a_layer_of_its_own_is_said():
+    frame, floor = planted(prompts=10)
+    carried = (frame["layer"] == LAYERS[0]) & (frame["aspects"] == "colour") & (frame["selection"] == "leave_one_out")
+    frame.loc[carried, "clip_similarity"] -= 0.2
+    said = " ".join(summary(findings(frame, floor), first(frame)))
+    assert "Layers matter differently for different aspects." in said
+
+
+def test_ranks_and_the_first_place_rest_on_the_images_that_every_layer_has():
+    """The mid block is best where all have images; the last layer seems so by the prompts that only it has."""
+    frame, floor = planted(prompts=8)
+    late = frame["prompt_id"].isin(("p6", "p7"))
+    frame = frame[~(late & (frame["selection"] == "leave_one_out") & (frame["layer"] != LAYERS[4]))]
+    frame.loc[late & (frame["layer"] == LAYERS[4]), "clip_similarity"] = 0.0
+    found = findings(frame, floor)
+    table = found.summary(first(frame))
+    assert table["importance"].idxmax() == 4 and table["rank"].tolist() == [4, 3, 1, 5, 2]
+    assert table["n_rank_prompts"].tolist() == [6] * 5 and table["n_left_out"].tolist() == [4] * 5
+    said = " ".join(summary(found, first(frame)))
+    assert f"(1 - clip_similarity to the baseline): {LAYERS[2]} (0." in said
+    assert f"{LAYERS[2]} is first also by its rank interval (1 to 1)." in said and "not settled" not in said
+    where = "anks rest on the 6 prompts (4 images left out) that every layer has."
+    assert where in said and where in contents.layers(found, first(frame)).caption
+    whole = findings(*planted())
+    assert where[:10] not in " ".join(summary(whole, first(whole.frame)))
+    assert where[:10] not in contents.layers(whole, first(whole.frame)).caption
+
+
+def test_without_an_image_that_every_layer_has_there_is_no_rank():
+    frame, _ = planted()
+    gone = frame["selection"].eq("leave_one_out") & (frame["layer"].eq(LAYERS[0]) == frame["prompt_id"].eq("p0"))
+    found = findings(frame[~gone])
+    assert found.summary(first(frame))["rank"].isna().all()
+    said = " ".join(summary(found, first(frame)))
+    assert f"to the baseline): {LAYERS[2]}" in said and "No ranks: no image is valid for every layer." in said
+    assert "not settled" not in said and "is first also" not in said
+
+
+def test_the_floor_is_that_of_the_metric_that_importance_is_computed_from():
+    frame, floor = planted()
+    others = floor.assign(similarity=0.1, metric="ssim")
+    found = findings(frame, pd.concat([others, floor.assign(metric="clip_similarity")]))
+    expected = findings(frame, floor)
+    for name in ("normalised", "tested", "floors"):
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(expected, name))
+    alone = findings(frame, others)
+    assert contents.layers(alone, first(frame)).raw["other_seeds"].isna().all()
+    pd.testing.assert_frame_equal(findings(frame, floor.assign(metric=None)).normalised, expected.normalised)
+
+
+def test_captions_name_the_intervals_there_are():
+    frame, floor = planted()
+    words = {method: contents.layers(findings(frame, floor, method), first(frame)) for method in ("t", "bca")}
+    assert "Intervals: Student's t over prompts, delete-one-prompt jackknife." in words["t"].caption
+    assert "Intervals: hierarchical BCa bootstrap, " in words["bca"].caption
+    usual = contents.layers(findings(frame, floor), first(frame))
+    assert "Intervals: hierarchical bootstrap-t, delete-one-prompt jackknife. n/a: no effect" in usual.caption
+    assert "simultaneous" not in usual.caption
+    lone, _ = planted(prompts=1)
+    assert "Intervals" not in contents.layers(findings(lone), first(lone)).caption
+    with pytest.raises(ValueError, match="bootstrap-t, bca, t"):
+        findings(frame, floor, "percentile")
+
+
+def test_every_interval_of_means_is_of_the_kind_that_is_asked_for():
+    frame, floor = planted(everything=True)
+    frame["read_colour"] = (frame["clip_similarity"] > 0.85).astype(float)
+    found = findings(frame, floor, "t")
+    assert found.troubles == []
+    names = ("layers", "neighbours", "tested", "floors", "aspects", "reading", "interactions", "cumulative", "areas")
+    for name in (*names, "doses", "shapley"):
+        methods = set(getattr(found, name)["method"])
+        assert "t" in methods and not methods & {"bootstrap-t", "bca"}, (name, methods)
+    assert set(found.normalised["normalised_other_seeds_method"]) == {"t", "n/a (no effect)"}
+
+
+def test_the_layer_table_says_what_a_budget_gave_each_layer():
+    frame, floor = planted()
+    lesioned, late = frame["selection"] != "none", ~frame["prompt_id"].isin(("p0", "p1"))
+    frame["stopped"] = np.where(lesioned, "grid exhausted", "")
+    early = (frame["layer"] == LAYERS[2]) & (frame["selection"] == "only_one")
+    frame.loc[early, "stopped"] = "tight"
+    frame.loc[frame["layer"] == LAYERS[3], "stopped"] = "budget spent"
+    frame = frame[~(early & late)]
+    table = contents.layers(findings(frame, floor), first(frame))
+    heads = ("n, out", "n, only", "stopped")
+    assert [cell(table, LAYERS[2], head).text for head in heads] == [
+        "12", "4", "grid exhausted (leave-one-out), tight (only-one)"
+    ]  # fmt: skip
+    assert [cell(table, LAYERS[3], head).text for head in heads] == ["12", "12", "budget spent"]
+    mixed = pd.concat([frame, frame.drop(columns="stopped").assign(model="other")])
+    other = contents.layers(findings(mixed, floor), settings(mixed)[-1])
+    assert "stopped" not in [column.head for column in other.columns]
 
 
 def test_a_tie_for_the_first_place_is_not_hidden():

@@ -29,7 +29,8 @@ def correlations(
     """Rank correlations over layers, one row for every two values of `between` that share everything else.
 
     between: `measure` (importance under leave_one_out with sufficiency under only_one), `replacement` (zero with mean),
-    or `model`, where only models with the same layers (module paths) are compared. Columns: what the two share
+    or `model`, where only models with the same layers (module paths) are compared. Two sides without a layer that has
+    valid images on both are no pair. Columns: what the two share
     (setting, and measure unless between them); between, a, b; n_layers, n_prompts; spearman, spearman_low,
     spearman_high, spearman_p; kendall (tau-b), kendall_low, kendall_high, kendall_p.
     Values are means over the images (prompt_id, seed) that are valid for every layer on both sides; where there are
@@ -51,8 +52,11 @@ def correlations(
             sides = [whole[whole[between] == name] for name in (a, b)]
             if between == "model" and set(sides[0]["layer"]) != set(sides[1]["layer"]):
                 continue
+            wide = [matched(side) for side in sides]
+            if set(wide[0]).isdisjoint(wide[1]):
+                continue
             record: dict[str, Any] = {**setting, "between": between, "a": a, "b": b}
-            records.append({**record, **_correlation(sides[0], sides[1], confidence, replicates, seed)})
+            records.append({**record, **_correlation(wide[0], wide[1], confidence, replicates, seed)})
     return pd.DataFrame(records, columns=[*shared, "between", "a", "b", "n_layers", "n_prompts", *_FIGURES])
 
 
@@ -60,9 +64,8 @@ _FIGURES = [f"{name}{suffix}" for name in ("spearman", "kendall") for suffix in 
 
 
 def _correlation(
-    one: pd.DataFrame, other: pd.DataFrame, confidence: float, replicates: int, seed: int
+    first: pd.DataFrame, second: pd.DataFrame, confidence: float, replicates: int, seed: int
 ) -> dict[str, Any]:
-    first, second = matched(one), matched(other)
     layers = [layer for layer in first.columns if layer in second.columns]
     both = first[layers].join(second[layers], how="inner", lsuffix="|a", rsuffix="|b")
     n = len(layers)

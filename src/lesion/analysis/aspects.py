@@ -14,8 +14,9 @@ from lesion.analysis.importance import LEAVE_ONE_OUT
 
 
 def tags(aspects: Any) -> list[str]:
-    """Of an `aspects` cell, tags joined by commas: each once, in order."""
-    return list(dict.fromkeys(tag.strip() for tag in str(aspects or "").split(",") if tag.strip()))
+    """Of an `aspects` cell, tags joined by commas: each once, in order; none for a missing cell."""
+    text = "" if aspects is None or pd.isna(aspects) else str(aspects)
+    return list(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()))
 
 
 def aspect_estimates(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:

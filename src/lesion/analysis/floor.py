@@ -11,13 +11,14 @@ models or ways of generating are in the results, the columns that tell them apar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lesion.analysis.bootstrap import Interval, interval
+from lesion.analysis.bootstrap import Floats, Interval, interval
 from lesion.analysis.cells import counts, groups, lesioned_rows, nested, over_prompts, without_limits
 from lesion.analysis.importance import LEAVE_ONE_OUT
 from lesion.analysis.settings import layers_in_order
@@ -57,16 +58,17 @@ def floor_by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
     return table.astype("float64")
 
 
-def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95, method: str = "bootstrap-t") -> pd.DataFrame:
     """Two rows, floor = other_seeds, other_prompts: mean over prompts, low, high, method, n_prompts, n_pairs.
 
-    Limits: other_seeds `bootstrap.interval` over prompts. A pair of two prompts belongs to both, so other_prompts takes
-    the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat. 40, 1969); it needs 4 prompts.
+    Limits: other_seeds `bootstrap.interval` by `method` over prompts. A pair of two prompts belongs to both, so
+    other_prompts takes the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat. 40, 1969); it needs
+    4 prompts.
     """
     both, by_prompt = _both_ways(pairs), floor_by_prompt(pairs)
     same = both["prompt_id_a"] == both["prompt_id_b"]
-    seeds = interval(by_prompt[["other_seeds"]].to_numpy(), confidence=confidence)
-    found = {"other_seeds": (seeds, same), "other_prompts": (_jackknife(both[~same], confidence), ~same)}
+    seeds = interval(by_prompt[["other_seeds"]].to_numpy(), method, confidence)
+    found = {"other_seeds": (seeds, same), "other_prompts": (_of_other_prompts(both[~same], confidence), ~same)}
     records = []
     for name, (one, kept) in found.items():
         figures = {key: getattr(one, key) for key in ("mean", "low", "high", "method", "n_prompts")}
@@ -74,29 +76,46 @@ def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def _jackknife(both: pd.DataFrame, confidence: float) -> Interval:
-    pairs = both.groupby(["prompt_id_a", "prompt_id_b"], sort=False)["similarity"].mean().unstack()
-    prompts = list(pairs.index)
-    square = pairs.reindex(index=prompts, columns=prompts).to_numpy(dtype=np.float64)
-    n = len(prompts)
+def _of_other_prompts(both: pd.DataFrame, confidence: float) -> Interval:
+    _, floors, without = _leave_one_prompt_out(both)
+    n = len(floors)
+    spread = float(floors.std(ddof=1)) if n > 1 else np.nan
+    bare = Interval(float(floors.mean()) if n else np.nan, np.nan, np.nan, "", spread, np.nan, n, len(both))
+    if not n:
+        return without_limits(bare, "no data")
+    left = np.isfinite(without).any(axis=0)  # with one of two prompts gone there is no pair
+    return _jackknife(bare, np.nanmean(without[:, left], axis=0), n, confidence)
 
+
+def _leave_one_prompt_out(both: pd.DataFrame) -> tuple[pd.Index, Floats, Floats]:
+    """Prompts (P), the floor of each by its pairs with other prompts (P,), and the same with one prompt gone (P, P).
+
+    [i, k]: the floor of prompt i by its partners but k; NaN for k itself, and where k is the only partner.
+    """
+    pairs = both.groupby(["prompt_id_a", "prompt_id_b"], sort=False)["similarity"].mean().unstack()
+    square = pairs.reindex(columns=pairs.index).to_numpy(dtype=np.float64)
     known = np.isfinite(square)
-    sums, held = np.where(known, square, 0.0).sum(axis=1), known.sum(axis=1)
-    whole = float((sums[held > 0] / held[held > 0]).mean()) if n else np.nan
-    spread = float(np.nanstd(np.nanmean(square, axis=1), ddof=1)) if n > 1 else np.nan
-    bare = Interval(whole, np.nan, np.nan, "", spread, np.nan, n, len(both))
-    if n < 4:
-        return without_limits(bare, "fewer than 4 prompts" if n else "no data")
-    # [i, k]: the mean of prompt i over its partners but k; a prompt without partners, and k itself, has none.
+    values = np.where(known, square, 0.0)
+    sums, held = values.sum(axis=1), known.sum(axis=1)
     left = (held[:, None] - known).astype(np.float64)
-    left[np.diag_indices(n)] = 0.0
-    means = np.where(left > 0, (sums[:, None] - np.where(known, square, 0.0)) / np.maximum(left, 1.0), 0.0)
-    without = means.sum(axis=0) / np.maximum((left > 0).sum(axis=0), 1)
-    error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    left[np.diag_indices(len(left))] = 0.0
+    without = np.where(left > 0, (sums[:, None] - values) / np.maximum(left, 1.0), np.nan)
+    return pairs.index, sums / np.maximum(held, 1), without
+
+
+def _jackknife(bare: Interval, without: Floats, n: int, confidence: float) -> Interval:
+    """Student's t (n - 1 degrees of freedom) on the delete-one values (P,) of a mean or ratio.
+
+    n: prompts that are in it; where partners of these are deleted too there are more values. Needs 4 prompts.
+    """
+    if n < 4:
+        return without_limits(bare, "fewer than 4 prompts")
+    count = len(without)
+    error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
     if not error > 1e-12:
         return without_limits(bare, "constant")
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return Interval(whole, whole - reach, whole + reach, "jackknife", spread, np.nan, n, len(both))
+    return replace(bare, low=bare.mean - reach, high=bare.mean + reach, method="jackknife")
 
 
 def of_setting(pairs: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
@@ -115,22 +134,26 @@ def normalised_importance(
     Columns: the setting's; layer; importance, low, high, method; for each floor (other_seeds, other_prompts) NAME (mean
     similarity of its prompts), normalised_NAME, normalised_NAME_low, _high, _method; n_prompts, n_images, and the rows
     left out. The normalised value is a ratio of means over the prompts that have both, never a mean of ratios, which
-    one prompt with a floor near 1 would rule. Its interval is that of the linearised ratio (Cochran, "Sampling
-    Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image. `pairs` must be scored by
-    the same metric. NaN where no prompt has a floor, or the mean floor is 1. options: those of `bootstrap.interval`.
+    one prompt with a floor near 1 would rule. With other_seeds its interval is that of the linearised ratio (Cochran,
+    "Sampling Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image. A pair of two
+    prompts is in the floors of both, so that the terms of other_prompts are not independent: there it is the
+    delete-one-prompt jackknife of the ratio (as in `noise_floor`; 4 prompts or n/a). `pairs` must be scored by the same
+    metric. NaN where no prompt has a floor, or the mean floor is 1. options: those of `bootstrap.interval`.
     """
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
     records = []
     for setting, whole in groups(part, keys):
-        floors = floor_by_prompt(of_setting(pairs, setting))
+        of = of_setting(pairs, setting)
+        floors, both = floor_by_prompt(of), _both_ways(of)
+        gone = _leave_one_prompt_out(both[both["prompt_id_a"] != both["prompt_id_b"]])
         for layer in layers_in_order(whole):
             group = whole[whole["layer"] == layer]
             raw = over_prompts(group, **options)
             record = {**setting, "layer": layer, "importance": raw.mean}
             record |= {"low": raw.low, "high": raw.high, "method": raw.method}
             for name in FLOORS:
-                record |= _normalised(group, floors[name], name, **options)
+                record |= _normalised(group, floors[name], name, gone if name == "other_prompts" else None, **options)
             records.append({**record, "n_prompts": raw.n_prompts, "n_images": raw.n_images, **counts(group)})
     ratios = [f"{prefix}{name}{suffix}" for name in FLOORS for prefix, suffix in _RATIO]
     names = ["layer", "importance", "low", "high", "method", *ratios, "n_prompts", "n_images"]
@@ -140,15 +163,34 @@ def normalised_importance(
 _RATIO = (("", ""), *(("normalised_", suffix) for suffix in ("", "_low", "_high", "_method")))
 
 
-def _normalised(group: pd.DataFrame, floor: pd.Series, name: str, **options: Any) -> dict[str, Any]:
+def _normalised(
+    group: pd.DataFrame,
+    floor: pd.Series,
+    name: str,
+    gone: tuple[pd.Index, Floats, Floats] | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """gone: `_leave_one_prompt_out` where prompts share pairs."""
     group = group.assign(headroom=1.0 - group["prompt_id"].map(floor).astype("float64"))
     group = group.dropna(subset=["effect", "headroom"])
-    by_prompt = group.groupby("prompt_id")[["effect", "headroom"]].mean().mean()
-    headroom = float(by_prompt["headroom"])
-    ratio = float(by_prompt["effect"]) / headroom if headroom > 1e-9 else np.nan
+    means = group.groupby("prompt_id")[["effect", "headroom"]].mean()
+    effect, headroom = (float(means[column].mean()) for column in ("effect", "headroom"))
+    ratio = effect / headroom if headroom > 1e-9 else np.nan
     linear = group.assign(linear=ratio + (group["effect"] - ratio * group["headroom"]) / headroom)
     found = interval(nested(linear, "linear"), **options)
+    if gone is not None and found.n_prompts:
+        found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95))
     if over_prompts(group, **options).method == "n/a (no effect)":
         found = without_limits(found, "no effect")
     limits = {"": ratio, "_low": found.low, "_high": found.high, "_method": found.method}
     return {name: 1.0 - headroom, **{f"normalised_{name}{suffix}": value for suffix, value in limits.items()}}
+
+
+def _ratios(effects: pd.Series, prompts: pd.Index, _: Floats, without: Floats) -> Floats:
+    """Mean effect by mean headroom with each prompt gone, finite ones. effects: of the prompts that have one (index)"""
+    effect = effects.reindex(prompts).to_numpy(dtype=np.float64)[:, None]
+    both = np.isfinite(effect) & np.isfinite(without)
+    tops = np.where(both, effect, 0.0).sum(axis=0)
+    bottoms = np.where(both, 1.0 - without, 0.0).sum(axis=0)
+    ratios: Floats = tops[bottoms > 1e-9] / bottoms[bottoms > 1e-9]
+    return ratios

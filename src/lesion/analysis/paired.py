@@ -25,7 +25,10 @@ TEST = ("difference", "low", "high", "method", "t", "p", "p_holm", "n_prompts")
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Adjusted p-values, NaN for NaN (Holm, Scand. J. Stat. 6, 1979): reject where they are at most alpha."""
+    """Adjusted p-values, NaN for NaN (Holm, Scand. J. Stat. 6, 1979): reject where they are at most alpha.
+
+    statsmodels' `multipletests(p, method="holm")` does the same; these lines spare the dependency.
+    """
     values = np.asarray(p, dtype=np.float64)
     adjusted = np.full(values.shape, np.nan)
     known = np.flatnonzero(np.isfinite(values))
@@ -36,16 +39,17 @@ def holm(p: ArrayLike) -> Floats:
 
 
 def t_test(differences: ArrayLike) -> tuple[Floats, Floats]:
-    """t and two-sided p of each row of differences (..., P) against 0; NaN for one prompt or constant rows."""
+    """t and two-sided p of each row of differences (..., P) against 0 (`scipy.stats.ttest_1samp`).
+
+    NaN for one prompt, and for rows whose spread is rounding, of which any t would be made up.
+    """
     values = np.asarray(differences, dtype=np.float64)
-    count = values.shape[-1]
-    if count < 2:
-        empty = np.full(values.shape[:-1], np.nan)
-        return empty, empty.copy()
-    spread = values.std(axis=-1, ddof=1)
-    spread = np.where(spread > FLAT * np.abs(values).max(axis=-1), spread, np.nan)
-    t: Floats = values.mean(axis=-1) / (spread / np.sqrt(count))
-    p: Floats = 2 * stats.t.sf(np.abs(t), count - 1)
+    t, p = (np.full(values.shape[:-1], np.nan) for _ in range(2))
+    if values.shape[-1] < 2:
+        return t, p
+    varied = values.std(axis=-1, ddof=1) > FLAT * np.abs(values).max(axis=-1)
+    if varied.any():
+        t[varied], p[varied] = stats.ttest_1samp(values[varied], 0.0, axis=-1)
     return t, p
 
 

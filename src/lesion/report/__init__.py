@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote
 import pandas as pd
 from PIL import Image
 
+from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
 from lesion.report import contents, crossing, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
@@ -64,6 +65,7 @@ def write_report(
     all_grids: bool = False,
     clustered: bool = False,
     siunitx: bool = False,
+    interval: str = METHODS[0],
     notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
@@ -71,13 +73,13 @@ def write_report(
     floor: similarities between baselines (`lesion.analysis.floor`); without it all that needs a noise floor is n/a.
     Every setting (model, replacement, window, branch, strength) has files of its own. A large study gets its first
     comparison pictures only, and a line that says so, unless `all_grids`. clustered: heat maps with layers and prompts
-    in clusters too. siunitx: LaTeX tables with S columns. notes: lines for the top of the page. Returns the paths, the
-    page last.
+    in clusters too. siunitx: LaTeX tables with S columns. interval: of means, one of
+    `bootstrap.METHODS`. notes: lines for the top of the page. Returns the paths, the page last.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     frame = frame.reset_index(drop=True)
-    known = findings(frame, floor)
+    known = findings(frame, floor, interval)
     chosen = settings(frame)
     most, sheets = (
         None if all_grids else max(1, n // max(1, len(chosen))) for n in (pictures.COMPARISONS, pictures.SHEETS)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pandas as pd
 
+from lesion.analysis.bootstrap import METHODS
 from lesion.report import ranking_lines, write_report
 from lesion.report.merging import Refused, alike, apart, check, gather, merge, read, run_folders
 
@@ -62,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="draw every picture and figure of a large study, not just the first (the page shows every image anyway)",
     )
     parser.add_argument("--clustered", action="store_true", help="heat maps with layers and prompts in clusters too")
+    parser.add_argument(
+        "--interval",
+        choices=METHODS,
+        default=METHODS[0],
+        help="95 %% intervals of means: bootstrap-t (the default; it covers best), BCa or Student's t over prompts",
+    )
     parser.add_argument("--siunitx", action="store_true", help="LaTeX tables with the S columns of siunitx")
     try:
         arguments = parser.parse_args(argv)
@@ -69,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = arguments.out or (runs[0] if len(runs) == 1 else Path("lesion-report"))
         if out.exists() and not out.is_dir():
             raise Refused(f"--out {out}: is a file, not a folder")
-        drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx")}
+        drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval")}
         frame, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
         print(f"lesion-report: {' '.join(str(error).split())}", file=sys.stderr)

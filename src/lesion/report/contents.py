@@ -16,6 +16,12 @@ from lesion.report.text import clean, number
 
 STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001"
 NO_EFFECT_TEXT = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
+METHOD_WORDS = {
+    "bootstrap-t": "hierarchical bootstrap-t",
+    "bca": "hierarchical BCa bootstrap",
+    "t": "Student's t over prompts",
+    "jackknife": "delete-one-prompt jackknife",
+}
 COUNTS = [
     Column("n_images", "images", "count"),
     Column("n_invalid", "invalid", "count", spare=True),
@@ -24,12 +30,13 @@ COUNTS = [
 ]
 
 
-def missing_intervals(table: pd.DataFrame, columns: Iterable[str]) -> str:
-    """A sentence on the limits that there are none of, by reason; "" if all are there."""
-    reasons = pd.concat([table[name] for name in columns if name in table] or [pd.Series(dtype=object)])
-    reasons = reasons[reasons.astype(str).str.startswith("n/a")].astype(str)
-    found = reasons.str.removeprefix("n/a (").str.removesuffix(")").value_counts(sort=False)
-    return f" n/a: {', '.join(found.index)}." if len(found) else ""
+def interval_words(table: pd.DataFrame, columns: Iterable[str]) -> str:
+    """How the limits were found, by the columns of methods, and of those that there are none of the reasons."""
+    used = pd.concat([table[name] for name in columns if name in table] or [pd.Series(dtype=object)]).astype(str)
+    found = [words for method, words in METHOD_WORDS.items() if (used == method).any()]
+    reasons = used[used.str.startswith("n/a")].str.removeprefix("n/a (").str.removesuffix(")").unique()
+    words = f" Intervals: {', '.join(found)}." if found else ""
+    return words + (f" n/a: {', '.join(reasons)}." if len(reasons) else "")
 
 
 def layers(found: Findings, setting: Setting) -> Table | None:
@@ -41,9 +48,9 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     table["effect_text"] = table["effect"].map(NO_EFFECT_TEXT)
     words = (
         "Importance (1 - similarity, leave-one-out) and sufficiency (similarity, only-one) of each layer, in depth "
-        "order: means over seeds, then prompts, with 95 % intervals (hierarchical bootstrap); ranks with simultaneous "
-        "95 % intervals. "
+        "order: means over seeds, then prompts, with 95 % intervals; ranks with 95 % intervals, each layer's own. "
     )
+    words += ranks_words(table)
     if has_floor:
         words += (
             f"Normalised: importance as a share of what another seed changes (similarity {_mean(table, 'other_seeds')})"
@@ -53,7 +60,10 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     else:
         words += f"Normalised importance and p are n/a: {NO_FLOOR}. "
     words += "Bold: largest."
-    words += missing_intervals(table, [str(name) for name in table if str(name).endswith("method")])
+    counted = _images(table)
+    if len(counted) > 1:
+        words += " n: valid images of leave-one-out (out) and of only-one (only)."
+    words += interval_words(table, [str(name) for name in table if str(name).endswith("method")])
     columns = [
         Column("layer", "layer", "code"),
         Column("rank", "rank", "count", "rank_low", "rank_high", up=True),
@@ -62,12 +72,37 @@ def layers(found: Findings, setting: Setting) -> Table | None:
         _measure("normalised_other_prompts", "of a new prompt", spare=True),
         Column("p_floor", "p", "p", spare=True),
         _measure("sufficiency", "sufficiency", spare=True),
-        *[one for one in COUNTS if one.name != "n_unscored" or table["n_unscored"].any()],
+        *counted,
+        *[one for one in COUNTS[1:] if one.name != "n_unscored" or table["n_unscored"].any()],
         Column("effect_text", "effect", "text", spare=True),
+        *([Column("stopped", "stopped", "text", spare=True)] if "stopped" in table and table["stopped"].any() else []),
     ]
     words = caption(found.rows(setting), setting, words, found.metric)
     raw = table.drop(columns="effect_text")
     return Table.of(f"layers--{setting.slug}", "Layer table", words, columns, table, raw, count="depth")
+
+
+def ranks_words(table: pd.DataFrame) -> str:
+    """What the ranks of `Findings.summary` rest on where that is not all images; "" where it is."""
+    if not len(table) or not table["n_left_out"].iloc[0] or table["importance"].isna().all():
+        return ""
+    prompts, images = (int(table[name].iloc[0]) for name in ("n_rank_prompts", "n_left_out"))
+    if not prompts:
+        return "No ranks: no image is valid for every layer. "
+    named = f"{prompts} {'prompt' if prompts == 1 else 'prompts'}"
+    left_out = f"{images} {'image' if images == 1 else 'images'} left out"
+    return f"Ranks rest on the {named} ({left_out}) that every layer has. "
+
+
+def _images(table: pd.DataFrame) -> list[Column]:
+    """How many images are behind each measure; rounds of a budget may take another number for each."""
+    measures = [name for name in ("n_importance", "n_sufficiency") if table[name].any()]
+    if len(measures) < 2:
+        return COUNTS[:1]
+    return [
+        Column("n_importance", "n, out", "count"),
+        Column("n_sufficiency", "n, only", "count"),
+    ]
 
 
 def _measure(name: str, head: str, marks: str = "", sign: str = "", spare: bool = False) -> Column:
@@ -106,7 +141,7 @@ def aspects(found: Findings, setting: Setting) -> Table | None:
         "Importance of each layer for the aspects of prompts, with 95 % intervals over the prompts of that aspect; "
         "bold: the most important layer for the aspect. " + interaction_words(found, setting)
     )
-    words += missing_intervals(table, ["method"])
+    words += interval_words(table, ["method"])
     columns, rows = _by_aspect({name: aspect_table(table, value=name) for name in ("mean", *_LIMITS)})
     full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts with the aspect."
     return Table(f"aspects--{setting.slug}", full, columns, table, rows, title="Layers by aspects")
@@ -123,7 +158,7 @@ def reading(found: Findings, setting: Setting) -> Table | None:
         "mends it, read from pixels by rule; 95 % intervals over the prompts that ask; bold: the most broken. Right in "
         f"baselines: {', '.join(f'{name} {number(float(value))}' for name, value in right.items())}."
     )
-    words += missing_intervals(table, ["method"])
+    words += interval_words(table, ["method"])
     shown = {name: "drop" if name == "mean" else name for name in ("mean", *_LIMITS)}
     columns, rows = _by_aspect({name: reading_table(table, value) for name, value in shown.items()})
     full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
@@ -174,7 +209,7 @@ def order(found: Findings, setting: Setting) -> Table | None:
         return None
     words = (
         "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired t test over prompts, "
-        f"Holm-corrected; {STARS}." + missing_intervals(table, ["method"])
+        f"Holm-corrected; {STARS}." + interval_words(table, ["method"])
     )
     columns = [
         Column("rank", "rank", "count"),
@@ -195,7 +230,7 @@ def pairs(found: Findings, setting: Setting) -> Table | None:
         return None
     words = (
         "Two layers lesioned together: effect, sum of the single effects, and interaction (their difference; above 0: "
-        "each can stand in for the other) with 95 % interval." + missing_intervals(table, ["method"])
+        "each can stand in for the other) with 95 % interval." + interval_words(table, ["method"])
     )
     columns = [
         Column("layer_a", "layer", "code"),
@@ -218,7 +253,7 @@ def cumulative(found: Findings, setting: Setting) -> Table | None:
     words = (
         "Layers lesioned one after the other: effect (1 - similarity) with 95 % interval. "
         + area_words(found, setting)
-        + missing_intervals(table, ["method"])
+        + interval_words(table, ["method"])
     )
     columns = [
         Column("order_text", "order", "text", spare=True),
@@ -249,7 +284,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
     words = (
         f"Shapley values of layers: share of the effect of losing all, from {table['n_orders'].max()} sampled orders; "
         "se: of the sampling of orders; 95 % interval over prompts, the orders given."
-        + missing_intervals(table, ["method"])
+        + interval_words(table, ["method"])
     )
     columns = [
         Column("layer", "layer", "code"),

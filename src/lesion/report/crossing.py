@@ -10,7 +10,7 @@ import pandas as pd
 from lesion.analysis.cells import groups
 from lesion.analysis.interactions import by_window
 from lesion.analysis.settings import GENERATION, LESION
-from lesion.report.contents import missing_intervals
+from lesion.report.contents import interval_words
 from lesion.report.findings import Findings
 from lesion.report.tables import Column, Table, sizes
 from lesion.report.text import clean
@@ -128,7 +128,7 @@ def floor(found: Findings) -> Table | None:
         Column("n_pairs", "pairs", "count"),
     ]
     shown = table.assign(floor=table["floor"].str.replace("_", " "))
-    words = _words(found, what + missing_intervals(table, ["method"]), alike)
+    words = _words(found, what + interval_words(table, ["method"]), alike)
     return Table.of("floor", "Noise floor", words, columns, shown, table, len(differ) + 1)
 
 
@@ -141,7 +141,7 @@ def doses(found: Findings) -> Table | None:
     what = (
         "Dose and response: effect over strength of the lesion. Area: under the curve, as a mean effect, with 95 % "
         "interval; bend: area by effect at full strength (0.5 for a straight line, more if weak lesions do most); "
-        "rising: share of images whose effect never falls." + missing_intervals(table, ["method"])
+        "rising: share of images whose effect never falls." + interval_words(table, ["method"])
     )
     columns = [
         *differ,

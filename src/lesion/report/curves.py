@@ -57,7 +57,7 @@ def scatter(
         for number, (across, up) in enumerate(zip(x["v"], y["v"], strict=True), 1):
             if np.isfinite([across, up]).all() and len(both) <= KEY:
                 axes.annotate(str(number), (across, up), (3, 3), textcoords="offset points", fontsize=5.5)
-        if same:
+        if same and np.isfinite([x["v"], y["v"]]).any():
             ends = np.array([np.nanmin([x["v"], y["v"]]), np.nanmax([x["v"], y["v"]])])
             axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
         axes.set(xlabel=labels[0], ylabel=labels[1])

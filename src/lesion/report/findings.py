@@ -11,9 +11,11 @@ import pandas as pd
 
 from lesion.analysis.agreement import BETWEEN, correlations
 from lesion.analysis.aspects import aspect_estimates, aspect_interaction
+from lesion.analysis.bootstrap import METHODS
+from lesion.analysis.cells import images
 from lesion.analysis.estimates import layer_estimates
 from lesion.analysis.floor import FLOORS, PAIR, noise_floor, normalised_importance, of_setting
-from lesion.analysis.importance import LEAVE_ONE_OUT, controls, importance_metric, layer_table
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, importance_metric, layer_table
 from lesion.analysis.interactions import (
     cumulative_areas,
     cumulative_curves,
@@ -39,8 +41,8 @@ def _none() -> pd.DataFrame:
 class Findings:
     """One table of the analysis a field, over every setting of the frame; empty where the data have nothing for it.
 
-    pairs: similarities between baselines (see `lesion.analysis.floor`), empty if there are none. troubles: what could
-    not be worked out though there are rows for it, and why.
+    pairs: similarities between baselines (see `lesion.analysis.floor`) by `metric`, empty if there are none. troubles:
+    what could not be worked out though there are rows for it, and why.
     """
 
     frame: pd.DataFrame
@@ -78,9 +80,11 @@ class Findings:
         """One row a layer in depth order: all that is said of it.
 
         Columns: those of `layer_table`; importance_low, _high, _method and the same of sufficiency; rank_low,
-        rank_high, top_1, top_3; other_seeds, normalised_other_seeds, _low, _high, _method and the same of
-        other_prompts; beyond_floor (importance less 1 - floor), p_floor (Holm-corrected over layers); n_importance,
-        n_sufficiency (images). NaN where there is nothing to say.
+        rank_high, top_1, top_3 (over the images valid for every layer); n_rank_prompts, n_left_out: prompts of these,
+        and pairs of prompt and seed that are not among them (the same in every row); other_seeds,
+        normalised_other_seeds, _low, _high, _method and the same of other_prompts; beyond_floor (importance less 1 -
+        floor), p_floor (Holm-corrected over layers); n_importance, n_sufficiency (images); where the frame has it,
+        stopped: why rounds of a budget ended for the layer. NaN where there is nothing to say.
         """
         if setting not in self._summaries:
             self._summaries[setting] = self._summary(setting)
@@ -98,11 +102,17 @@ class Findings:
                 table[f"{measure}_{name}"] = of[name].astype("float64")
             table[f"{measure}_method"] = of["method"]
             table[f"n_{measure}"] = of["n_images"].reindex(table.index).fillna(0).astype(int)
-        _take(table, self.of("ranks", setting), {name: name for name in _RANK})
+        ranked, rows = self.of("ranks", setting), self.rows(setting)
+        _take(table, ranked, {name: name for name in _RANK})
+        lesioned = images(rows[rows["selection"] == LEAVE_ONE_OUT])
+        for name, shared, without in (("n_rank_prompts", "n_prompts", 0), ("n_left_out", "n_left_out", lesioned)):
+            table[name] = int(ranked[shared].iloc[0]) if len(ranked) else without
         named = [name for floor in FLOORS for name in (floor, *(f"normalised_{floor}{end}" for end in _ENDS))]
         _take(table, self.of("normalised", setting), {name: name for name in named})
         tests = {"difference": "beyond_floor", "p_holm": "p_floor"}
         _take(table, self.of("tested", setting), tests)
+        if "stopped" in rows:
+            table["stopped"] = _stopped(rows).reindex(table.index).fillna("")
         return table.astype(dict.fromkeys(_RANK[:3], "Int64")).reset_index(drop=True)
 
     def control(self, setting: Setting) -> float:
@@ -114,6 +124,18 @@ class Findings:
 _ENDS = ("", "_low", "_high", "_method")
 
 
+def _stopped(rows: pd.DataFrame) -> pd.Series:
+    """By layer why its rounds ended, each selection's reason where they differ; "" for what was made in full."""
+    known = rows[rows["stopped"].fillna("") != ""].drop_duplicates(["layer", "selection", "stopped"])
+    said: dict[str, str] = {}
+    for layer, part in known.groupby("layer", sort=False):
+        reasons = {name: part.loc[part["selection"] == name, "stopped"].tolist() for name in (LEAVE_ONE_OUT, ONLY_ONE)}
+        alike = part["stopped"].nunique() == 1
+        named = [f"{' / '.join(why)} ({name.replace('_', '-')})" for name, why in reasons.items() if why]
+        said[str(layer)] = str(part["stopped"].iloc[0]) if alike else ", ".join(named)
+    return pd.Series(said, dtype=object)
+
+
 def _take(table: pd.DataFrame, source: pd.DataFrame, names: dict[str, str]) -> None:
     """Copy columns of `source` (one row a layer) into `table` (index layer); NaN where there are none."""
     of = source.set_index("layer") if len(source) else pd.DataFrame(columns=list(names))
@@ -122,45 +144,52 @@ def _take(table: pd.DataFrame, source: pd.DataFrame, names: dict[str, str]) -> N
         table[new] = found if name.endswith("method") else found.astype("float64")
 
 
-def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None) -> Findings:
-    """Work out everything; what the analysis refuses for some rows is left out and named in `troubles`."""
+def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: str = METHODS[0]) -> Findings:
+    """Work out everything; what the analysis refuses for some rows is left out and named in `troubles`.
+
+    interval: of means, one of `bootstrap.METHODS`; `bootstrap-t` by default because of its coverage (see there).
+    ValueError for another.
+    """
+    if interval not in METHODS:
+        raise ValueError(f"unknown interval {interval!r}; allowed: {', '.join(METHODS)}")
     metric = importance_metric(frame)
-    found = Findings(frame, pd.DataFrame(columns=list(PAIR)) if floor is None else floor, metric)
+    found = Findings(frame, _scored_by(metric, pd.DataFrame(columns=list(PAIR)) if floor is None else floor), metric)
     if frame.empty:
         return found
+    how = {"method": interval}
     if reading_columns(frame):
-        found.reading = reading_drops(frame)
+        found.reading = reading_drops(frame, **how)
     frame = _slim(frame, metric)
     has = frame["selection"].value_counts()
 
-    def work(name: str, what: Callable[..., pd.DataFrame], *arguments: Any) -> None:
+    def work(name: str, what: Callable[..., pd.DataFrame], *arguments: Any, **options: Any) -> None:
         try:
-            setattr(found, name, what(*arguments, metric=metric))
+            setattr(found, name, what(*arguments, metric=metric, **options))
         except ValueError as error:
             found.troubles.append(f"{name}: {error}")
 
-    work("layers", layer_estimates, frame)
+    work("layers", layer_estimates, frame, **how)
     work("ranks", ranks, frame)
     work("stability", top_stability, frame)
     work("concordance", kendalls_w, frame)
-    work("neighbours", neighbours, frame)
+    work("neighbours", neighbours, frame, **how)
     if len(found.pairs):
-        work("tested", against_floor, frame, found.pairs)
-        work("normalised", normalised_importance, frame, found.pairs)
-        work("floors", _floors, frame, found.pairs)
+        work("tested", against_floor, frame, found.pairs, **how)
+        work("normalised", normalised_importance, frame, found.pairs, **how)
+        work("floors", _floors, frame, found.pairs, **how)
     if "aspects" in frame and (frame["aspects"].fillna("") != "").any():
-        work("aspects", aspect_estimates, frame)
+        work("aspects", aspect_estimates, frame, **how)
         work("interaction", aspect_interaction, frame)
     work("agreement", _agreement, frame)
     if has.get("pairs", 0):
-        work("interactions", pair_interactions, frame)
+        work("interactions", pair_interactions, frame, **how)
     if has.get("cumulative", 0):
-        work("cumulative", cumulative_curves, frame)
-        work("areas", cumulative_areas, frame)
+        work("cumulative", cumulative_curves, frame, **how)
+        work("areas", cumulative_areas, frame, **how)
     if frame.loc[frame["selection"] == LEAVE_ONE_OUT, "strength"].nunique() > 1:
-        work("doses", dose_response, frame)
+        work("doses", dose_response, frame, **how)
     if has.get("coalitions", 0):
-        work("shapley", shapley_values, frame)
+        work("shapley", shapley_values, frame, **how)
     return found
 
 
@@ -175,6 +204,11 @@ def _slim(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return slim.astype(dict.fromkeys(texts, object))
 
 
+def _scored_by(metric: str, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Runs that chose another metric have floors of that one; a floor that names none has the study's."""
+    return pairs[pairs["metric"].isna() | (pairs["metric"] == metric)] if "metric" in pairs else pairs
+
+
 def _agreement(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     tables = [correlations(frame, between, metric) for between in BETWEEN]
     tables = [table for table in tables if len(table)]
@@ -182,7 +216,7 @@ def _agreement(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     return found if "measure" in found or found.empty else found.assign(measure=None)
 
 
-def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str, method: str) -> pd.DataFrame:
     """`noise_floor` for each model and way of generating: those columns of its settings that the pairs name."""
     tables, seen = [], []
     for setting in settings(frame):
@@ -190,7 +224,7 @@ def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str) -> pd.DataFra
         if names in seen:
             continue
         seen.append(names)
-        table = noise_floor(of_setting(pairs, names))
+        table = noise_floor(of_setting(pairs, names), method=method)
         tables.append(table[table["n_pairs"] > 0].assign(**names))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 

@@ -6,7 +6,7 @@ import os
 import posixpath
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +25,13 @@ NEEDED = (
 LATER: dict[str, str | float] = {
     "kind": "cross_attention",
     "lesioned": "",
+    "aspects": "",
+    "init": "",
     "noising": 0.0,
 }  # columns that results of earlier versions lack
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
 IDENTITY = ("fingerprint", "dtype", "device", "scorer_identity", IMPORTANCE_METRIC, "protocol")
+MADE = ("fingerprint", "dtype", "device")  # what pixels depend on beside model and generation
 SEVERAL = ("lesioned", "order", "permutation")  # tell lesions of several layers apart; a cell may stand in many orders
 
 
@@ -72,7 +75,7 @@ def read(run: Path, out: Path) -> Run:
     for name, value in LATER.items():
         if name not in frame:
             frame[name] = value
-    texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image"]
+    texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image", "aspects", "init"]
     frame[texts] = frame[texts].astype(object).fillna("")
     start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
     # A results file may come from anybody: what it names outside its own folder is no image of the run.
@@ -164,17 +167,11 @@ def _renamed(models: pd.Series, names: dict[str, str]) -> pd.Series:
 def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """All rows, each image of a lesion once: an ok one rather than an invalid or failed one, then the first seen.
 
-    A prompt_id that stands for different prompts gets a number for the second and later texts. The noise floors
-    likewise, each pair once; None if no run has one.
+    A prompt_id that stands for different prompts (texts, or init images) gets a number for the second and later ones.
+    The noise floors likewise, each pair once; None if no run has one.
     """
     frame = pd.concat([run.frame.assign(_run=number) for number, run in enumerate(runs)], ignore_index=True)
-    texts = frame[["prompt_id", "prompt"]].drop_duplicates()
-    nth = texts.groupby("prompt_id").cumcount()
-    names = {
-        (one, text): one if n == 0 else f"{one}-{n + 1}"
-        for one, text, n in zip(texts["prompt_id"], texts["prompt"], nth, strict=True)
-    }
-    new = pd.Series([names[pair] for pair in zip(frame["prompt_id"], frame["prompt"], strict=True)], index=frame.index)
+    new = _prompt_names(frame)
     floor = _floors(runs, frame.assign(_new=new))
     frame["prompt_id"] = new
     own = ["model", "prompt_id", "seed", "selection", "layer", *(n for n in (*SEVERAL, *GENERATION) if n in frame)]
@@ -183,6 +180,47 @@ def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     better = frame["status"].map(BEST).fillna(len(BEST)).sort_values(kind="stable").index
     keep = key.loc[better].drop_duplicates().index.sort_values()
     return frame.loc[keep].drop(columns="_run").reset_index(drop=True), floor
+
+
+def _prompt_names(frame: pd.DataFrame) -> pd.Series:
+    """A name of its own for each prompt: its id, with the first free number where that is another prompt's."""
+    used: set[str] = set()
+    taken = set(frame["prompt_id"])
+    new = frame["prompt_id"].copy()
+    asked = frame[["prompt_id", "prompt"]].assign(init=frame.get("init", ""), look=_looks(frame))
+    for (first, *_), part in asked.groupby(list(asked), sort=False):
+        one = str(first)
+        if one in used:
+            number = 2
+            while f"{one}-{number}" in taken:
+                number += 1
+            taken.add(f"{one}-{number}")
+            new.loc[part.index] = f"{one}-{number}"
+        used.add(one)
+    return new
+
+
+def _looks(frame: pd.DataFrame) -> pd.Series:
+    """Tells apart init images that share a name, 0 for the first: results hold no digest of them, but a cell's key
+    depends on it, so that baselines alike in all else have different cells.
+    """
+    looks = pd.Series(0, index=frame.index)
+    if "init" not in frame or not (frame["init"] != "").any():
+        return looks
+    made = [name for name in ("model", *MADE, *GENERATION, "seed") if name in frame]
+    asked = frame[frame["init"] != ""]
+    known: dict[Hashable, list[dict[tuple[str, ...], str]]] = defaultdict(list)
+    for (_, *prompt), part in asked.groupby(["_run", "prompt_id", "prompt", "init"], sort=False):
+        plain = part[part["selection"] == "none"]
+        cells = dict(zip(map(tuple, plain[made].astype(str).to_numpy()), plain["cell"], strict=True))
+        others = known[tuple(prompt)]
+        same = (n for n, other in enumerate(others) if all(other.get(k, cell) == cell for k, cell in cells.items()))
+        number = next(same, len(others))
+        if number == len(others):
+            others.append({})
+        others[number].update(cells)
+        looks.loc[part.index] = number
+    return looks
 
 
 def _floors(runs: Sequence[Run], frame: pd.DataFrame) -> pd.DataFrame | None:

@@ -1,13 +1,14 @@
 """Tables of ready-made cells, written as CSV (raw numbers), Markdown and LaTeX, and shown on the page.
 
-LaTeX needs \\usepackage{array,booktabs}; long tables also longtable; with `siunitx` the package of that name.
+LaTeX needs \\usepackage[T1]{fontenc} and \\usepackage{array,booktabs}; long tables also longtable; with `siunitx` the
+package of that name.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
             broken = any(len(row[place].text) > BROKEN for row in table.cells)
             layout += r">{\raggedright\arraybackslash}p{0.42\textwidth}" if broken else "l" if column.left else "r"
     body = [
-        " & ".join(
+        _row(
             piece
             for place, cell in enumerate(row)
             for piece in _latex_cell(
@@ -245,10 +246,9 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
                 any(other[place].interval for other in table.cells),
             )
         )
-        + r" \\"
         for row in table.cells
     ]
-    top = [r"\toprule", " & ".join(heads) + r" \\", r"\midrule"]
+    top = [r"\toprule", _row(heads), r"\midrule"]
     named = rf"\caption{{{words}}}\label{{{label}}}"
     if len(body) > LONG:
         lines = [r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}"]
@@ -263,6 +263,12 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
         ]
         lines += [rf"\begin{{tabular}}{{{layout}}}", *top, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _row(pieces: Iterable[str]) -> str:
+    """A line of a table; what precedes it, \\\\ or a rule, would take a bracket or star at its start as an option."""
+    line = " & ".join(pieces) + r" \\"
+    return "{}" + line if line.startswith(("[", "*")) else line
 
 
 def _latex_cell(cell: Cell, aligned: bool, between: bool) -> list[str]:

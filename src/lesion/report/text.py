@@ -16,6 +16,7 @@ _LATEX = {
     "|": r"\textbar{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+_UNKNOWN = frozenset("ĦħĸĿŀŉŦŧſ")  # among Latin letters, those that T1 lacks
 _KNOWN = frozenset("–—‘’“”…†‡•€")  # beyond Latin letters, what pdflatex can set without further packages
 _REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would also turn what follows
 
@@ -38,9 +39,13 @@ def _dropped(character: str) -> bool:
 def latex(text: object, limit: int = 400) -> str:
     """Escaped for LaTeX text mode, on one line (an empty line would end the paragraph inside a table cell).
 
-    A character that plain pdflatex cannot set, and would stop at, becomes a question mark.
+    A character that pdflatex with T1 fonts cannot set, and would stop at, becomes a question mark.
     """
-    return "".join(_LATEX.get(c, c if ord(c) < 0x180 or c in _KNOWN else "?") for c in clean(text, limit))
+    return "".join(_LATEX.get(c, c if _settable(c) else "?") for c in clean(text, limit))
+
+
+def _settable(character: str) -> bool:
+    return character in _KNOWN or (ord(character) < 0x180 and character not in _UNKNOWN)
 
 
 def markdown(text: object, limit: int = 400) -> str:

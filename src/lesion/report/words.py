@@ -9,7 +9,7 @@ import pandas as pd
 
 from lesion.analysis.importance import NO_EFFECT, layer_table
 from lesion.analysis.settings import Setting, rows, settings
-from lesion.report.contents import area_words, interaction_words
+from lesion.report.contents import area_words, interaction_words, ranks_words
 from lesion.report.findings import NO_FLOOR, Findings, certain
 from lesion.report.tables import missing
 from lesion.report.text import clean, number
@@ -89,20 +89,21 @@ def summary(found: Findings, setting: Setting) -> list[str]:
 def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
     """Which layers matter, and whether the first place is sure."""
     out = []
-    ranked = table[table["importance"].notna()].sort_values("importance", ascending=False, kind="stable")
+    ranked = table[table["importance"].notna()]
+    # Layers may have different valid images; ranks are of those that all share, and decide who comes first.
+    ranked = ranked.sort_values(["rank", "importance"], ascending=[True, False], kind="stable")
     effective = ranked[ranked["effect"] == "yes"]
     if len(effective):
         top = [f"{clean(one.layer)} ({_with_interval(one, 'importance')})" for one in effective.head(3).itertuples()]
         out.append(f"Most important by leave-one-out (1 - {found.metric} to the baseline): {_listed(top)}.")
-        first = clean(effective["layer"].iloc[0])
-        maybe = [clean(name) for name in ranked.loc[ranked["rank_low"].eq(1).fillna(False), "layer"]]
-        others = [name for name in maybe if name != first]
-        if others:
-            out.append(
-                f"Who comes first is not settled: the rank intervals of {_listed([first, *others], MOST)} include 1."
-            )
-        elif maybe:
-            out.append(f"{first} is first also by its rank interval (1 to {effective['rank_high'].iloc[0]}).")
+        maybe = ranked[ranked["rank_low"].eq(1).fillna(False)]
+        firsts = [clean(name) for name in maybe["layer"]]
+        if len(firsts) > 1:
+            out.append(f"Who comes first is not settled: the rank intervals of {_listed(firsts, MOST)} include 1.")
+        elif firsts:
+            out.append(f"{firsts[0]} is first also by its rank interval (1 to {maybe['rank_high'].iloc[0]}).")
+        if said := ranks_words(table).strip():
+            out.append(said)
         unsure = effective[effective["importance_low"].notna() & (effective["importance_low"] <= 0)]
         if len(unsure):
             names = _listed([clean(name) for name in unsure["layer"]], MOST)
