@@ -10,7 +10,11 @@ import pandas as pd
 import pytest
 
 from lesion import models, scoring
-from lesion.analysis.reading import reading_columns, reading_drops, reading_table
+from lesion.analysis import settings
+from lesion.analysis.reading import reading_columns, reading_drops, reading_shares, reading_table
+from lesion.report import contents
+from lesion.report.findings import findings
+from lesion.report.words import summary
 from lesion.scenes import judge, parse_caption, read_image, render, sample_scene
 from lesion.scoring import ScorerSpec, Shot, make_scorer
 
@@ -170,3 +174,48 @@ def test_settings_and_selections_stay_apart():
     everything = zero.assign(selection=zero.selection.replace("leave_one_out", "all"), layer="")
     assert reading_drops(everything, "all").set_index("aspect").loc["colour"].layer == ""
     assert reading_drops(zero, "only_one").empty and reading_drops(zero.drop(columns=reading_columns(zero))).empty
+
+
+def test_what_a_layer_alone_brings_through_stands_beside_the_control():
+    """up brings the colour through for every prompt; mid in one image of four, and every relation; nothing for both."""
+
+    def kept(layer, prompt, seed):
+        brings = {"": (1.0, 1.0), "up": (1.0, 0.0), "mid": (float(prompt % 2 and seed), 1.0)}[layer]
+        return {"read_colour": brings[0], "read_relation": brings[1] if prompt < 4 else math.nan}
+
+    alone = rows(["up", "mid"], kept)
+    alone["selection"] = alone["selection"].replace("leave_one_out", "only_one")
+    control = alone[alone["layer"] == "up"].assign(selection="all", layer="", layer_index=-1, read_colour=0.0)
+    control.loc[control["prompt_id"] == "p0", "read_colour"] = 1.0
+    frame = pd.concat([alone, control], ignore_index=True)
+    shares = reading_shares(frame)
+    at = shares.set_index(["layer", "aspect"])
+    assert reading_table(shares, "share").to_dict() == {
+        "colour": {"up": 1.0, "mid": 0.25},
+        "relation": {"up": 0.0, "mid": 1.0},
+    }
+    assert set(at.loc[(slice(None), "colour"), "control"]) == {1 / 8}
+    assert set(at.loc[(slice(None), "relation"), "control"]) == {0.0}
+    one = at.loc[("mid", "colour")]
+    assert (one.n_prompts, one.n_images) == (8, 16) and 0 <= one.low < 0.25 < one.high
+    assert at.loc[("up", "colour"), "method"] == "n/a (constant)"
+    assert reading_shares(alone)["control"].isna().all()
+
+    found = findings(frame)
+    (setting,) = settings(frame)
+    said = " ".join(summary(found, setting))
+    assert (
+        "Alone, these layers bring most through: colour up (1.000, 0.125 with every layer lesioned) and "
+        "relation mid (1.000, 0.000 with every layer lesioned)." in said
+    )
+    (table,) = [table for table in contents.of_setting(found, setting) if table.stem.startswith("alone--")]
+    assert "colour 0.125, relation 0.000" in table.caption
+    assert [[cell.text for cell in row] for row in table.cells] == [["up", "1.000", "0.000"], ["mid", "0.250", "1.000"]]
+    assert [[cell.bold for cell in row] for row in table.cells] == [[False, True, False], [False, False, True]]
+
+
+def test_the_words_say_what_is_broken_and_what_cannot_be_shown_to_be():
+    frame = rows(["up", "mid"], planted)
+    said = " ".join(summary(findings(frame), settings(frame)[0]))
+    assert "these layers' absence breaks most: colour mid (0.375) and relation up (1.000)." in said
+    assert "No single layer's absence can be shown to break count." in said

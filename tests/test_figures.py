@@ -64,7 +64,7 @@ def test_what_a_layers_absence_breaks_has_its_figure(tmp_path):
     found = findings(frame)
     for one in settings(frame):
         drawn = illustrations.of_setting(tmp_path, found, one)
-        assert f"reading--{one.slug}" in stems(drawn)
+        assert {f"reading--{one.slug}", f"alone--{one.slug}"} <= stems(drawn)
 
 
 def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, monkeypatch):

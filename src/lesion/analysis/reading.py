@@ -7,15 +7,16 @@ an image: 1 where the lesion broke the aspect. Its mean is the loss of accuracy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from lesion.analysis.bootstrap import Interval
-from lesion.analysis.cells import over_prompts, without_limits
+from lesion.analysis.bootstrap import Interval, interval
+from lesion.analysis.cells import nested, over_prompts, without_limits
 from lesion.analysis.estimates import FIGURES
-from lesion.analysis.importance import LEAVE_ONE_OUT, left_out
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
 from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
 
 PREFIX = "read_"
@@ -37,10 +38,42 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
     say (one prompt). Where no baseline shows the aspect there is nothing to lose: drop NaN, `n/a (baseline is never
     right)`. options: those of `bootstrap.interval`.
     """
-    records, keys = [], ["model", *LESION]
+    records: list[dict[str, Any]] = []
+    for named, group in _asked(frame, selection):
+        found = {**_accuracies(group), **_interval(group, **options).columns("drop")}
+        records.append({**named, **found, **left_out(group, "_drop")})
+    figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "n_invalid", "n_failed", "n_unscored"]
+    return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
+
+
+def reading_shares(frame: pd.DataFrame, selection: str = ONLY_ONE, **options: Any) -> pd.DataFrame:
+    """What an image still shows under `selection`: for only_one, what a layer alone brings through.
+
+    One row a setting, aspect and layer as in `reading_drops`; share (of images that show what is asked, 0 to 1, means
+    over seeds, then prompts), low, high, method, sd_prompts, sd_seeds, n_prompts, n_images (`bootstrap.Interval`);
+    control (the share with every layer lesioned, NaN without selection `all`); n_invalid, n_failed, n_unscored.
+    """
+    blind = {
+        (*named.values(),): _mean(group, "_after") for named, group in _asked(frame, "all")
+    }  # by the setting, the aspect and no layer
+    records: list[dict[str, Any]] = []
+    for named, group in _asked(frame, selection):
+        found = interval(nested(group, "_after"), **options).columns("share")
+        control = blind.get((*{**named, "layer": ""}.values(),), float("nan"))
+        records.append({**named, **found, "control": control, **left_out(group, "_after")})
+    figures = ["share", *FIGURES[1:], "control", "n_invalid", "n_failed", "n_unscored"]
+    return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
+
+
+def _keys(frame: pd.DataFrame) -> list[str]:
+    """The columns of its settings."""
+    return in_order(["model", *LESION, *(name for setting in settings(frame) for name in setting.columns())])
+
+
+def _asked(frame: pd.DataFrame, selection: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The images of each setting, aspect and layer whose prompts ask for the aspect, with _before, _after and _drop."""
     for setting in settings(frame):
         part, columns = rows(frame, setting), setting.columns()
-        keys += [name for name in columns if name not in keys]
         lesioned = part[part["selection"] == selection]
         lesioned = lesioned.assign(layer=lesioned["layer"].fillna(""))
         plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
@@ -55,11 +88,11 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
             asked["_drop"] = asked["_before"] - asked["_after"]
             named = {**columns, "aspect": column.removeprefix(PREFIX)}
             for layer in layers_in_order(asked) or in_order(asked["layer"]):
-                group = asked[asked["layer"] == layer]
-                found = {**_accuracies(group), **_interval(group, **options).columns("drop")}
-                records.append({**named, "layer": layer, **found, **left_out(group, "_drop")})
-    figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "n_invalid", "n_failed", "n_unscored"]
-    return pd.DataFrame(records, columns=[*keys, "aspect", "layer", *figures])
+                yield {**named, "layer": layer}, asked[asked["layer"] == layer]
+
+
+def _mean(group: pd.DataFrame, column: str) -> float:
+    return float(group.dropna(subset=[column]).groupby("prompt_id")[column].mean().mean())
 
 
 def _accuracies(group: pd.DataFrame) -> dict[str, float]:

@@ -165,6 +165,26 @@ def reading(found: Findings, setting: Setting) -> Table | None:
     return Table(f"reading--{setting.slug}", full, columns, table, rows, title="What a layer's absence breaks")
 
 
+def alone(found: Findings, setting: Setting) -> Table | None:
+    """Layers by aspects that are read from pixels: what a layer alone brings through."""
+    table = found.of("alone", setting)
+    if table.empty:
+        return None
+    control = table.groupby("aspect", sort=False)["control"].max()
+    words = (
+        "Share of images that still show what the prompt asks for when this layer is the only one that is intact, read "
+        "from pixels by rule; 95 % intervals over the prompts that ask; bold: the layer that brings most through. "
+    )
+    if control.notna().any():
+        shares = ", ".join(f"{name} {number(float(value))}" for name, value in control.items())
+        words += f"With every layer lesioned: {shares}."
+    words += interval_words(table, ["method"])
+    shown = {name: "share" if name == "mean" else name for name in ("mean", *_LIMITS)}
+    columns, rows = _by_aspect({name: reading_table(table, value) for name, value in shown.items()})
+    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
+    return Table(f"alone--{setting.slug}", full, columns, table, rows, title="What a layer alone brings through")
+
+
 _LIMITS = ("low", "high", "n_prompts")
 
 
@@ -300,7 +320,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
 def of_setting(found: Findings, setting: Setting) -> list[Table]:
     """Every table there is of one setting, the layer table first where there is one."""
     first = [layers(found, setting), *prompts(found, setting)]
-    rest = [what(found, setting) for what in (aspects, reading, order, pairs, cumulative, shapley)]
+    rest = [what(found, setting) for what in (aspects, reading, alone, order, pairs, cumulative, shapley)]
     return [table for table in [*first, *rest] if table is not None]
 
 

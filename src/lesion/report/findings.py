@@ -24,7 +24,7 @@ from lesion.analysis.interactions import (
 )
 from lesion.analysis.order import kendalls_w, ranks, top_stability
 from lesion.analysis.paired import against_floor, neighbours
-from lesion.analysis.reading import reading_columns, reading_drops
+from lesion.analysis.reading import reading_columns, reading_drops, reading_shares
 from lesion.analysis.settings import GENERATION, LESION, Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
 
@@ -59,6 +59,7 @@ class Findings:
     aspects: pd.DataFrame = field(default_factory=_none)
     interaction: pd.DataFrame = field(default_factory=_none)
     reading: pd.DataFrame = field(default_factory=_none)
+    alone: pd.DataFrame = field(default_factory=_none)
     agreement: pd.DataFrame = field(default_factory=_none)
     interactions: pd.DataFrame = field(default_factory=_none)
     cumulative: pd.DataFrame = field(default_factory=_none)
@@ -159,6 +160,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     how = {"method": interval}
     if reading_columns(frame):
         found.reading = reading_drops(frame, **how)
+        found.alone = reading_shares(frame, **how)
     frame = _slim(frame, metric)
     has = frame["selection"].value_counts()
 

@@ -62,11 +62,14 @@ def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool =
         if clusters:
             figure = figures.heat_map(figures.clustered(by_aspect), meaning, title, columns="aspect")
             add(figure, "aspects-clustered", "Heat map of layers by aspects in clusters")
-    reading = found.of("reading", setting)
-    if len(reading) and reading["drop"].notna().any():
-        meaning = "share of images that it breaks"
-        figure = figures.heat_map(reading_table(reading), meaning, title, columns="aspect, read from pixels")
-        add(figure, "reading", "Heat map of what leaving a layer out breaks, by aspect read from pixels")
+    for name, value, meaning, text in (
+        ("reading", "drop", "share of images that its absence breaks", "what leaving a layer out breaks"),
+        ("alone", "share", "share of images that show it", "what a layer alone brings through"),
+    ):
+        read = found.of(name, setting)
+        if len(read) and read[value].notna().any():
+            figure = figures.heat_map(reading_table(read, value), meaning, title, columns="aspect, read from pixels")
+            add(figure, name, f"Heat map of {text}, by aspect read from pixels")
     if len(table) and (table["importance"].notna() & table["sufficiency"].notna()).sum() > 1:
         labels = (f"importance: 1 - {metric} (leave-one-out)", f"sufficiency: {metric} (only-one)")
         words = f"{title}\n{_agreed(found.of('agreement', setting), 'measure')}".strip()

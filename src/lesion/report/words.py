@@ -82,7 +82,12 @@ def summary(found: Findings, setting: Setting) -> list[str]:
     if not missing(control):
         blind = part[(part["selection"] == "all") & (part["status"] == "ok")]
         sentences.append(f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')}).")
-    sentences += [*_prompts(found, setting), *_aspects(found, setting), *_together(found, setting)]
+    sentences += [
+        *_prompts(found, setting),
+        *_aspects(found, setting),
+        *_read(found, setting),
+        *_together(found, setting),
+    ]
     return sentences + _unsaid(table)
 
 
@@ -216,6 +221,33 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
         ]
         out.append(f"The most important layer by aspect: {_listed(named, 12)}.")
     return out
+
+
+def _read(found: Findings, setting: Setting) -> list[str]:
+    """What lesions break and what layers bring through, as read from pixels."""
+    out = []
+    drops = found.of("reading", setting)
+    sure = (drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0)) if len(drops) else None
+    if sure is not None and sure.any():
+        worst = drops[sure].loc[drops[sure].groupby("aspect", sort=False)["drop"].idxmax()].to_dict("records")
+        named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['drop']))})" for one in worst]
+        out.append(f"Read from pixels, these layers' absence breaks most: {_listed(named, 12)}.")
+    if sure is not None:
+        spared = [clean(name) for name in drops["aspect"].unique() if name not in set(drops.loc[sure, "aspect"])]
+        if spared:
+            out.append(f"No single layer's absence can be shown to break {_listed(spared, 12)}.")
+    shares = found.of("alone", setting)
+    shares = shares[shares["share"].notna() & ~(shares["share"] <= shares["control"])] if len(shares) else shares
+    if len(shares):
+        best = shares.loc[shares.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
+        named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
+        out.append(f"Alone, these layers bring most through: {_listed(named, 12)}.")
+    return out
+
+
+def _beside(one: dict[Hashable, Any]) -> str:
+    control = "" if missing(one["control"]) else f", {number(float(one['control']))} with every layer lesioned"
+    return f"{number(float(one['share']))}{control}"
 
 
 def _together(found: Findings, setting: Setting) -> list[str]:
