@@ -123,3 +123,13 @@ def test_clusters_bring_like_layers_together():
 def test_any_text_can_be_drawn(tmp_path, text):
     table = pd.DataFrame([[0.1, np.nan]], index=[text], columns=[text, text + "2"])
     assert all(path.is_file() for path in figures.save(figures.heat_map(table, "m", clean(text, 300)), tmp_path / "x"))
+
+
+def test_a_reference_far_from_the_data_is_named_at_the_side_instead_of_squeezing_them():
+    frame, floor = planted()
+    table = findings(frame, floor).summary(settings(frame)[0])
+    near, far = (figures.layer_figure(table, "t", "clip_similarity", control).axes[0] for control in (0.6, -2.0))
+    names = [text.get_text() for text in near.texts]
+    assert "all lesioned" in names and near.get_xlim()[1] < 0.6
+    names = [text.get_text() for text in far.texts]
+    assert "all lesioned: 3.00 \u2192" in names and far.get_xlim()[1] < 0.6

@@ -160,8 +160,10 @@ def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = 
             for row in depth[none]:
                 beside: dict[str, Any] = {"textcoords": "offset points", "color": GREY, "fontsize": 6}
                 axes.annotate("no effect", (mean[row], row), (5, 0), va="center", **beside)
-            _line(axes, dashed, "--", "all lesioned", 0)
-            _line(axes, 1.0 - floor if name == "importance" else floor, ":", "another seed", 1)
+            shown = np.concatenate([mean - reach[0], mean + reach[1]])
+            span = (np.nanmin([0.0, *shown]), np.nanmax(shown)) if np.isfinite(shown).any() else (0.0, 1.0)
+            _line(axes, dashed, "--", "all lesioned", 0, span)
+            _line(axes, 1.0 - floor if name == "importance" else floor, ":", "another seed", 1, span)
             axes.grid(axis="both")
             note = "bars: 95 % intervals" if drawn.any() else "no intervals: see the table"
             axes.set_xlabel(f"{label}\n{note}")
@@ -173,9 +175,20 @@ def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = 
     return figure
 
 
-def _line(axes: Axes, at: float, dash: str, text: str, row: int) -> None:
-    """A reference line with its name above the axes, in rows so that two names do not meet."""
-    if np.isfinite(at):
+def _line(axes: Axes, at: float, dash: str, text: str, row: int, span: tuple[float, float]) -> None:
+    """A reference line with its name above the axes, in rows so that two names do not meet.
+
+    span: of the data. A line that would more than double it is only named, with its value, at that side of the axes.
+    """
+    if not np.isfinite(at):
+        return
+    place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 5.5, "color": GREY}
+    width = max(span[1] - span[0], 1e-3)
+    if span[0] - width <= at <= span[1] + width:
         axes.axvline(at, color=GREY, linestyle=dash, linewidth=0.9)
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(text, (at, 1.0), (0, 1 + 7 * row), ha="center", fontsize=5.5, color=GREY, **place)
+        axes.annotate(text, (at, 1.0), (0, 1 + 7 * row), xycoords=("data", "axes fraction"), ha="center", **place)
+    else:
+        right = at > span[1]
+        named = f"{text}: {number(at, 2)} \u2192" if right else f"\u2190 {text}: {number(at, 2)}"
+        side = "right" if right else "left"
+        axes.annotate(named, (float(right), 1.0), (0, 1 + 7 * row), xycoords="axes fraction", ha=side, **place)
