@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from safetensors import safe_open
 
 from conftest import settings
 from lesion import means, replacements
+from lesion.anatomy import Anatomy
 from lesion.generate import generate
 from lesion.lesions import Lesion
 from lesion.prompts import Prompt
 from lesion.replacements import Bench
-from lesion.study import Cell
+from lesion.study import Cell, ModelIdentity
 from lesion.surgery import replacement_key
 
 PROMPTS, SEEDS = ["a red circle", "two stars", "x"], [4, 9]
@@ -79,6 +82,23 @@ def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_pat
     means.calibrated(Bench(tiny_model, settings(steps=3), tmp_path, 4), "own", ASKED, SEEDS)
     means.calibrated(bench, "own", ASKED[:2], SEEDS)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_means_of_another_device_or_with_switches_are_others(tmp_path, monkeypatch):
+    """As cells are; on a CPU without switches they are found where they were kept before."""
+    monkeypatch.setattr(means, "measure", lambda *args: {"site": torch.zeros(1, 2, 3)})
+    plain = ModelIdentity("tiny", "f00d", "float32")
+    for identity in (
+        plain,
+        dataclasses.replace(plain, device="cuda"),
+        dataclasses.replace(plain, switches=("tf32",)),
+    ):
+        model = SimpleNamespace(identity=identity, anatomy=Anatomy((), "cross_attention", "attention"))
+        before = set(tmp_path.iterdir())
+        means.calibrated(Bench(model, settings(), tmp_path, 4), "own", ASKED, SEEDS)
+        (path,) = set(tmp_path.iterdir()) - before
+        if identity is plain:
+            assert path.stem == "ad06b05463b3644c822642d9a0dc6303"
 
 
 def test_mean_replacement_is_a_plain_hook(tiny_folder, tiny_model, tmp_path):

@@ -17,7 +17,7 @@ from lesion import models
 from lesion.anatomy import examine
 from lesion.errors import RequestError
 from lesion.generate import generate
-from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, resolve
+from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, resolve, schedulers
 from lesion.models.loading import resolve_dtype
 from lesion.models.schedulers import FLOW
 from lesion.prompts import Prompt
@@ -80,6 +80,47 @@ def test_schedulers_of_one_class_are_told_apart(tiny_folder):
     sources = [resolve(tiny_spec(tiny_folder, scheduler=name)) for name in ("dpmpp", "dpmpp_karras", "dpmpp_sde")]
     assert sources[0].scheduler == "DPMSolverMultistepScheduler"
     assert len({source.fingerprint for source in sources}) == len({source.scheduler for source in sources}) == 3
+
+
+def scheduler_of(folder, own, name):
+    """What is written of a model whose own scheduler has this config, asked for with this scheduler."""
+    for file, data in {"model_index.json": {"_class_name": "StableDiffusionPipeline",
+                                            "scheduler": ["diffusers", own["_class_name"]]},
+                       "scheduler/scheduler_config.json": own}.items():  # fmt: skip
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(data))
+    return resolve(tiny_spec(folder, scheduler=name))
+
+
+@pytest.mark.parametrize("skipping", [True, False, None])
+def test_a_scheduler_by_name_is_told_from_the_models_own_where_it_steps_otherwise(tmp_path, skipping):
+    config = {"_class_name": "PNDMScheduler", "steps_offset": 1}
+    if skipping is not None:
+        config["skip_prk_steps"] = skipping
+    own, named = (scheduler_of(tmp_path, config, name) for name in (None, "pndm"))
+    plain = diffusers.PNDMScheduler.from_config(config)
+    steps = []
+    for scheduler in (plain, schedulers.make("pndm", plain)):
+        scheduler.set_timesteps(5)
+        steps.append(scheduler.timesteps.tolist())
+    same = steps[0] == steps[1]
+    assert same == bool(skipping)
+    assert (own.scheduler == named.scheduler) == (own.fingerprint == named.fingerprint) == same
+    assert own.scheduler == "PNDMScheduler"
+
+
+def test_fingerprints_stay_what_they_were(tmp_path):
+    """A stored image must be found by later versions: a fingerprint is part of its key."""
+    own = {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+    found = {name: scheduler_of(tmp_path, own, name) for name in (None, "pndm", "ddim", "dpmpp_karras")}
+    assert {name: (source.scheduler, source.fingerprint) for name, source in found.items()} == {
+        None: ("PNDMScheduler", "564d2b1fa9968158557f22658a05a593"),
+        "pndm": ("PNDMScheduler", "564d2b1fa9968158557f22658a05a593"),
+        "ddim": ("DDIMScheduler", "f3b017a73cd1dae05d90601c29b66d89"),
+        "dpmpp_karras": ("DPMSolverMultistepScheduler-karras", "d84728a0badb143d3d6645507af24f44"),
+    }
+    embedded = [resolve(ModelSpec("embedded", "embedded", scheduler=name)).scheduler for name in (None, "ddim", "pndm")]
+    assert embedded == ["DDIMScheduler", "DDIMScheduler", "PNDMScheduler"]
 
 
 def test_a_scheduler_of_another_kind_of_model_is_refused(tiny_folder, tmp_path):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from lesion import making, memory, models, scoring
+from lesion import making, memory, models, runner, scoring
 from lesion.generate import generate
 
 NOTING = """
@@ -134,6 +135,28 @@ def test_a_damaged_part_is_reported_and_scored_again(cli):
     pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)
 
 
+@pytest.mark.parametrize(
+    ("device", "tf32", "meanwhile"), [("cpu", True, True), ("cuda:1", False, True), ("cuda", True, False)]
+)
+def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32, meanwhile):
+    """A scorer sets full float32 for the whole process, also for what is generated in another thread."""
+    told = []
+    scores = SimpleNamespace(add_picture=lambda *facts: told.append(facts))
+    results = SimpleNamespace(made=lambda *_: told.append("scored"), scores=scores)
+    request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32))
+    runner._when_made(request, results)(SimpleNamespace(key="c0ffee"), None, "its picture")
+    assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
+
+
+def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
+    decide = runner._when_made
+    gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True))
+    monkeypatch.setattr(runner, "_when_made", lambda request, results: decide(gpu, results))
+    assert cli("selection=none")[0] == 0
+    (frame,) = cli.frames()
+    assert frame.clip_similarity.tolist() == [1.0, 1.0]
+
+
 def crowded(most, sizes):
     """`generate` on a device that holds `most` images at once."""
 
@@ -175,7 +198,7 @@ def test_one_image_that_does_not_fit_is_an_error_of_that_image(cli, monkeypatch)
 
 
 def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
-    making._fitting_for.cache_clear()
+    making._sizes.clear()
     tried, sizes = [], []
     monkeypatch.setattr(memory, "_free", lambda device: 1000 * 2**20)
     monkeypatch.setattr(memory, "_peak", lambda work, device: (work(), (40 + 100 * tried[-1]) * 2**20)[1])
@@ -189,7 +212,7 @@ def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
     assert cli("generation.batch_size=auto", "seeds=[0,1,2,3]")[0] == 0
     assert tried == [1, 1, 2]
     assert max(sizes) == 8  # (0.85 * 1000 - 40) / 100 = 8.1
-    making._fitting_for.cache_clear()
+    making._sizes.clear()
 
 
 def test_memory_is_measured():

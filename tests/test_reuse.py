@@ -8,6 +8,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention import FeedForward
 from torch import nn
 
 from conftest import settings
@@ -15,20 +17,25 @@ from lesion.anatomy import examine
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.models.schedulers import FLOW, SCHEDULERS, make
+from lesion.ports import keeps_shape
+from lesion.replacements.mean import Mean
+from lesion.replacements.zero import Zero
 from lesion.reuse import TextMemory
 from lesion.states import State, States, _capture, calls_of, first_step
-from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
+from lesion.surgery import replacement_key
+from test_surgery import SUBJECTS, cell, drawn, fillers, plain, run, zero
 
 LATE = (0.5, 1.0)
 
 
-def counted(model, module, cells, **more):
+def counted(model, module, cells, at_work=None, **more):
     """How often the module's own computation ran while the cells were made, and the images."""
     calls = []
     forward = module.forward
     module.forward = lambda *args, **kwargs: calls.append(args) or forward(*args, **kwargs)
     try:
-        images = generate(model, cells, fillers(model, *(c.lesion for c in cells if c.lesion)), **more)
+        at_work = at_work or fillers(model, *(c.lesion for c in cells if c.lesion))
+        images = generate(model, cells, at_work, **more)
     finally:
         del module.forward
     return len(calls), images
@@ -62,6 +69,50 @@ def test_neither_is_the_norm_before_it(tiny_model):
     self_attention = dataclasses.replace(tiny_model, anatomy=examine(tiny_model.denoiser, kind="self_attention"))
     asked = [cell(tiny_model, SUBJECTS[0], zero(first, kind="self_attention"))]
     assert counted(self_attention, norm, asked)[0] == 4
+
+
+@pytest.mark.parametrize("name", ["zero", "mean"])
+def test_a_feed_forward_replaced_in_every_row_is_not_computed(tiny_model, tiny_folder, name):
+    model = dataclasses.replace(tiny_model, anatomy=examine(tiny_model.denoiser, kind="feed_forward"))
+    first, second, *_ = model.anatomy.paths
+    sites = model.anatomy.sites[first]
+    table = {site: torch.arange(4 * 2 * site_of(model, first).net[2].out_features).reshape(4, 2, -1) / 500
+             for site in sites}  # fmt: skip
+    filler = {"zero": Zero(), "mean": Mean(table)}[name]
+
+    def lesion(layer):
+        return Lesion("leave_one_out", layer, (layer,), Replacement(name), kind="feed_forward")
+
+    cells = [cell(model, subject, lesion(first)) for subject in SUBJECTS]
+    at_work = {replacement_key(lesion(first)): filler}
+    feed_forward = site_of(model, first)
+    norm = model.denoiser.get_submodule(sites[0].removesuffix(".ff")).norm3
+    for part in (feed_forward.net[2], norm):  # inside the site: its own forward is what is spared
+        assert counted(model, part, cells, at_work)[0] == 0
+        mixed = [cells[0], cell(model, SUBJECTS[1], lesion(second))]
+        if name == "zero":
+            assert counted(model, part, mixed, at_work)[0] == 4
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for site in sites:
+        calls = []
+
+        def hook(module, args, output, site=site, calls=calls):
+            calls.append(None)
+            if name == "zero":
+                return torch.zeros_like(output)
+            return table[site][len(calls) - 1].repeat_interleave(len(SUBJECTS), 0)[:, None].expand_as(output)
+
+        pipe.unet.get_submodule(site).register_forward_hook(hook)
+    assert np.array_equal(generate(model, cells, at_work), drawn(pipe))
+
+
+def test_a_feed_forward_of_another_width_behind_than_in_front_has_no_placeholder():
+    assert keeps_shape(FeedForward(8))
+    assert keeps_shape(FeedForward(8, activation_fn="gelu-approximate", final_dropout=True))
+    assert not keeps_shape(FeedForward(8, dim_out=4))
+    assert not keeps_shape(nn.Linear(8, 8))
 
 
 def test_sparing_changes_no_bit(tiny_model, tiny_folder, monkeypatch):

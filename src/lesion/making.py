@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +17,9 @@ from lesion.claims import Claims
 from lesion.config import Request
 from lesion.generate import generate, to_pixels
 from lesion.plan import batches
-from lesion.prompts import Prompt
 from lesion.states import States
 from lesion.store import Picture, Store
-from lesion.study import Cell, ModelIdentity, Settings, Study
+from lesion.study import Cell, Settings, Study
 from lesion.surgery import Filler, replacement_key
 
 log = logging.getLogger(__name__)
@@ -29,6 +27,8 @@ WAITING = (1.0, 15.0)  # seconds between looks at what other processes are makin
 IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
 
 Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
+_Kind = tuple[models.ModelSpec, str, str, Settings]
+_sizes: dict[_Kind, int] = {}  # `auto` batch sizes found in this process; plain data, so that no model is held
 
 
 def brief(error: BaseException) -> str:
@@ -60,7 +60,7 @@ class Maker:
 
         progress: told how many more images are there (made here, by others, or given up).
         """
-        self.size = self.size or _fitting(self.model, self.study)
+        self.size = self.size or _fitting(self.request, self.model, self.study)
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
@@ -92,51 +92,73 @@ class Maker:
 
     def _prepare(self) -> None:
         """The replacements at work; one that cannot be made ready costs only its own cells."""
-        size = min(self.size, 32)
-        bench = replacements.Bench(self.model, self.study.settings, self.store.means, size)
         for lesion in self.study.lesions():
             key, name = replacement_key(lesion), lesion.replacement.name
             if key in self.fillers or key in self.broken:
                 continue
-            try:
-                self.fillers[key] = replacements.build(name, self.request.replacements[name], bench)
-            except Exception as error:  # whatever a model can raise, the other replacements go on
-                self.broken[key] = f"replacement {name} could not be made ready: {brief(error)}"
+            filler, why = self._built(name)
+            if filler is not None:
+                self.fillers[key] = filler
+            else:
+                self.broken[key] = f"replacement {name} could not be made ready: {why}"
                 log.error(self.broken[key])
+
+    def _built(self, name: str) -> tuple[Filler | None, str]:
+        """The replacement at work, or None and why not. Out of memory it is tried again with half the batch."""
+        while True:
+            size = min(self.size, 32)
+            bench = replacements.Bench(self.model, self.study.settings, self.store.means, size)
+            try:
+                return replacements.build(name, self.request.replacements[name], bench), ""
+            except Exception as error:  # whatever a model can raise, the other replacements go on
+                why, crowded = brief(error), memory.ran_out(error)  # see `_make`
+            if crowded:
+                memory.release(self.request.device)
+            if not crowded or size == 1:
+                return None, why
+            self._shrink(size)
+
+    def _shrink(self, tried: int) -> None:
+        """Go on with half the batch that did not fit, here and in later rounds and jobs of the same kind."""
+        self.size = min(self.size, tried // 2)
+        log.warning("out of memory with a batch of %d; going on with %d", tried, self.size)
+        if not self.request.batch_size:
+            _sizes[_kind(self.request, self.model, self.study)] = self.size
 
     def _make(self, batch: Sequence[Cell], shelf: _Shelf, claims: Claims) -> None:
         """Generate and store a batch. Too large a batch is halved; after another fault each cell is made alone."""
         if not batch:
             return
         lesion = batch[0].lesion  # a batch has one kind of lesion
-        if lesion and (why := self.broken.get(replacement_key(lesion))):
-            self._give_up(batch, why, claims)
+        if lesion and (broken := self.broken.get(replacement_key(lesion))):
+            self._give_up(batch, broken, claims)
             return
         try:
             images = generate(self.model, batch, self.fillers, self.states, self.study.windows)
         except Exception as error:  # whatever a model can raise, the other cells go on
-            fault = error
+            # No more is kept of it: the traceback holds every tensor of the failed call, whose room the retry needs.
+            why, crowded = brief(error), memory.ran_out(error)
         else:
             shelf.put(batch, images)
             return
-        if memory.ran_out(fault):
+        if crowded:
             memory.release(self.request.device)
             if len(batch) == 1:
                 log.error("%s: a single image does not fit in memory", label(batch[0]))
-                self._give_up(batch, f"a single image does not fit in memory: {brief(fault)}", claims)
+                self._give_up(batch, f"a single image does not fit in memory: {why}", claims)
                 return
-            self.size = min(self.size, len(batch) // 2)
-            log.warning("out of memory with a batch of %d; going on with %d", len(batch), self.size)
-            parts = [batch[start : start + self.size] for start in range(0, len(batch), self.size)]
+            self._shrink(len(batch))
         elif len(batch) > 1:
-            log.warning("a batch of %d failed (%s); its images are made one at a time", len(batch), brief(fault))
-            parts = [[cell] for cell in batch]
+            log.warning("a batch of %d failed (%s); its images are made one at a time", len(batch), why)
         else:
-            log.error("%s failed: %s", label(batch[0]), brief(fault))
-            self._give_up(batch, brief(fault), claims)
+            log.error("%s failed: %s", label(batch[0]), why)
+            self._give_up(batch, why, claims)
             return
-        for part in parts:
-            self._make(part, shelf, claims)
+        rest = list(batch)
+        while rest:  # cut as it is made, since the size may shrink further meanwhile
+            number = self.size if crowded else 1
+            self._make(rest[:number], shelf, claims)
+            rest = rest[number:]
 
     def _give_up(self, batch: Sequence[Cell], why: str, claims: Claims) -> None:
         self.failures |= {cell.key: why for cell in batch}
@@ -182,13 +204,27 @@ class _Shelf:
             self._waiting.pop(0).result()
 
 
-def _fitting(model: models.Model, study: Study) -> int:
-    return _fitting_for(model.identity, study.settings, study.prompts[0], model)
+def _probed(settings: Settings) -> Settings:
+    """Of the images that are made to see what memory they take: two steps need as much as many."""
+    return replace(settings, steps=min(settings.steps, 2), noising=1.0 if settings.noising else None)
 
 
-@lru_cache(maxsize=8)
-def _fitting_for(identity: ModelIdentity, settings: Settings, prompt: Prompt, model: Any) -> int:
-    """The batch size that memory allows, found once a process for each model and kind of image."""
-    short = replace(settings, steps=min(settings.steps, 2), noising=1.0 if settings.noising else None)
-    cell = Cell(identity, prompt, 0, short, None)
-    return memory.fitting(lambda number: generate(model, [cell] * number, {}), identity.device)
+def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
+    """What decides how many images fit: the model with its knobs, the device, the size and form of the images."""
+    return request.model, model.identity.fingerprint, request.device, _probed(study.settings)
+
+
+def _fitting(request: Request, model: models.Model, study: Study) -> int:
+    """The batch size that memory allows, found once a process for each model and kind of image.
+
+    1 where not even one image can be made to measure it: each cell then fails, or not, for a reason of its own.
+    """
+    kind = _kind(request, model, study)
+    if kind not in _sizes:
+        cell = Cell(model.identity, study.prompts[0], 0, _probed(study.settings), None)
+        try:
+            _sizes[kind] = memory.fitting(lambda number: generate(model, [cell] * number, {}), request.device)
+        except Exception as error:  # whatever a model can raise; it may be of this prompt alone, so it is not kept
+            log.warning("batch_size=auto: 1, since the first image failed (%s)", brief(error))
+            return 1
+    return _sizes[kind]

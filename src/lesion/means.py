@@ -39,11 +39,12 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     By `Site.part`: a block with a text stream has means of each stream; a head's last channel is the 1 of its bias.
     Kept as safetensors with their provenance in the bench's folder, and read back if they are there.
     """
+    identity = bench.model.identity
     provenance = {
         "format": FORMAT,
-        "model": bench.model.identity.name,
-        "fingerprint": bench.model.identity.fingerprint,
-        "dtype": bench.model.identity.dtype,
+        "model": identity.name,
+        "fingerprint": identity.fingerprint,
+        "dtype": identity.dtype,
         "settings": {
             name: value
             for name, value in vars(bench.settings).items()
@@ -56,6 +57,10 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     }
     if any(prompt.digest for prompt in prompts):
         provenance["inits"] = [prompt.digest for prompt in prompts]
+    if identity.device != "cpu":  # as in a cell's key: left out at their defaults
+        provenance["device"] = identity.device
+    if identity.switches:
+        provenance["switches"] = list(identity.switches)
     anatomy = bench.model.anatomy
     if anatomy.kind != "cross_attention":
         provenance["kind"] = anatomy.kind

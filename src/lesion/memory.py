@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +26,21 @@ def ran_out(error: BaseException) -> bool:
 def fitting(make: Callable[[int], object], device: str) -> int:
     """The largest power of two, up to MOST, of images that fit in free memory, from what one and two of them take.
 
-    make: makes that many images and drops them. Raises what it raises for a single one.
+    make: makes that many images and drops them. 1 where memory runs out on the way; any other error of it is raised.
     """
-    make(1)  # what is needed once: kernels, workspaces, the weights' first touch
     try:
+        make(1)  # what is needed once: kernels, workspaces, the weights' first touch
         one, two = _peak(lambda: make(1), device), _peak(lambda: make(2), device)
     except Exception as error:
-        if ran_out(error):
-            return 1
-        raise
+        if not ran_out(error):
+            raise
+        crowded = True
+    else:
+        crowded = False
+    if crowded:
+        release(device)
+        log.info("batch_size=auto: 1, since two images do not fit in memory")
+        return 1
     free = _free(device)
     if one is None or two is None or free is None:
         return UNKNOWN
@@ -45,7 +52,11 @@ def fitting(make: Callable[[int], object], device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give back what the allocator keeps, after running out."""
+    """Give back what nobody uses any more, after running out: objects in cycles, then what the allocator keeps.
+
+    Not from within an `except`: there the error's traceback still holds the tensors of the call that failed.
+    """
+    gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 

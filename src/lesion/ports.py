@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 
@@ -46,7 +47,10 @@ def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
 
 
 def keeps_shape(module: nn.Module) -> bool:
-    """Whether a module is an attention that puts out what it takes in: the shape of its hidden states."""
+    """Whether a module is an attention or a feed-forward that puts out what it takes in: the shape of its input."""
+    if isinstance(module, FeedForward):  # (act(dim -> inner), dropout, linear(inner -> dim_out), ...)
+        inner, last = getattr(module.net[0], "proj", None), module.net[2]
+        return getattr(inner, "in_features", None) == getattr(last, "out_features", -1)
     return getattr(module, "query_dim", None) == getattr(module, "out_dim", -1)
 
 

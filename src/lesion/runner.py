@@ -24,7 +24,7 @@ from lesion.budget import Budget, Rounds
 from lesion.config import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.generate import make_deterministic
-from lesion.making import Maker
+from lesion.making import Made, Maker
 from lesion.models.calling import has_img2img, takes
 from lesion.plan import Tally, tally
 from lesion.results import Results
@@ -276,9 +276,20 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, results.made)
+        maker = Maker(request, model, study, store, _when_made(request, results))
         maker.run(progress)
     return maker.failures
+
+
+def _when_made(request: Request, results: Results) -> Made:
+    """What is told of each image as it is stored.
+
+    Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
+    made meanwhile would depend on when it does.
+    """
+    if request.model.tf32 and request.device.startswith("cuda"):
+        return lambda cell, pixels, picture: results.scores.add_picture(cell.key, picture)
+    return results.made
 
 
 def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:

@@ -335,12 +335,12 @@ class Operation:
 
 
 def _norm_before(denoiser: nn.Module, path: str) -> nn.Module | None:
-    """The layer norm whose output this attention alone reads, where the block is known to be built so."""
+    """The layer norm that this attention or feed-forward alone reads, where the block is known to be built so."""
     parent, _, leaf = path.rpartition(".")
     block, module = denoiser.get_submodule(parent), denoiser.get_submodule(path)
     if not isinstance(block, BasicTransformerBlock) or block.norm_type != "layer_norm" or block.pos_embed is not None:
         return None
-    norm = {"attn1": block.norm1, "attn2": block.norm2}.get(leaf)
+    norm = {"attn1": block.norm1, "attn2": block.norm2, "ff": block.norm3}.get(leaf)
     # A module that changes the shape is computed anyway.
     return norm if isinstance(norm, nn.LayerNorm) and keeps_shape(module) else None
 

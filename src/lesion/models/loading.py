@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 
+from lesion import memory
 from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
 from lesion.errors import RequestError
 from lesion.gates import Gates
@@ -68,9 +69,22 @@ def identity_of(source: Source, device: str) -> ModelIdentity:
     return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
 
 
+_kept: list[tuple[ModelSpec, str, str]] = []  # what `_load` was last asked for
+
+
 def load(source: Source, device: str) -> Model:
-    """The model with its weights on the device; loaded once per process while jobs ask for the same one."""
-    return _load(source.spec, source.fingerprint, device)
+    """The model with its weights on the device.
+
+    One is kept a process: consecutive jobs that ask for the same model load it once, and before another is loaded the
+    one before goes, since both may not fit. So order a sweep by model: `model` first among its axes.
+    """
+    wanted = (source.spec, source.fingerprint, device)
+    if _kept != [wanted]:
+        _load.cache_clear()
+        for _, _, where in _kept:
+            memory.release(where)
+    _kept[:] = [wanted]
+    return _load(*wanted)
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +37,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def label(name: str) -> str:
-    """For tables: the class, and what sets it apart from another name of the same class."""
-    variant = name.partition("_")[2] if list(SCHEDULERS.values()).count(SCHEDULERS[name]) > 1 else ""
-    return SCHEDULERS[name] + (f"-{variant}" if variant else "")
+def label(name: str, own: Mapping[str, Any]) -> str:
+    """For tables and hashes: the class, and what sets it apart from another name of the same class, or from the model's
+    own scheduler of that class.
+
+    own: the config of the model's own scheduler.
+    """
+    cls = SCHEDULERS[name]
+    if list(SCHEDULERS.values()).count(cls) > 1:
+        variant = name.partition("_")[2]
+    else:
+        variant = "-".join(_changed(name, own)) if own.get("_class_name") == cls else ""
+    return cls + (f"-{variant}" if variant else "")
+
+
+def _changed(name: str, own: Mapping[str, Any]) -> list[str]:
+    """The options that `make` sets otherwise than a scheduler of the same class has them."""
+    import diffusers
+
+    usual = inspect.signature(getattr(diffusers, SCHEDULERS[name])).parameters  # for what the config leaves out
+    return [key for key, value in _OPTIONS.get(name, {}).items() if own.get(key, usual[key].default) != value]
 
 
 def check(name: str, own: Mapping[str, Any], pipeline: str) -> None:

@@ -122,9 +122,12 @@ class Source:
 
     @property
     def scheduler(self) -> str:
-        """Class name of the scheduler that will run, and its variant if it is asked for by name."""
+        """Class name of the scheduler that will run, and its variant if it is asked for by name.
+
+        Two requests for one model whose schedulers would step differently have different ones.
+        """
         if self.spec.scheduler:
-            return schedulers.label(self.spec.scheduler)
+            return schedulers.label(self.spec.scheduler, _config(self.folder / "scheduler"))
         return self.components.get("scheduler", ("diffusers", "default"))[1]
 
     @cached_property
