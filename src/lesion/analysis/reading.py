@@ -40,7 +40,7 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
     """
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection):
-        found = {**_accuracies(group), **_interval(group, **options).columns("drop")}
+        found = {**_accuracies(group), **_within(_interval(group, **options), -1.0, 1.0).columns("drop")}
         records.append({**named, **found, **left_out(group, "_drop")})
     figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "n_invalid", "n_failed", "n_unscored"]
     return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
@@ -58,7 +58,7 @@ def reading_shares(frame: pd.DataFrame, selection: str = ONLY_ONE, **options: An
     }  # by the setting, the aspect and no layer
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection):
-        found = interval(nested(group, "_after"), **options).columns("share")
+        found = _within(interval(nested(group, "_after"), **options), 0.0, 1.0).columns("share")
         control = blind.get((*{**named, "layer": ""}.values(),), float("nan"))
         records.append({**named, **found, "control": control, **left_out(group, "_after")})
     figures = ["share", *FIGURES[1:], "control", "n_invalid", "n_failed", "n_unscored"]
@@ -89,6 +89,12 @@ def _asked(frame: pd.DataFrame, selection: str) -> Iterator[tuple[dict[str, Any]
             named = {**columns, "aspect": column.removeprefix(PREFIX)}
             for layer in layers_in_order(asked) or in_order(asked["layer"]):
                 yield {**named, "layer": layer}, asked[asked["layer"] == layer]
+
+
+def _within(found: Interval, least: float, most: float) -> Interval:
+    """Limits beyond what a share can be are cut."""
+    low, high = (min(max(limit, least), most) if limit == limit else limit for limit in (found.low, found.high))
+    return replace(found, low=low, high=high)
 
 
 def _mean(group: pd.DataFrame, column: str) -> float:
