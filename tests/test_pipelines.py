@@ -209,11 +209,18 @@ def test_other_text_in_every_layer(name, replacement, folder_of):
         assert np.allclose(ours, generate(model, cells(name, model, texts=other), {}), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*CROSS, "sd2", "lcm"])
-def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, folder_of, tmp_path):
-    model = loaded(folder_of(name))
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in (*CROSS, "sd2", "lcm", "sd3", "flux", "flux_schnell")), ("sd2", {"channels_last": True})],
+)
+def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, changes, folder_of, tmp_path):
+    """FLUX.1-dev too, whose scheduler wants the size of the image before it tells its steps."""
+    model, kind = loaded(folder_of(name), **changes), "cross_attention"
+    if name in JOINT:
+        kind = "block"
+        model = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind=kind)})
     window = (0.5, 1.0)
-    late = cells(name, model, lesion_of(*model.anatomy.paths, window=window), steps=4)
+    late = cells(name, model, lesion_of(*model.anatomy.paths, window=window, kind=kind), steps=4)
     whole = lesioned(model, late)
     states = States(tmp_path)
     baselines = cells(name, model, steps=4)
@@ -221,11 +228,14 @@ def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, folder_of, tmp
     assert np.array_equal(untouched, generate(model, baselines, {}))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2 and states.usable
     calls = []
-    handle = model.anatomy and model.denoiser.get_submodule(model.anatomy.sites[model.anatomy.paths[0]][0])
-    hook = handle.register_forward_hook(lambda *_: calls.append(1))
+    probe = model.denoiser.conv_in if hasattr(model.denoiser, "conv_in") else model.denoiser.proj_out
+    hook = probe.register_forward_hook(lambda *_: calls.append(1))
     assert np.array_equal(lesioned(model, late, rest=(states, [window])), whole)
-    hook.remove()
     assert len(calls) == 2
+    fresh = States(tmp_path / "fresh")  # nothing kept: the baselines run as far as the window first
+    assert np.array_equal(lesioned(model, late, rest=(fresh, [window])), whole)
+    hook.remove()
+    assert len(calls) == 2 + 2 + 2
     assert not np.array_equal(whole, untouched)
 
 
