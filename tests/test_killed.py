@@ -1,4 +1,4 @@
-"""Killed by SIGKILL at chosen moments, most of them after the last image: the same pixels as if nothing had happened."""
+"""Killed by SIGKILL at chosen moments, most of them after the last image: the same pixels as undisturbed."""
 
 from __future__ import annotations
 

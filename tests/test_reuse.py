@@ -144,25 +144,28 @@ def on(model, scheduler, monkeypatch):
 
 @pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - set(FLOW)))
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, tmp_path, monkeypatch, scheduler, recorded):
-    """Same company in both batches; noisy and multistep schedulers too."""
+@pytest.mark.parametrize("window", [LATE, (0.4, 1.0)])
+def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(
+    tiny_model, tmp_path, monkeypatch, scheduler, recorded, window
+):
+    """Same company in both batches; noisy and multistep schedulers too, Heun's also between the halves of a step."""
     on(tiny_model, scheduler, monkeypatch)
     baselines = [cell(tiny_model, subject, steps=6) for subject in SUBJECTS]
-    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=LATE), steps=6) for subject in SUBJECTS]
+    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=window), steps=6) for subject in SUBJECTS]
     conv_in = tiny_model.denoiser.conv_in
     total, whole = counted(tiny_model, conv_in, late)
     untouched = run(tiny_model, baselines)
     states = States(tmp_path)
     if recorded:
-        assert np.array_equal(generate(tiny_model, baselines, {}, states, [LATE]), untouched)
+        assert np.array_equal(generate(tiny_model, baselines, {}, states, [window]), untouched)
         assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
-    start = first_step(LATE, total)
-    calls, images = counted(tiny_model, conv_in, late, states=states, windows=[LATE])
+    start = first_step(window, total)
+    calls, images = counted(tiny_model, conv_in, late, states=states, windows=[window])
     assert states.usable
     assert np.array_equal(images, whole)
     assert not np.array_equal(images, untouched)
     assert calls == total - start + (0 if recorded else start)
-    assert counted(tiny_model, conv_in, late[:1], states=states, windows=[LATE])[0] == total - start
+    assert counted(tiny_model, conv_in, late[:1], states=states, windows=[window])[0] == total - start
     assert not {"forward", "step"} & {*vars(tiny_model.denoiser), *vars(tiny_model.pipe.scheduler)}
 
 

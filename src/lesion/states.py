@@ -27,7 +27,7 @@ from lesion.study import Cell, ModelIdentity, Settings
 from lesion.surgery import calls_in, sample_of
 
 log = logging.getLogger(__name__)
-_LATENTS, _GENERATOR, _MEMORY = "latents", "generator", "memory."
+_LATENTS, _GENERATOR, _MEMORY, _NUMBER = "latents", "generator", "memory.", "number."
 
 
 class Unknown(Exception):
@@ -90,7 +90,7 @@ def _memory(scheduler: Any, rows: int, form: torch.Size) -> tuple[dict[str, Any]
             plain[name] = [item.item() if isinstance(item, Tensor) else item for item in value]
         elif _is_plain(value):
             plain[name] = value
-        elif not isinstance(value, Tensor | np.ndarray):  # of these, what set_timesteps made and no step changes
+        elif not isinstance(value, Tensor | np.ndarray):  # numbers see `_capture`; others set_timesteps alone makes
             raise Unknown(f"{type(scheduler).__name__}.{name} is a {type(value).__name__}")
     return tensors, plain
 
@@ -118,6 +118,8 @@ def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generat
                 _MEMORY + key: item[row : row + 1].cpu().clone() for key, item in items.items() if item is not None
             }
         lists = {name: len(value) for name, value in memory.items() if isinstance(value, list)}
+        numbers = {name: value for name, value in vars(scheduler).items() if _is_number(value)}  # Heun's dt, for one
+        tensors |= {_NUMBER + name: value.reshape(1).cpu().clone() for name, value in numbers.items()}
         states.append(State(tensors, {"scalars": plain, "lists": lists, "strides": list(latents.stride())}, calls))
     return states
 
@@ -136,6 +138,11 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
         setattr(scheduler, name, value)
     for name, length in plain["lists"].items():
         setattr(scheduler, name, [batch(f"{_MEMORY}{name}.{i}") for i in range(length)])
+    for key in [key for key in states[0].tensors if key.startswith(_NUMBER)]:
+        name = key.removeprefix(_NUMBER)
+        now = getattr(scheduler, name, None)
+        device = now.device if isinstance(now, Tensor) else like.device
+        setattr(scheduler, name, states[0].tensors[key].reshape(()).to(device))
     singles = {key for key in states[0].tensors if key.startswith(_MEMORY)}
     for key in singles - {f"{_MEMORY}{name}.{i}" for name, length in plain["lists"].items() for i in range(length)}:
         setattr(scheduler, key.removeprefix(_MEMORY), batch(key))
