@@ -138,7 +138,7 @@ def test_the_plain_loop_lesions_and_cleans_up(tmp_path, monkeypatch):
         return silence(module, args, output)
 
     monkeypatch.setattr(speed, "silence", counted)
-    assert speed.plain_loop(pipe, this, "a red circle", images=3, steps=2) > 0
+    assert speed.plain_loop(pipe, this, [("a red circle", 0), ("two stars", 3)], images=3, steps=2) > 0
     sites = [module for path, module in pipe.unet.named_modules() if path.endswith("attn2")]
     assert len(sites) == 16 and not any(site._forward_hooks for site in sites)
     # A baseline, the first leave-one-out and the last only-one; PNDM calls the denoiser steps + 1 times.

@@ -16,7 +16,7 @@ from lesion.errors import RequestError
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.prompts import Prompt, parse_prompts, with_inits
-from lesion.states import States, calls_of
+from lesion.states import States
 from lesion.study import Cell
 from lesion.surgery import replacement_key
 
@@ -93,7 +93,7 @@ def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, inits, t
     states = States(tmp_path / "states")
     made(tiny_model, cells(tiny_model, inits), states, [(0.5, 1.0)])
     assert len(list((tmp_path / "states").rglob("*-2.safetensors"))) == 2
-    assert calls_of(tiny_model.pipe.scheduler, late[0].settings) == 4
+    assert states.calls(late) == 4
     calls = []
     handle = tiny_model.denoiser.conv_in.register_forward_hook(lambda *_: calls.append(1))
     assert np.array_equal(made(tiny_model, late, states, [(0.5, 1.0)]), whole)

@@ -61,7 +61,7 @@ def test_means_are_the_mean(tiny_folder, tiny_model, tmp_path, guidance):
             assert found[site][:, 0].isnan().all()
 
 
-def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_path, monkeypatch):
+def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_path, monkeypatch, caplog):
     bench = Bench(tiny_model, settings(), tmp_path, batch_size=4)
     first = means.calibrated(bench, "own", ASKED, SEEDS)
     (path,) = tmp_path.glob("*.safetensors")
@@ -76,9 +76,13 @@ def test_means_are_kept_with_their_provenance_and_used_again(tiny_model, tmp_pat
         patch.setattr(means, "measure", lambda *args: pytest.fail("measured again"))
         again = means.calibrated(bench, "another name", ASKED, SEEDS)
     assert all(torch.equal(again[site], first[site]) for site in first)
-    path.write_bytes(path.read_bytes()[:100])  # a torn file is noticed and made again
-    again = means.calibrated(bench, "own", ASKED, SEEDS)
-    assert all(torch.equal(again[site], first[site]) for site in first)
+    whole = path.read_bytes()
+    for damaged in (whole[:100], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):  # torn, or a bit flipped
+        path.write_bytes(damaged)
+        caplog.clear()
+        again = means.calibrated(bench, "own", ASKED, SEEDS)
+        assert all(torch.equal(again[site], first[site]) for site in first)
+        assert caplog.text.count("is damaged and removed") == 1
     means.calibrated(Bench(tiny_model, settings(steps=3), tmp_path, 4), "own", ASKED, SEEDS)
     means.calibrated(bench, "own", ASKED[:2], SEEDS)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3

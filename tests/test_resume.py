@@ -17,10 +17,12 @@ import torch
 
 from lesion import making, memory, models, runner, scoring
 from lesion.generate import generate
+from lesion.store import Store
 
 NOTING = """
 from lesion import cli, making
 from lesion.generate import generate
+from lesion.store import Store
 
 def noting(model, cells, *rest):
     images = generate(model, cells, *rest)
@@ -259,4 +261,56 @@ def test_an_image_deleted_or_torn_is_made_again(cli):
     assert code == 0
     assert "1 images to make, 13 already in the store" in out  # the torn one is seen when it is looked at
     assert torn.read_bytes() == whole
+    assert out.count(f"a stored image is torn and made again ({torn.name})") == 1
     pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)
+
+
+def flip(path: Path) -> None:
+    """Change a byte of a picture's pixels, as a disk does: its file keeps its size and time."""
+    content, facts = bytearray(path.read_bytes()), path.stat()
+    content[content.index(b"IDAT") + 40] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_damage_that_shows_only_behind_other_damage_is_mended_too(cli):
+    """A lesion is not read while its baseline is damaged, so its own damage shows once that is made again."""
+    assert cli("scorer.metrics=[clip_similarity]")[0] == 0
+    (first,) = cli.frames()
+    store = Store(cli.folder / "store")
+    baseline = first.cell[(first.selection == "none").idxmax()]
+    lesions = first[(first.prompt_id == first.prompt_id[0]) & (first.selection != "none")].cell
+    damaged = [store.path(key) for key in (baseline, *lesions)]
+    whole = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        flip(path)
+    code, out, err = cli("scorer.metrics=[clip_similarity,psnr]")
+    assert code == 0, err
+    assert [path.read_bytes() for path in damaged] == whole
+    assert out.count("is damaged and removed") == len(damaged)
+    second = pd.read_parquet(cli.newest() / "results.parquet")
+    assert second.psnr.notna().sum() == len(second) - 2 or second.psnr.notna().all()
+    pd.testing.assert_series_equal(second.clip_similarity, first.clip_similarity)
+
+
+def test_an_image_that_is_damaged_again_is_given_up(cli, monkeypatch):
+    """Each is made anew at most once, however often others show damage."""
+    assert cli("selection=none", "scorer.metrics=[clip_similarity]")[0] == 0
+    (first,) = cli.frames()
+    store, made = Store(cli.folder / "store"), []
+    put = Store.put
+
+    def putting(self, cell, *rest):
+        picture = put(self, cell, *rest)
+        made.append(cell.key)
+        self.path(cell.key).write_bytes(b"\x89PNG" + bytes(99) + b"\x00\x00\x00\x00IEND\xaeB`\x82")
+        return picture
+
+    flip(store.path(first.cell[0]))
+    monkeypatch.setattr(Store, "put", putting)
+    code, _, err = cli("selection=none", "scorer.metrics=[clip_similarity,psnr]")
+    assert code == 1 and "1 of 2 images failed" in err
+    assert made == [first.cell[0]]
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    assert frame.status.tolist() == ["failed", "ok"]
+    assert frame.reason[0] == "the stored image is damaged, also after it was made anew"

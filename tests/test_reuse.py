@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import ClassVar
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention import FeedForward
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import settings
 from lesion.anatomy import examine
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
@@ -21,7 +22,7 @@ from lesion.ports import keeps_shape
 from lesion.replacements.mean import Mean
 from lesion.replacements.zero import Zero
 from lesion.reuse import TextMemory
-from lesion.states import State, States, _capture, calls_of, first_step
+from lesion.states import State, States, _capture, first_step
 from lesion.surgery import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, fillers, plain, run, zero
 
@@ -194,26 +195,28 @@ def on(model, scheduler, monkeypatch):
 
 @pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - set(FLOW)))
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(tiny_model, tmp_path, monkeypatch, scheduler, recorded):
-    """Same company in both batches; noisy and multistep schedulers too."""
+@pytest.mark.parametrize("window", [LATE, (0.4, 1.0)])
+def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(
+    tiny_model, tmp_path, monkeypatch, scheduler, recorded, window
+):
+    """Same company in both batches; noisy and multistep schedulers too, Heun's also between the halves of a step."""
     on(tiny_model, scheduler, monkeypatch)
     baselines = [cell(tiny_model, subject, steps=6) for subject in SUBJECTS]
-    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=LATE), steps=6) for subject in SUBJECTS]
-    whole = run(tiny_model, late)
+    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=window), steps=6) for subject in SUBJECTS]
+    conv_in = tiny_model.denoiser.conv_in
+    total, whole = counted(tiny_model, conv_in, late)
     untouched = run(tiny_model, baselines)
     states = States(tmp_path)
     if recorded:
-        assert np.array_equal(generate(tiny_model, baselines, {}, states, [LATE]), untouched)
+        assert np.array_equal(generate(tiny_model, baselines, {}, states, [window]), untouched)
         assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
-    conv_in = tiny_model.denoiser.conv_in
-    total = calls_of(tiny_model.pipe.scheduler, settings(steps=6))
-    start = first_step(LATE, total)
-    calls, images = counted(tiny_model, conv_in, late, states=states, windows=[LATE])
+    start = first_step(window, total)
+    calls, images = counted(tiny_model, conv_in, late, states=states, windows=[window])
     assert states.usable
     assert np.array_equal(images, whole)
     assert not np.array_equal(images, untouched)
     assert calls == total - start + (0 if recorded else start)
-    assert counted(tiny_model, conv_in, late[:1], states=states, windows=[LATE])[0] == total - start
+    assert counted(tiny_model, conv_in, late[:1], states=states, windows=[window])[0] == total - start
     assert not {"forward", "step"} & {*vars(tiny_model.denoiser), *vars(tiny_model.pipe.scheduler)}
 
 
@@ -229,14 +232,83 @@ def test_a_scheduler_with_unknown_memory_makes_every_step(tiny_model, tmp_path, 
     assert not states.usable
 
 
-def test_states_on_disk(tmp_path, tiny_model):
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "total"),
+    [
+        ("euler", {"timesteps": list(range(950, 0, -100))}, 10),
+        ("euler", {"sigmas": [14.0, 9.0, 5.0, 3.0, 1.5, 0.8, 0.4, 0.1]}, 7),  # the last is where it ends
+        ("dpmpp", {"timesteps": list(range(950, 0, -100))}, 10),
+    ],
+)
+def test_arguments_that_change_the_number_of_steps(tiny_model, tmp_path, monkeypatch, scheduler, arguments, total):
+    """The state at 0.6 of 10 steps is not the one at 0.2 of the 30 that the settings speak of."""
+    on(tiny_model, scheduler, monkeypatch)
+    model = dataclasses.replace(tiny_model, arguments=arguments)
+    windows = [(0.2, 1.0), (0.6, 1.0)]
+    layers = model.anatomy.paths
+
+    def late(window, subjects=SUBJECTS):
+        return [cell(model, subject, zero(*layers, window=window), steps=30) for subject in subjects]
+
+    whole = [run(model, late(window)) for window in windows]
+    assert not np.array_equal(*whole)
+    generate(model, [cell(model, subject, steps=30) for subject in SUBJECTS], {}, States(tmp_path), windows)
+    for window, images in zip(windows, whole, strict=True):
+        start, fresh = first_step(window, total), States(tmp_path)  # as in a process that made no baseline
+        calls, found = counted(model, model.denoiser.conv_in, late(window), states=fresh, windows=windows)
+        assert np.array_equal(found, images), window
+        assert calls == total - start
+
+
+def test_states_of_another_number_of_steps_are_not_used(tiny_model, tmp_path, caplog):
+    """Should a library ever change how many steps a key's image takes: made from noise, and said so."""
+    layer = tiny_model.anatomy.paths[0]
+    late = [cell(tiny_model, subject, zero(layer, window=LATE), steps=6) for subject in SUBJECTS]
+    whole = run(tiny_model, late)
     states = States(tmp_path)
-    assert states.get("ab12", 3) is None
+    generate(tiny_model, [cell(tiny_model, subject, steps=6) for subject in SUBJECTS], {}, states, [LATE])
+    for one in late:
+        state = states.get(one.baseline.key, 3, 6)
+        assert states.get(one.baseline.key, 3, 5) is None
+        states.put(one.baseline.key, 3, dataclasses.replace(state, calls=5))
+    states = States(tmp_path)
+    calls, images = counted(tiny_model, tiny_model.denoiser.conv_in, late, states=states, windows=[LATE])
+    assert np.array_equal(images, whole) and calls == 6
+    assert not states.usable and "the pipeline takes 6 steps, the kept states are of 5" in caplog.text
+
+
+def test_a_disk_that_keeps_no_states_costs_no_image(tiny_model, tmp_path, caplog):
+    baselines = [cell(tiny_model, subject) for subject in SUBJECTS]
+    late = [cell(tiny_model, subject, zero(*tiny_model.anatomy.paths, window=LATE)) for subject in SUBJECTS]
+    (tmp_path / "file").write_text("no folder")
+    states = States(tmp_path / "file")
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(generate(tiny_model, baselines, {}, states, [LATE]), run(tiny_model, baselines))
+        late_images = counted(tiny_model, tiny_model.denoiser.conv_in, late, states=states, windows=[LATE])[1]
+    assert np.array_equal(late_images, run(tiny_model, late))
+    assert caplog.text.count("cannot be kept") == 1
+
+
+def test_states_on_disk(tmp_path, tiny_model, caplog):
+    states = States(tmp_path)
+    assert states.get("ab12", 3, 4) is None
     tiny_model.pipe.scheduler.set_timesteps(4)
-    (state,) = _capture(tiny_model.pipe.scheduler, torch.randn(1, 4, 8, 8), [torch.Generator().manual_seed(1)])
-    states.put("ab12", 3, state)
-    found = states.get("ab12", 3)
-    assert isinstance(found, State) and found.plain == state.plain
-    assert all(torch.equal(found.tensors[name], state.tensors[name]) for name in state.tensors)
-    states.path("ab12", 3).write_bytes(b"torn")
-    assert states.get("ab12", 3) is None
+    (state,) = _capture(tiny_model.pipe.scheduler, torch.randn(1, 4, 8, 8), [torch.Generator().manual_seed(1)], 4)
+    path = states.path("ab12", 3)
+
+    def kept():
+        states.put("ab12", 3, state)
+        found = states.get("ab12", 3, 4)
+        assert isinstance(found, State) and found.plain == state.plain
+        assert all(torch.equal(found.tensors[name], state.tensors[name]) for name in state.tensors)
+        return path.read_bytes()
+
+    whole = kept()
+    for damaged in (b"torn", whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert states.get("ab12", 3, 4) is None and not path.exists()
+        assert caplog.text.count("is damaged and removed") == 1
+        kept()
+    save_file(load_file(path), path, metadata={"plain": "{}", "calls": "4"})  # as an earlier version's, without digest
+    assert states.get("ab12", 3, 4) is None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -588,6 +589,29 @@ def test_loading_again_keeps_what_is_not_written_yet(tmp_path):
     scores.flush()
     other.load()
     assert [other.picture(a_key(i)) for i in (1, 7, 8)] == [a_picture(i) for i in (1, 7, 8)]
+
+
+def test_what_is_written_costs_little_memory(tmp_path):
+    """A study of a million images must not hold its million records as Python objects."""
+    scores, count = loaded(tmp_path), 20_000
+    tracemalloc.start()
+    try:
+        for i in range(count):
+            scores.add_picture(a_key(i), a_picture(i))
+            scores.add_values(a_key(i), a_key(0), {"clip": i / 7, "ssim": -i})
+            if i % 2048 == 2047:
+                scores.flush()
+        scores.flush()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 500 * count
+    assert scores.picture(a_key(77)) == a_picture(77)
+    assert scores.values(a_key(count - 1), a_key(0)) == {"clip": (count - 1) / 7, "ssim": 1.0 - count}
+    scores.add_picture(a_key(77), a_picture(77, digest=5))  # a later record wins, before it is written and after
+    for _ in range(2):
+        assert scores.picture(a_key(77)) == a_picture(77, digest=5) and scores.values(a_key(77), a_key(0)) == {}
+        scores.flush()
 
 
 APPENDER = """

@@ -1,16 +1,19 @@
-"""What is measured in a process of its own: `python -m bench.child plan|reopen|job JSON` prints JSON.
+"""What is measured in a process of its own: `python -m bench.child plan|reopen|rerun|job JSON` prints JSON.
 
 plan: {prompts, seeds, layers, folder} -> seconds, rows, peak. reopen: {overrides} -> seconds, rows, peak.
-job: {overrides, store, run} -> images, peak. Peaks are resident memory of the whole process in bytes.
+rerun: {overrides, run} -> seconds, rows, peak. job: {overrides, store, run} -> images, peak.
+Peaks are resident memory of the whole process in bytes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import resource
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,22 @@ def reopen(overrides: list[str]) -> dict[str, Any]:
     }
 
 
+def rerun(overrides: list[str], run: str) -> dict[str, Any]:
+    """A whole job whose images are all there: what a user who starts it again waits for."""
+    from bench.setup import request
+    from lesion import runner
+
+    asked, folder = request(overrides), Path(run)
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    with redirect_stdout(io.StringIO()):
+        runner.run(asked, runner.JobContext(folder, folder.name, None, {}))
+    seconds = time.perf_counter() - began
+    import pandas as pd
+
+    return {"seconds": seconds, "rows": len(pd.read_parquet(folder / "results.parquet")), "peak": peak()}
+
+
 def job(overrides: list[str], store: str, run: str) -> dict[str, Any]:
     """One whole job."""
     from bench.setup import job as whole
@@ -73,7 +92,7 @@ def job(overrides: list[str], store: str, run: str) -> dict[str, Any]:
     return {"images": len(frame), "peak": peak()}
 
 
-TASKS = {"plan": plan, "reopen": reopen, "job": job}
+TASKS = {"plan": plan, "reopen": reopen, "rerun": rerun, "job": job}
 
 if __name__ == "__main__":
     print(json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))

@@ -82,19 +82,46 @@ def reopening(this: Setup, options: Options) -> tuple[str, list[Row]]:
     note = (
         f"A finished study of {len(study):,} cells with made-up images, scored by an earlier job; then its table once "
         "more in fresh processes, with no model loaded (files are in the system's cache). The first row leaves out the "
-        "interpreter's start and imports, the second has them."
+        "interpreter's start and imports, and what a job does besides: the run folder's pictures, grids, figures, "
+        "tables and report, and the noise floor. `the job again` is that whole job."
     )
     what, whole = f"{len(study):,} cells to their table", "the same with interpreter start and imports"
     fill(study, Store(store))
     runner.results(request(asked))  # scores every image
     runs = [child("reopen", here=options.quick, overrides=asked) for _ in range(options.repeats)]
+    jobs = [
+        child("rerun", here=options.quick, overrides=asked, run=str(options.scratch / f"rerun-{number}"))
+        for number in range(options.repeats)
+    ]
+    if any(job["rows"] != len(study) for job in jobs):
+        raise RuntimeError(f"{jobs[0]['rows']} of {len(study)} cells are in the results of the job that is run again")
     if any(run["scored"] != len(study) for run in runs):
         raise RuntimeError(f"{runs[0]['scored']} of {len(study)} cells of the re-opened table have a score")
     return note, [
         aimed("reopening", this.model, "re-opening", what, [run["seconds"] for run in runs]),
         Row("whole process", whole, [run["whole"] for run in runs], " s"),
+        Row(
+            "the job again",
+            "the finished job started once more, report and all",
+            [job["seconds"] for job in jobs],
+            " s",
+        ),
+        Row("the job again, whole process", whole, [job["whole"] for job in jobs], " s"),
         Row("re-opening, memory", "peak of the whole process", [run["peak"] / MIB for run in runs], " MiB"),
     ]
+
+
+def _scoring_peak(this: Setup, options: Options, subjects: int, layers: int) -> tuple[int, int]:
+    """Of a process that scores made-up images none of which has a score: how many there are, and its peak, bytes."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+        include = f"layers.include=[{','.join(this.paths()[:layers])}]"
+        asked = [*this.overrides(subjects), include, f"store.dir={fresh}/store"]
+        _, study = runner.survey(request(asked))
+        fill(study, Store(Path(fresh) / "store"))
+        answer = child("reopen", here=options.quick, overrides=asked)
+    if answer["scored"] != len(study):
+        raise RuntimeError(f"{answer['scored']} of {len(study)} made-up images were scored")
+    return len(study), int(answer["peak"])
 
 
 def memory(this: Setup, options: Options) -> tuple[str, list[Row]]:
@@ -121,6 +148,15 @@ def memory(this: Setup, options: Options) -> tuple[str, list[Row]]:
         Row("difference", "large - small", growth, " MiB"),
         aimed("memory", this.model, "growth", "large / small", relative),
     ]
+    # Some hundreds of images say little of what each leaves behind, beside the hundreds of MiB of a model.
+    few, many, layers = (1, 2, 3) if options.quick else (40, 440, 12)
+    peaks = [
+        [_scoring_peak(this, options, subjects, layers) for subjects in (few, many)] for _ in range(options.repeats)
+    ]
+    (less, _), (more, _) = peaks[0]
+    left = [(large - small) / (more - less) / 1024 for (_, small), (_, large) in peaks]
+    what = f"peak of scoring {more:,} made-up images and making their table, less that of {less:,}, an image"
+    rows.append(Row("growth an image", what, left, " KB", at_most=2))
     where = "one after the other in this process (--quick)" if options.quick else "each in a process of its own"
     note = (
         f"Peak resident memory of whole jobs (generate, store, score, results, report), {where}; the large study is "

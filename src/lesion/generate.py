@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,11 @@ from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.prompts import Prompt
 from lesion.reuse import text_projected_once
-from lesion.states import Enough, State, States, calls_of, first_step, going_on, recording
+from lesion.states import Enough, OtherCount, Record, State, States, first_step, going_on, recording
 from lesion.study import Cell, Settings
 from lesion.surgery import Filler, lesioned, replacement_key
+
+log = logging.getLogger(__name__)
 
 
 def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
@@ -82,6 +85,22 @@ def generate(
     which lesions that begin late go on; None: every image is made from its noise. windows: those of the study, for
     which a baseline leaves its state.
     """
+    try:
+        return _generate(model, cells, fillers, states, windows)
+    except OtherCount as error:
+        log.warning("late windows are made from noise: %s", error)
+        assert states is not None
+        states.usable = False
+        return _generate(model, cells, fillers, states, windows)
+
+
+def _generate(
+    model: Model,
+    cells: Sequence[Cell],
+    fillers: Mapping[str, Filler],
+    states: States | None,
+    windows: Sequence[tuple[float, float]],
+) -> NDArray[np.float32]:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
     companions = [_companion(lesion, fillers) for lesion in lesions]
@@ -93,20 +112,21 @@ def generate(
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
     pipe, late = model.pipeline(settings.task), any(start > 0 for start, _ in windows)
-    found: Mapping[int, list[State]] = {}
+    record = Record()
     with torch.inference_mode(), ExitStack() as stack:
-        if late and states and states.usable and not together:  # only then are the scheduler's calls counted beforehand
+        if late and states and states.usable and not together:  # a companion leaves no state
             if not any(lesions):
-                found = stack.enter_context(recording(pipe, noise, windows))
-            elif (start := _start(model, cells)) and (kept := _states(model, cells, states, start)):
-                stack.enter_context(going_on(pipe.scheduler, model.denoiser, noise, kept, start))
+                record = stack.enter_context(recording(pipe, noise, windows))
+            elif all(lesions) and (kept := _states(model, cells, states)):
+                stack.enter_context(going_on(pipe, model.denoiser, noise, *kept))
         if model.gates:
             stack.enter_context(model.gates.lesioned(pipe, lesions, fillers))
         else:
             stack.enter_context(lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers))
         images = call(model, prompts, noise, settings)[: len(cells)]
-    if states:
-        for step, batch in found.items():
+    if states and record.calls:
+        states.note(cells[0], record.calls)
+        for step, batch in record.states.items():
             for cell, state in zip(cells, batch, strict=True):
                 states.put(cell.key, step, state)
     return images
@@ -119,36 +139,40 @@ def _companion(lesion: Lesion | None, fillers: Mapping[str, Filler]) -> str | No
     return getattr(fillers[replacement_key(lesion)], "companion", None)
 
 
-def _calls(model: Model, settings: Settings) -> int | None:
-    return calls_of(model.pipe.scheduler, settings, model.pipeline(settings.task))
+def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[State], int] | None:
+    """The states of the cells' baselines at which the first lesion of the batch begins, and that denoiser call.
 
-
-def _start(model: Model, cells: Sequence[Cell]) -> int:
-    """The denoiser call at which the first lesion of a batch begins; 0 also where that cannot be told."""
-    total = _calls(model, cells[0].settings)
-    if total is None:
-        return 0
-    return min(first_step(cell.lesion.window, total) if cell.lesion else 0 for cell in cells)
-
-
-def _states(model: Model, cells: Sequence[Cell], states: States, start: int) -> list[State] | None:
-    """The states of the cells' baselines after `start` calls: read, or made by running the baselines that far."""
+    Read, or made by running the baselines that far; None if the first lesion begins at once, or no state can be had.
+    """
+    window = min(cell.lesion.window for cell in cells if cell.lesion)
+    if window[0] == 0:
+        return None
     baselines = {cell.baseline.key: cell.baseline for cell in cells}
-    found = {key: states.get(key, start) for key in baselines}
+    calls = states.calls(list(baselines.values()))
+    found: dict[str, State | None] = dict.fromkeys(baselines)
+    start = 0
+    if calls is not None:
+        start = first_step(window, calls)
+        if start == 0:
+            return None
+        found = {key: states.get(key, start, calls) for key in baselines}
     missing = [cell for key, cell in baselines.items() if found[key] is None]
     if missing:
         noise = generators([cell.seed for cell in missing])
         settings = missing[0].settings
-        window = (start / (_calls(model, settings) or 1), 1.0)
-        with suppress(Enough), recording(model.pipeline(settings.task), noise, [window], stop=True) as made:
+        with suppress(Enough), recording(model.pipeline(settings.task), noise, [window], stop=True) as record:
             call(model, [cell.prompt for cell in missing], noise, settings)
-        if start not in made:
-            states.usable = False
+        if calls is not None and record.calls != calls:
+            raise OtherCount(f"the pipeline takes {record.calls} steps, the kept states are of {calls}")
+        states.note(missing[0], record.calls)
+        start = first_step(window, record.calls)
+        if start not in record.states:  # it begins at once, or the scheduler is Unknown
+            states.usable = start == 0
             return None
-        for cell, new in zip(missing, made[start], strict=True):
+        for cell, new in zip(missing, record.states[start], strict=True):
             states.put(cell.key, start, new)
             found[cell.key] = new
-    return [state for cell in cells if (state := found[cell.baseline.key])]
+    return [state for cell in cells if (state := found[cell.baseline.key])], start
 
 
 def to_pixels(image: NDArray[np.float32]) -> tuple[NDArray[np.uint8], str]:

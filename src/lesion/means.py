@@ -11,19 +11,16 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lesion import tensorfiles
 from lesion.anatomy import Site
 from lesion.generate import call, generators
 from lesion.ports import Call
 from lesion.prompts import Prompt
-from lesion.store import atomically
 from lesion.surgery import Steps, TextLength, branches_of
 
 if TYPE_CHECKING:
@@ -69,12 +66,13 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     labels = ("model", "calibration")  # names only: they change no value
     key = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
     path = bench.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    found = _read(path)
-    if found is None:
+    kept = tensorfiles.read(path)
+    if kept is None:
         log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
         found = measure(bench, list(itertools.product(prompts, seeds)))
-        _write(path, found, provenance)
-    return found
+        tensorfiles.write(path, found, {"provenance": json.dumps(provenance)})
+        return found
+    return kept[0]
 
 
 def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:
@@ -131,20 +129,3 @@ def _hook(site: Site, steps: Steps, samples: int, watch: TextLength, found: dict
             sums.add(steps.call, branches_of(len(quantity), samples), quantity)
 
     return hook
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        log.warning("calibration means %s are damaged and made again: %s", path.name, error)
-        return None
-
-
-def _write(path: Path, means: dict[str, Tensor], provenance: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(path) as temporary:
-        save_file(means, temporary, metadata={"provenance": json.dumps(provenance)})

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,44 +123,80 @@ def _array(table: pa.Table, field: pa.Field) -> NDArray[Any]:
     return _hashes(table, field.name) if field.type == _HASH else np.asarray(table[field.name].to_numpy())
 
 
+class _Columns:
+    """Rows in growing arrays, one a column: some 60 bytes a row, where a dict of tuples takes many times that."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[Any]] = []
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def row(self, place: int) -> _Row:
+        return tuple(column.item(place) for column in self._arrays)
+
+    def extend(self, columns: Sequence[NDArray[Any]]) -> None:
+        """Adds rows; room is made for a quarter more each time, so that adding many costs little."""
+        end = self._rows + len(columns[0])
+        if not self._arrays:
+            self._arrays = [column[:0].copy() for column in columns]
+        for i, column in enumerate(columns):
+            array = self._arrays[i]
+            if end > len(array):
+                grown = np.empty(max(end, len(array) * 5 // 4), column.dtype)
+                grown[: self._rows] = array[: self._rows]
+                self._arrays[i] = array = grown
+            array[self._rows : end] = column
+        self._rows = end
+
+
 class _Records:
-    """The rows of one folder of parts by key: those on disk in columns, those added since in a dict."""
+    """The rows of one folder of parts by key: those on disk in columns, those that are not yet in a dict."""
 
     def __init__(self, folder: Path, schema: pa.Schema):
         self._parts = _Parts(folder, schema)
-        self._columns: list[Any] = []  # of what is on disk, less the key
+        self._columns = _Columns()  # of what is on disk, less the key
         self._places = np.empty(0, np.int32)  # key number -> row in the columns, or -1
-        self._added: dict[bytes, _Row] = {}
-        self._pending: set[bytes] = set()  # those of `_added` that are on no disk
+        self._pending: dict[bytes, _Row] = {}  # on no disk yet
 
     def load(self, numbers: dict[bytes, int]) -> None:
         """Read the parts. numbers: of all keys seen so far in any folder; gets the new ones."""
-        table = self._parts.read()
-        numbered = np.array([numbers.setdefault(key, len(numbers)) for key in _hashes(table, "key").tolist()], np.int64)
-        self._places = np.full(len(numbers), -1, np.int32)
-        self._places[numbered] = np.arange(len(numbered), dtype=np.int32)  # the last of equal keys stays
-        self._columns = [_array(table, field) for field in self._parts.schema if field.name != "key"]
-        self._added = {key: self._added[key] for key in self._pending}
+        self._columns, self._places = _Columns(), np.empty(0, np.int32)
+        self._take(self._parts.read(), numbers)
+
+    def _take(self, table: pa.Table, numbers: dict[bytes, int]) -> None:
+        """Rows of a table into the columns; the last of equal keys is the one that is found."""
+        keys = _hashes(table, "key").tolist()
+        numbered = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        if len(numbers) > len(self._places):
+            places = np.full(max(len(numbers), len(self._places) * 5 // 4), -1, np.int32)
+            places[: len(self._places)] = self._places
+            self._places = places
+        self._places[numbered] = np.arange(len(self._columns), len(self._columns) + len(keys), dtype=np.int32)
+        self._columns.extend([_array(table, field) for field in self._parts.schema if field.name != "key"])
 
     def get(self, key: bytes, number: int | None) -> _Row | None:
-        if (row := self._added.get(key)) is not None:
+        if (row := self._pending.get(key)) is not None:
             return row
         if number is None or number >= len(self._places) or (place := self._places[number]) < 0:
             return None
-        return tuple(column.item(place) for column in self._columns)
+        return self._columns.row(place)
 
     def add(self, key: bytes, row: _Row) -> None:
-        self._added[key] = row
-        self._pending.add(key)
+        self._pending[key] = row
 
-    def flush(self) -> None:
+    def flush(self, numbers: dict[bytes, int]) -> None:
+        """Write what is pending as a part, and keep it in the columns. Raises OSError, and keeps it pending then."""
         if not self._pending:
             return
-        rows = [(key, *self._added[key]) for key in self._pending]
+        rows = [(key, *row) for key, row in self._pending.items()]
         schema = self._parts.schema
         columns = [pa.array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
-        self._parts.write(pa.table(columns, schema=schema))
+        table = pa.table(columns, schema=schema)
+        self._parts.write(table)
         self._pending.clear()
+        self._take(table, numbers)
 
 
 class Scores:
@@ -252,7 +288,7 @@ class Scores:
     def flush(self) -> None:
         """Write what was added as new parts, facts first. Raises OSError; what is not written stays for the next."""
         for records in self._records():
-            records.flush()
+            records.flush(self._numbers)
 
     def _row(self, records: _Records, key: bytes) -> _Row | None:
         return records.get(key, self._numbers.get(key))

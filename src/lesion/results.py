@@ -80,12 +80,14 @@ class Results:
         damaged: set[str] = set()
         for cell in tqdm(self.study.cells(), total=len(self.study), desc="score", unit="image", disable=None):
             baseline = cell.baseline.key
-            if cell.key in failures or cell.key in damaged or baseline in damaged:
+            if cell.key in failures or cell.key in damaged:
                 continue
             try:
                 facts = self._facts(cell.key)
                 if facts is None:
                     damaged.add(cell.key)
+                    continue
+                if baseline in damaged:  # it is scored once its baseline is made again
                     continue
                 against = facts if baseline == cell.key else self.scores.picture(baseline)
                 if facts.reason or against is None or against.reason or baseline in failures:

@@ -88,6 +88,11 @@ class TextMemory:
         self.limit, self.held = limit, 0
         self.kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.kept.clear()
+        self.held = 0
+
     @contextmanager
     def attached(self, pipe: Any) -> Iterator[None]:
         with ExitStack() as stack:

@@ -236,17 +236,20 @@ def _complete(
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     failures: dict[str, str] = {}
     damaged: set[str] = set()
-    for _ in range(2):
+    remade: set[str] = set()
+    while True:
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
             log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, store.folder)
-            failures |= _generate(request, source, study, store, results, missing, tracker)
+            failures |= _generate(request, source, study, store, results, missing, failures, tracker)
         else:
             log.info("all %d images are in the store %s", counts.unique, store.folder)
         damaged = results.complete(failures)
+        failures |= dict.fromkeys(damaged & remade, "the stored image is damaged, also after it was made anew")
+        damaged -= remade  # those of a subject may show only once its baseline is whole again
         if not damaged:
             return failures
-    return failures | dict.fromkeys(damaged, "the stored image is damaged, also after it was made anew")
+        remade |= damaged
 
 
 def _generate(
@@ -256,9 +259,10 @@ def _generate(
     store: Store,
     results: Results,
     missing: int,
+    failures: Mapping[str, str],
     tracker: Tracker,
 ) -> dict[str, str]:
-    """Make what the store lacks. Returns the reason for each cell that could not be made."""
+    """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))
@@ -277,6 +281,7 @@ def _generate(
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
         maker = Maker(request, model, study, store, _when_made(request, results))
+        maker.failures.update(failures)
         maker.run(progress)
     return maker.failures
 

@@ -7,29 +7,27 @@ generator. The pipeline itself still runs its own loop; during the first k steps
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lesion import tensorfiles
 from lesion.lesions import covers
 from lesion.reuse import forward_replaced, method_replaced
-from lesion.store import atomically
-from lesion.study import Settings
+from lesion.study import Cell, ModelIdentity, Settings
 from lesion.surgery import calls_in, sample_of
 
-_LATENTS, _GENERATOR, _MEMORY = "latents", "generator", "memory."
+log = logging.getLogger(__name__)
+_LATENTS, _GENERATOR, _MEMORY, _NUMBER = "latents", "generator", "memory.", "number."
 
 
 class Unknown(Exception):
@@ -40,34 +38,33 @@ class Enough(Exception):
     """All states asked for are there; the rest of the images is not wanted."""
 
 
+class OtherCount(Exception):
+    """The pipeline at work calls its denoiser another number of times than the one that left the states."""
+
+
 @dataclass(frozen=True)
 class State:
-    """Of one image: latents (1, …), generator state, scheduler memory by dotted name; its scalars in `plain`."""
+    """Of one image: latents (1, …), generator state, scheduler memory by dotted name; its scalars in `plain`.
+
+    calls: denoiser calls from noise to image of the pipeline call that left it.
+    """
 
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
+    calls: int
+
+
+@dataclass
+class Record:
+    """What `recording` saw of a pipeline call: denoiser calls in all (0 before its first), and states by step."""
+
+    calls: int = 0
+    states: dict[int, list[State]] = field(default_factory=dict)
 
 
 def first_step(window: tuple[float, float], steps: int) -> int:
-    """The first of `steps` denoiser calls that a window covers."""
-    return next(step for step in range(steps) if covers(window, step, steps))
-
-
-def calls_of(scheduler: Any, settings: Settings, pipe: Any = None) -> int | None:
-    """How often the denoiser is called in one pipeline call; None where the scheduler cannot tell beforehand.
-
-    pipe: of img2img, the pipeline, which says how many steps it leaves out; without it as Stable Diffusion does.
-    """
-    trial = copy.deepcopy(scheduler)
-    try:
-        trial.set_timesteps(settings.steps)
-        if settings.noising and pipe is not None:
-            alone = SimpleNamespace(scheduler=trial)  # all that `get_timesteps` reads of its pipeline
-            return len(type(pipe).get_timesteps(alone, settings.steps, settings.noising, "cpu")[0])
-    except Exception:  # one that wants more than a number of steps
-        return None
-    left_out = settings.steps - int(settings.steps * settings.noising) if settings.noising else 0
-    return len(trial.timesteps) - left_out * int(getattr(trial, "order", 1))
+    """The first of `steps` denoiser calls that comes after the start of a window; `steps` if none does."""
+    return next((step for step in range(steps) if covers((window[0], 1.0), step, steps)), steps)
 
 
 def _memory(scheduler: Any, rows: int, form: torch.Size) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,7 +90,7 @@ def _memory(scheduler: Any, rows: int, form: torch.Size) -> tuple[dict[str, Any]
             plain[name] = [item.item() if isinstance(item, Tensor) else item for item in value]
         elif _is_plain(value):
             plain[name] = value
-        elif not isinstance(value, Tensor | np.ndarray):  # of these, what set_timesteps made and no step changes
+        elif not isinstance(value, Tensor | np.ndarray):  # numbers see `_capture`; others set_timesteps alone makes
             raise Unknown(f"{type(scheduler).__name__}.{name} is a {type(value).__name__}")
     return tensors, plain
 
@@ -110,7 +107,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator]) -> list[State]:
+def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generator], calls: int) -> list[State]:
     memory, plain = _memory(scheduler, len(latents), latents.shape)
     states = []
     for row, generator in enumerate(generators):
@@ -121,7 +118,9 @@ def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generat
                 _MEMORY + key: item[row : row + 1].cpu().clone() for key, item in items.items() if item is not None
             }
         lists = {name: len(value) for name, value in memory.items() if isinstance(value, list)}
-        states.append(State(tensors, {"scalars": plain, "lists": lists, "strides": list(latents.stride())}))
+        numbers = {name: value for name, value in vars(scheduler).items() if _is_number(value)}  # Heun's dt, for one
+        tensors |= {_NUMBER + name: value.reshape(1).cpu().clone() for name, value in numbers.items()}
+        states.append(State(tensors, {"scalars": plain, "lists": lists, "strides": list(latents.stride())}, calls))
     return states
 
 
@@ -139,6 +138,11 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
         setattr(scheduler, name, value)
     for name, length in plain["lists"].items():
         setattr(scheduler, name, [batch(f"{_MEMORY}{name}.{i}") for i in range(length)])
+    for key in [key for key in states[0].tensors if key.startswith(_NUMBER)]:
+        name = key.removeprefix(_NUMBER)
+        now = getattr(scheduler, name, None)
+        device = now.device if isinstance(now, Tensor) else like.device
+        setattr(scheduler, name, states[0].tensors[key].reshape(()).to(device))
     singles = {key for key in states[0].tensors if key.startswith(_MEMORY)}
     for key in singles - {f"{_MEMORY}{name}.{i}" for name, length in plain["lists"].items() for i in range(length)}:
         setattr(scheduler, key.removeprefix(_MEMORY), batch(key))
@@ -155,13 +159,13 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
 @contextmanager
 def recording(
     pipe: Any, generators: Sequence[torch.Generator], windows: Sequence[tuple[float, float]], stop: bool = False
-) -> Iterator[dict[int, list[State]]]:
+) -> Iterator[Record]:
     """For one pipeline call: the states of its images where a window begins, by step; filled as the call goes.
 
     stop: raise Enough once all are there. Nothing is recorded for a scheduler whose memory is Unknown.
     """
     scheduler = pipe.scheduler
-    found: dict[int, list[State]] = {}
+    record = Record()
     wanted: set[int] = set()
     done = 0
 
@@ -169,36 +173,41 @@ def recording(
         def counting(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
             if done == 0:
-                total = calls_in(pipe)
-                wanted.update({first_step(window, total) for window in windows} - {0})
+                record.calls = calls_in(pipe)
+                wanted.update({first_step(window, record.calls) for window in windows} - {0})
             result = step(*args, **kwargs)
             done += 1
             if done in wanted:
                 try:
-                    found[done] = _capture(scheduler, result[0], generators)
+                    record.states[done] = _capture(scheduler, result[0], generators, record.calls)
                 except Unknown:
                     wanted.clear()
-                if stop and wanted <= found.keys():
+                if stop and wanted <= record.states.keys():
                     raise Enough
             return result
 
         return counting
 
     with method_replaced(scheduler, "step", make):
-        yield found
+        yield record
 
 
 @contextmanager
 def going_on(
-    scheduler: Any, denoiser: nn.Module, generators: Sequence[torch.Generator], states: Sequence[State], start: int
+    pipe: Any, denoiser: nn.Module, generators: Sequence[torch.Generator], states: Sequence[State], start: int
 ) -> Iterator[None]:
-    """For one pipeline call: its first `start` steps are not computed; it goes on from these states, one an image."""
-    done = 0
+    """For one pipeline call: its first `start` steps are not computed; it goes on from these states, one an image.
+
+    Raises OtherCount within the call if its number of steps is not that of the states.
+    """
+    scheduler, done = pipe.scheduler, 0
 
     def stub(forward: Callable[..., Any]) -> Callable[..., Any]:
         def maybe(*args: Any, **kwargs: Any) -> Any:
             if done >= start:
                 return forward(*args, **kwargs)
+            if (calls := calls_in(pipe)) != states[0].calls:
+                raise OtherCount(f"the pipeline takes {calls} steps, the kept states are of {states[0].calls}")
             sample = sample_of(args, kwargs)
             channels = getattr(denoiser.config, "out_channels", None)  # more than it takes in, for a learned variance
             form = list(sample.shape)
@@ -227,30 +236,61 @@ def going_on(
 
 
 class States:
-    """Kept states on disk, one file an image and step: folder/ab/<key of the baseline>-<step>.safetensors."""
+    """Kept states on disk, one file an image and step: folder/ab/<key of the baseline>-<step>.safetensors.
+
+    How many steps an image takes is the pipeline's affair (`model.arguments` may change it, some schedulers need more
+    than a number to tell), so it is never computed here: each state says how many there were when it was recorded.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.usable = True  # until a scheduler turns out to be Unknown
+        self._calls: dict[tuple[ModelIdentity, Settings], int] = {}  # seen in this process
+        self._warned = False
 
     def path(self, key: str, step: int) -> Path:
         return self.folder / key[:2] / f"{key}-{step}.safetensors"
 
-    def put(self, key: str, step: int, state: State) -> None:
-        path = self.path(key, step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomically(path) as temporary:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in state.tensors.items()},
-                temporary,
-                metadata={"plain": json.dumps(state.plain)},
-            )
+    def note(self, cell: Cell, calls: int) -> None:
+        """Remember how many denoiser calls an image with the cell's model and settings takes."""
+        if calls:
+            self._calls[cell.model, cell.settings] = calls
 
-    def get(self, key: str, step: int) -> State | None:
-        """None where there is none; a damaged one counts as none and is made again."""
+    def calls(self, baselines: Sequence[Cell]) -> int | None:
+        """Denoiser calls of an image: seen earlier, or told by a state of one of these baselines; None if unknown."""
+        for cell in baselines:
+            if (known := self._calls.get((cell.model, cell.settings))) is not None:
+                return known
+            for path in sorted((self.folder / cell.key[:2]).glob(f"{cell.key}-*.safetensors")):
+                if (state := _read(path)) is not None:
+                    self.note(cell, state.calls)
+                    return state.calls
+        return None
+
+    def put(self, key: str, step: int, state: State) -> None:
+        """Keep a state; where that cannot be, one warning: it costs the late lesions time, and nothing else."""
+        metadata = {"plain": json.dumps(state.plain), "calls": str(state.calls)}
         try:
-            with safe_open(self.path(key, step), framework="pt") as file:
-                plain: Mapping[str, Any] = json.loads(file.metadata()["plain"])
-                return State({name: file.get_tensor(name) for name in file.keys()}, dict(plain))  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            tensorfiles.write(self.path(key, step), state.tensors, metadata)
+        except OSError as error:
+            if not self._warned:
+                log.warning("half-made images cannot be kept, so late windows take longer (%s)", error)
+            self._warned = True
+
+    def get(self, key: str, step: int, calls: int) -> State | None:
+        """The state after `step` of `calls` denoiser calls. None where there is none; a damaged one is removed."""
+        state = _read(self.path(key, step))
+        return state if state is not None and state.calls == calls else None
+
+
+def _read(path: Path) -> State | None:
+    try:
+        if (kept := tensorfiles.read(path)) is None:
             return None
+        tensors, metadata = kept
+        return State(tensors, json.loads(metadata["plain"]), int(metadata["calls"]))
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error)
+    except (KeyError, ValueError, TypeError) as error:  # whole, but of another form
+        log.warning("%s is not used: %r", path, error)
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from PIL import Image, PngImagePlugin
 
 from lesion.study import Cell
 
+log = logging.getLogger(__name__)
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _IMAGE = re.compile(r"[0-9a-f]{32}\.png")
 _LITTER_AGE = 24 * 3600.0  # seconds after which a temporary file has lost its process
@@ -116,6 +118,8 @@ class Known:
                 self._checked[raw] = True
             else:
                 self._checked.pop(raw, None)
+                if self._store.path(key).exists():  # not one that was discarded meanwhile
+                    log.warning("a stored image is torn and made again (%s.png)", key)
         return bool(checked)
 
     def lists(self, key: str) -> bool:
