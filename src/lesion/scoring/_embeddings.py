@@ -15,7 +15,7 @@ from lesion.scoring import Shot
 
 Item = TypeVar("Item")
 Vectors = NDArray[np.float64]
-KEPT = 32768  # embeddings that a memory holds; 128 MB at 1024 dimensions
+KEPT = 4096  # embeddings that a memory holds, 32 MB at 1024 dimensions; baselines are asked for again and again
 
 
 class Memory(Generic[Item]):
@@ -32,7 +32,8 @@ class Memory(Generic[Item]):
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             vectors = self.compute([item for _, item in batch])
-            found.update(zip((name for name, _ in batch), vectors, strict=True))
+            # Copies: a row would keep its whole batch in memory.
+            found.update((name, row.copy()) for (name, _), row in zip(batch, vectors, strict=True))
         for name in names:
             self.kept[name] = found[name]
             self.kept.move_to_end(name)
