@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
@@ -67,7 +68,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks is drawn as a box
         figure.savefig(paths[0])
         figure.set_layout_engine("none")  # keep the layout just found: finding it again takes most of the time
-        figure.savefig(paths[1], metadata={"CreationDate": None})
+        # `savefig` would draw the figure once more to find a layout.
+        FigureCanvasPdf(figure).print_pdf(paths[1], metadata={"CreationDate": None})
     return paths
 
 
