@@ -200,6 +200,9 @@ def test_what_a_layer_alone_brings_through_stands_beside_the_control():
     assert (one.n_prompts, one.n_images) == (8, 16) and 0 <= one.low < 0.25 < one.high
     assert at.loc[("up", "colour"), "method"] == "n/a (constant)"
     assert reading_shares(alone)["control"].isna().all()
+    nothing = alone.assign(read_relation=alone["read_relation"].where(alone["selection"] == "none", 0.0))
+    said = " ".join(summary(findings(nothing), settings(nothing)[0]))
+    assert "bring most through: colour up (1.000)." in said  # of what none brings through nothing is said
 
     found = findings(frame)
     (setting,) = settings(frame)

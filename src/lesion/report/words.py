@@ -237,7 +237,7 @@ def _read(found: Findings, setting: Setting) -> list[str]:
         if spared:
             out.append(f"No single layer's absence can be shown to break {_listed(spared, 12)}.")
     shares = found.of("alone", setting)
-    shares = shares[shares["share"].notna() & ~(shares["share"] <= shares["control"])] if len(shares) else shares
+    shares = shares[(shares["share"] > 0) & ~(shares["share"] <= shares["control"])] if len(shares) else shares
     if len(shares):
         best = shares.loc[shares.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
         named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
