@@ -77,10 +77,11 @@ def main(given: list[str] | None = None) -> int:
         take(run)
     found = worked_out()
     shutil.rmtree(KEPT / "tables", ignore_errors=True)
-    for table in made(found).values():
+    listed = made(found)
+    for table in listed.values():
         tables.write(KEPT / "tables", table)
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(f"{len(made(found))} tables in {(KEPT / 'tables').relative_to(ROOT)}; {PAGE.relative_to(ROOT)}")
+    print(f"{len(listed)} tables in {(KEPT / 'tables').relative_to(ROOT)}; {PAGE.relative_to(ROOT)}")
     return 0
 
 

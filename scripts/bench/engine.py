@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.report import Row, aimed, alternate, ratios
-from bench.setup import Options, Setup, fillers, generating, job, loaded, spaced
+from bench.setup import Options, Setup, fillers, generating, job, loaded, spaced, wait
 from lesion.generate import generate
 from lesion.plan import batches
 
@@ -114,19 +114,14 @@ def matrix_peak(device: str, sizes: tuple[int, ...], seconds: float = 1.0) -> fl
         a @ b
         times = []
         while sum(times) < seconds:
-            _wait(device)
+            wait(device)
             began = time.perf_counter()
             for _ in range(8):  # long enough that the launch and the wait do not count
                 a @ b
-            _wait(device)
+            wait(device)
             times.append(time.perf_counter() - began)
         best = max(best, 8 * 2 * size**3 / sorted(times)[len(times) // 2])
     return best
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def share(this: Setup, options: Options) -> tuple[str, list[Row]]:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 
 import lesion.report
 from bench.report import Row
-from bench.setup import Options, Setup, fillers, job, loaded
+from bench.setup import Options, Setup, fillers, job, loaded, wait
 from lesion.generate import generate
 from lesion.results import Results
 
@@ -55,12 +55,12 @@ def _stages(this: Setup, options: Options, dtype: str) -> tuple[dict[str, float]
 
     def timed(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def outer(*args: Any, **kwargs: Any) -> Any:
-            _wait(this.device)
+            wait(this.device)
             began = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
-                _wait(this.device)
+                wait(this.device)
                 spent[name] += time.perf_counter() - began
 
         return outer
@@ -77,11 +77,6 @@ def _stages(this: Setup, options: Options, dtype: str) -> tuple[dict[str, float]
             stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
         seconds, frame = job(Path(fresh) / "store", Path(fresh) / "run", overrides)
     return spent, seconds, len(frame)
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def _operators(this: Setup, dtype: str) -> str:

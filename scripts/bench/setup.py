@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pandas as pd
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -190,3 +191,9 @@ def spaced(items: Sequence[Any], count: int) -> list[Any]:
     if count >= len(items):
         return list(items)
     return [items[int(place)] for place in np.linspace(0, len(items) - 1, count).round()]
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given; nothing to wait for on a CPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

@@ -177,7 +177,8 @@ def _normalised(
     effect, headroom = (float(means[column].mean()) for column in ("effect", "headroom"))
     ratio = effect / headroom if headroom > 1e-9 else np.nan
     linear = group.assign(linear=ratio + (group["effect"] - ratio * group["headroom"]) / headroom)
-    found = interval(nested(linear, "linear"), **options)
+    # The jackknife's limits replace those of this interval: no need to resample for them.
+    found = interval(nested(linear, "linear"), **(options if gone is None else {**options, "method": "t"}))
     if gone is not None and found.n_prompts:
         found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95))
     if over_prompts(group, **options).method == "n/a (no effect)":

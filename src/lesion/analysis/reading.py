@@ -102,8 +102,8 @@ def _mean(group: pd.DataFrame, column: str) -> float:
 
 
 def _accuracies(group: pd.DataFrame) -> dict[str, float]:
-    both = group.dropna(subset=["_drop"]).groupby("prompt_id")[["_before", "_after"]].mean().mean()
-    return {"baseline": float(both["_before"]), "lesioned": float(both["_after"])}
+    both = group.dropna(subset=["_drop"])
+    return {"baseline": _mean(both, "_before"), "lesioned": _mean(both, "_after")}
 
 
 def _interval(group: pd.DataFrame, **options: Any) -> Interval:

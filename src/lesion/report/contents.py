@@ -158,11 +158,7 @@ def reading(found: Findings, setting: Setting) -> Table | None:
         "mends it, read from pixels by rule; 95 % intervals over the prompts that ask; bold: the most broken. Right in "
         f"baselines: {', '.join(f'{name} {number(float(value))}' for name, value in right.items())}."
     )
-    words += interval_words(table, ["method"])
-    shown = {name: "drop" if name == "mean" else name for name in ("mean", *_LIMITS)}
-    columns, rows = _by_aspect({name: reading_table(table, value) for name, value in shown.items()})
-    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
-    return Table(f"reading--{setting.slug}", full, columns, table, rows, title="What a layer's absence breaks")
+    return _read(found, setting, "reading", table, "drop", words, "What a layer's absence breaks")
 
 
 def alone(found: Findings, setting: Setting) -> Table | None:
@@ -178,11 +174,18 @@ def alone(found: Findings, setting: Setting) -> Table | None:
     if control.notna().any():
         shares = ", ".join(f"{name} {number(float(value))}" for name, value in control.items())
         words += f"With every layer lesioned: {shares}."
+    return _read(found, setting, "alone", table, "share", words, "What a layer alone brings through")
+
+
+def _read(
+    found: Findings, setting: Setting, stem: str, table: pd.DataFrame, value: str, words: str, title: str
+) -> Table:
+    """A table of layers by aspects that are read from pixels; value: the column of its figures."""
     words += interval_words(table, ["method"])
-    shown = {name: "share" if name == "mean" else name for name in ("mean", *_LIMITS)}
-    columns, rows = _by_aspect({name: reading_table(table, value) for name, value in shown.items()})
+    shown = {"mean": value, **{name: name for name in _LIMITS}}
+    columns, rows = _by_aspect({name: reading_table(table, column) for name, column in shown.items()})
     full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
-    return Table(f"alone--{setting.slug}", full, columns, table, rows, title="What a layer alone brings through")
+    return Table(f"{stem}--{setting.slug}", full, columns, table, rows, title=title)
 
 
 _LIMITS = ("low", "high", "n_prompts")

@@ -227,13 +227,13 @@ def _read(found: Findings, setting: Setting) -> list[str]:
     """What lesions break and what layers bring through, as read from pixels."""
     out = []
     drops = found.of("reading", setting)
-    sure = (drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0)) if len(drops) else None
-    if sure is not None and sure.any():
-        worst = drops[sure].loc[drops[sure].groupby("aspect", sort=False)["drop"].idxmax()].to_dict("records")
-        named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['drop']))})" for one in worst]
-        out.append(f"Read from pixels, these layers' absence breaks most: {_listed(named, 12)}.")
-    if sure is not None:
-        spared = [clean(name) for name in drops["aspect"].unique() if name not in set(drops.loc[sure, "aspect"])]
+    if len(drops):
+        broken = drops[(drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0))]
+        if len(broken):
+            worst = broken.loc[broken.groupby("aspect", sort=False)["drop"].idxmax()].to_dict("records")
+            named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['drop']))})" for one in worst]
+            out.append(f"Read from pixels, these layers' absence breaks most: {_listed(named, 12)}.")
+        spared = [clean(name) for name in drops["aspect"].unique() if name not in set(broken["aspect"])]
         if spared:
             out.append(f"No single layer's absence can be shown to break {_listed(spared, 12)}.")
     shares = found.of("alone", setting)
