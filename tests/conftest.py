@@ -97,7 +97,7 @@ def tiny_model(tiny_folder: Path) -> models.Model:
     """A fresh load of the tiny folder."""
     from lesion.models import loading
 
-    loading._load.cache_clear()
+    loading.forget()
     return models.load(models.resolve(tiny_spec(tiny_folder)), "cpu")
 
 

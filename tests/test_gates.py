@@ -21,9 +21,9 @@ def compiled(tiny_folder, monkeypatch):
     """The tiny model with its blocks traced by dynamo and run as traced: no C++ compiler is needed."""
     monkeypatch.setattr(loading, "BACKEND", "eager")
     torch._dynamo.reset()
-    loading._load.cache_clear()
+    loading.forget()
     yield models.load(models.resolve(tiny_spec(tiny_folder, compile=True)), "cpu")
-    loading._load.cache_clear()
+    loading.forget()
     torch._dynamo.reset()
 
 
@@ -53,6 +53,33 @@ def test_gates_make_what_hooks_make_and_compile_once(tiny_model, compiled, tiny_
     assert len(set(seen)) == 1, "compiled anew for a lesion"
     assert np.array_equal(run(compiled, [cell(compiled, s) for s in SUBJECTS]), plain(tiny_folder, SUBJECTS))
     assert not any(float(module.lesion_weight.abs().max()) for module, _ in compiled.gates.modules.values())
+
+
+def test_another_size_of_batch_is_compiled_once(compiled):
+    """A study's last batch is smaller, running out of memory halves them: code for any size serves all of these."""
+    layers = compiled.anatomy.paths
+    lesions = [zero(layer) for layer in layers[:2]] * 4
+    cells = [cell(compiled, subject, lesion) for subject, lesion in zip(SUBJECTS * 4, lesions)]
+    seen = []
+    for size in (8, 5, 3, 2, 7):
+        counters.clear()
+        seen.append(run(compiled, cells[:size]))
+        if size < 5 or size == 7:
+            assert not graphs(), f"compiled anew for {size}"
+    for images in seen[1:]:
+        assert np.abs(images - seen[0][: len(images)]).max() < 1e-5
+
+
+def test_models_after_one_another_are_all_compiled(compiled, tiny_folder, monkeypatch):
+    """What was compiled for models that are gone does not count against dynamo's limit, after which it gives up."""
+    monkeypatch.setattr(loading, "COMPILATIONS", 3)  # one of these models needs that many
+    asked = [cell(compiled, SUBJECTS[0], zero(compiled.anatomy.paths[0]))]
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for dtype in ("bfloat16", "float32", "bfloat16"):
+            model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")
+            counters.clear()
+            assert np.isfinite(run(model, asked)).all()
+            assert graphs()
 
 
 def test_means_pass_through_gates(tiny_model, compiled):
@@ -88,7 +115,7 @@ def test_switches_make_cells_of_their_own(cli, monkeypatch):
         assert code == 0, err
         frames[switches] = pd.read_parquet(cli.newest() / "results.parquet")
     torch._dynamo.reset()
-    loading._load.cache_clear()
+    loading.forget()
     cells = [set(frame.cell) for frame in frames.values()]
     assert sum(map(len, cells)) == len(set.union(*cells))
     scores = [frame.clip_similarity.to_numpy() for frame in frames.values()]

@@ -28,10 +28,10 @@ def scripts(monkeypatch):
     from lesion.models import loading
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    loading._load.cache_clear()
+    loading.forget()
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
-    loading._load.cache_clear()
+    loading.forget()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -56,7 +56,7 @@ def lora(tiny_folder, tmp_path_factory):
 def bare(tiny_model):
     """The tiny model, on which a test may put LoRAs: it is not kept for others."""
     yield tiny_model
-    loading._load.cache_clear()
+    loading.forget()
 
 
 def with_loras(model, *folders, weights=None):

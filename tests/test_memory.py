@@ -157,7 +157,7 @@ def test_a_fault_of_the_first_image_is_not_remembered(maker, monkeypatch):
 
 
 def test_a_model_goes_before_another_is_loaded(tiny_folder, monkeypatch):
-    loading._load.cache_clear()
+    loading.forget()
     make, seen, held = loading._pipeline, [], []
 
     def noting(source, dtype):
@@ -169,4 +169,4 @@ def test_a_model_goes_before_another_is_loaded(tiny_folder, monkeypatch):
     for spec in specs:
         held.append(weakref.ref(models.load(models.resolve(spec), "cpu").denoiser))
     assert seen == [[], [False, False], [False, False, False]]  # loaded three times, each alone
-    loading._load.cache_clear()
+    loading.forget()

@@ -84,7 +84,7 @@ def test_offloading_is_asked_of_diffusers(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_offloading_changes_no_bit(tiny_folder, offload):
     def images(**changes):
-        loading._load.cache_clear()
+        loading.forget()
         model = models.load(resolve(tiny_spec(tiny_folder, **changes)), "cuda")
         return made(model), made(model, zero(model.anatomy.paths[1]))
 

@@ -191,9 +191,9 @@ def test_a_safety_checker_is_taken_off(tiny_folder, tmp_path, monkeypatch):
     loaded = diffusers.DiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
     loaded.register_modules(safety_checker=torch.nn.Identity())
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: loaded)
-    models.loading._load.cache_clear()
+    models.loading.forget()
     assert models.load(resolve(tiny_spec(tiny_folder)), "cpu").pipe.safety_checker is None
-    models.loading._load.cache_clear()
+    models.loading.forget()
 
 
 @pytest.mark.gpu

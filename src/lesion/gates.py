@@ -22,7 +22,8 @@ _WEIGHT, _VALUE = "lesion_weight", "lesion_value"
 
 def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Row by row as `surgery.blend`: weight 0 keeps the output and 1 takes the value, both to the bit."""
-    weight, value = getattr(module, _WEIGHT), getattr(module, _VALUE)  # (rows, 1, 1), (rows, 1, channels)
+    rows = output.shape[0]  # of at least as many: a buffer's own length is a constant to the compiler
+    weight, value = getattr(module, _WEIGHT)[:rows], getattr(module, _VALUE)[:rows]  # (rows, 1, 1), (rows, 1, channels)
     mixed = torch.where(weight == 1, value, output + weight * (value - output))
     return torch.where(weight == 0, output, mixed)
 
@@ -78,12 +79,14 @@ class Gates:
         self._set(path, _VALUE, value)
 
     def _set(self, path: str, name: str, value: Tensor) -> None:
-        """In place where the shape stays, and never an inference tensor: to compiled code that is another kind."""
-        module = self.modules[path][0]
+        """In place where there is room, and never an inference tensor: to compiled code that is another kind."""
+        module, rows = self.modules[path][0], len(value)
+        kind = (value.shape[1:], value.device, value.dtype)
         now = getattr(module, name, None)
-        if now is not None and now.shape == value.shape and now.device == value.device and now.dtype == value.dtype:
-            now.copy_(value)
-            return
-        with torch.inference_mode(False):
-            module.register_buffer(name, torch.empty_like(value), persistent=False)
-        getattr(module, name).copy_(value)
+        if now is None or len(now) < rows or (now.shape[1:], now.device, now.dtype) != kind:
+            room = 1 << (rows - 1).bit_length()  # to spare, so that other batches seldom need a new buffer
+            with torch.inference_mode(False):
+                now = value.new_empty(room, *value.shape[1:])
+                module.register_buffer(name, now, persistent=False)
+        now.zero_()
+        now[:rows].copy_(value)

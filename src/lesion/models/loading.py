@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -17,12 +16,13 @@ from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
 from lesion.errors import RequestError
 from lesion.gates import Gates
 from lesion.models import loras, schedulers
-from lesion.models.source import ModelSpec, Source, check_offload, pipeline_class, resolve
+from lesion.models.source import ModelSpec, Source, check_offload, pipeline_class
 from lesion.reuse import TextMemory
 from lesion.study import ModelIdentity
 
 log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of performance.compile
+COMPILATIONS = 64  # of a block's code, at most
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,7 +69,7 @@ def identity_of(source: Source, device: str) -> ModelIdentity:
     return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
 
 
-_kept: list[tuple[ModelSpec, str, str]] = []  # what `_load` was last asked for
+_kept: dict[tuple[ModelSpec, str, str], Model] = {}  # at most one
 
 
 def load(source: Source, device: str) -> Model:
@@ -79,17 +79,23 @@ def load(source: Source, device: str) -> Model:
     one before goes, since both may not fit. So order a sweep by model: `model` first among its axes.
     """
     wanted = (source.spec, source.fingerprint, device)
-    if _kept != [wanted]:
-        _load.cache_clear()
-        for _, _, where in _kept:
-            memory.release(where)
-    _kept[:] = [wanted]
-    return _load(*wanted)
+    if wanted not in _kept:
+        forget()
+        _kept[wanted] = _load(source, device)
+    return _kept[wanted]
 
 
-@lru_cache(maxsize=1)
-def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
-    source = resolve(spec)
+def forget() -> None:
+    """Let go of the model that is kept: its memory, and what was compiled for it."""
+    for spec, _, device in list(_kept):
+        _kept.clear()
+        memory.release(device)
+        if spec.compile:
+            torch.compiler.reset()
+
+
+def _load(source: Source, device: str) -> Model:
+    spec = source.spec
     check_offload(spec.offload, device)
     pipe = _pipeline(source, DTYPES[resolve_dtype(spec.dtype, device)])
     if spec.loras:  # before any hook, gate or compiled block
@@ -110,6 +116,9 @@ def _load(spec: ModelSpec, fingerprint: str, device: str) -> Model:
     gates = None
     if spec.compile:
         gates = Gates(denoiser, anatomy)
+        # One code for each width of the blocks, for batches of one size and of any, and for a single row: more than the
+        # 8 after which dynamo would go on without compiling.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
         denoiser.compile_repeated_blocks(backend=BACKEND)
     return Model(
         pipe,
