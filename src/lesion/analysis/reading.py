@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import Interval, interval
@@ -75,7 +76,8 @@ def _asked(frame: pd.DataFrame, selection: str) -> Iterator[tuple[dict[str, Any]
     for setting in settings(frame):
         part, columns = rows(frame, setting), setting.columns()
         lesioned = part[part["selection"] == selection]
-        lesioned = lesioned.assign(layer=lesioned["layer"].fillna(""))
+        few = ["prompt_id", "seed", "layer", "layer_index", "status", *reading_columns(frame)]  # they are taken apart
+        lesioned = lesioned[few].assign(layer=lesioned["layer"].fillna(""))
         plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
         plain = plain.set_index(["prompt_id", "seed"])
         image = pd.MultiIndex.from_frame(lesioned[["prompt_id", "seed"]])
@@ -87,8 +89,9 @@ def _asked(frame: pd.DataFrame, selection: str) -> Iterator[tuple[dict[str, Any]
             asked = asked[asked["prompt_id"].isin(asking)]
             asked["_drop"] = asked["_before"] - asked["_after"]
             named = {**columns, "aspect": column.removeprefix(PREFIX)}
+            groups = dict(iter(asked.groupby("layer", sort=False)))
             for layer in layers_in_order(asked) or in_order(asked["layer"]):
-                yield {**named, "layer": layer}, asked[asked["layer"] == layer]
+                yield {**named, "layer": layer}, groups[layer]
 
 
 def _within(found: Interval, least: float, most: float) -> Interval:
@@ -98,17 +101,19 @@ def _within(found: Interval, least: float, most: float) -> Interval:
 
 
 def _mean(group: pd.DataFrame, column: str) -> float:
-    return float(group.dropna(subset=[column]).groupby("prompt_id")[column].mean().mean())
+    """Over seeds, then prompts."""
+    cells = nested(group, column)
+    return float(np.nanmean(cells, axis=1).mean()) if cells.size else float("nan")
 
 
 def _accuracies(group: pd.DataFrame) -> dict[str, float]:
-    both = group.dropna(subset=["_drop"])
+    both = group[group["_drop"].notna()]
     return {"baseline": _mean(both, "_before"), "lesioned": _mean(both, "_after")}
 
 
 def _interval(group: pd.DataFrame, **options: Any) -> Interval:
     found = over_prompts(group, "_drop", **options)
-    if found.n_images and not group.dropna(subset=["_drop"])["_before"].any():
+    if found.n_images and not group.loc[group["_drop"].notna(), "_before"].any():
         return replace(without_limits(found, "baseline is never right"), mean=float("nan"))
     return found
 

@@ -48,9 +48,7 @@ def styled() -> AbstractContextManager[None]:
 
 def blank(width: float, height: float) -> Figure:
     """An empty figure in inches, no higher than a page."""
-    figure = Figure(figsize=(width, min(TALL, height)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, min(TALL, height)), layout="constrained")
 
 
 def entitle(figure: Figure, title: str) -> None:
@@ -66,9 +64,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.pdf"]
     with styled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks is drawn as a box
-        figure.savefig(paths[0])
+        # Not by `savefig`, which draws everything once more beforehand, to find a layout.
+        figure.set_dpi(matplotlib.rcParams["savefig.dpi"])
+        FigureCanvasAgg(figure).print_png(paths[0])
         figure.set_layout_engine("none")  # keep the layout just found: finding it again takes most of the time
-        # `savefig` would draw the figure once more to find a layout.
         FigureCanvasPdf(figure).print_pdf(paths[1], metadata={"CreationDate": None})
     return paths
 
