@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["WANDB_MODE"] = "offline"
@@ -90,6 +92,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 module.to_out[0].weight.mul_(8)
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_batch_size_learnt() -> Iterator[None]:
+    """What one test teaches of memory must not cut the batches of the next."""
+    yield
+    if (making := sys.modules.get("lesion.making")) is not None:
+        making._sizes.clear()
+        making._cut.clear()
 
 
 @pytest.fixture

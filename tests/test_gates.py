@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from conftest import tiny_spec
-from lesion import models
+from conftest import settings, tiny_spec
+from lesion import means, models
+from lesion.anatomy import examine
 from lesion.generate import generate
 from lesion.lesions import Lesion, Replacement
 from lesion.models import loading
+from lesion.prompts import Prompt
+from lesion.replacements import Bench
+from lesion.states import States
+from pipelines import build
 from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
 
 
@@ -82,6 +89,59 @@ def test_models_after_one_another_are_all_compiled(compiled, tiny_folder, monkey
             assert graphs()
 
 
+def test_lesions_leave_nothing_behind(tiny_model, compiled, tmp_path):
+    """Half-made baselines and calibration call the denoiser outside a lesion: no earlier batch may show in them."""
+    layers = compiled.anatomy.paths
+    window = (0.5, 1.0)
+    seen = {}
+    for name, model in {"hooks": tiny_model, "gates": compiled}.items():
+        run(model, [cell(model, subject, zero(*layers)) for subject in SUBJECTS])
+        late = [cell(model, subject, zero(layers[0], window=window)) for subject in SUBJECTS]
+        states = States(tmp_path / name)
+        images = generate(model, late, fillers(model, zero(layers[0])), states, [window])
+        assert len(list(states.folder.rglob("*.safetensors"))) == len(SUBJECTS)
+        run(model, [cell(model, subject, zero(*layers)) for subject in SUBJECTS])
+        found = means.measure(Bench(model, settings(), tmp_path, 2), [(Prompt(text), seed) for text, seed in SUBJECTS])
+        seen[name] = images, found
+    assert np.abs(seen["hooks"][0] - seen["gates"][0]).max() < 1e-5
+    assert seen["hooks"][1].keys() == seen["gates"][1].keys()
+    for site, values in seen["hooks"][1].items():
+        torch.testing.assert_close(seen["gates"][1][site], values, atol=1e-5, rtol=1e-4)
+        assert float(values.abs().max()) > 1e-3  # not the zeros of the lesion
+
+
+@pytest.mark.parametrize("by", ["transformer_block", "block", "stage"])
+def test_layers_of_other_sizes_pass_through_gates(tiny_model, compiled, by):
+    images = []
+    for model in (tiny_model, compiled):
+        model = replace(model, anatomy=examine(model.denoiser, by=by))
+        lesions = [zero(model.anatomy.paths[0]), None, zero(model.anatomy.paths[-1])]
+        images.append(run(model, [cell(model, subject, lesion) for subject, lesion in zip(SUBJECTS, lesions)]))
+    assert np.abs(images[0] - images[1]).max() < 1e-5
+    assert np.abs(images[1] - run(compiled, [cell(compiled, subject) for subject in SUBJECTS])).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("replacement", "more"),
+    [
+        ("null_prompt", ""),
+        ("donor_prompt", "replacement.donor_prompt.prompt=x"),
+        ("resample", "replacement.resample.prompt=x"),
+    ],
+)
+def test_replacements_that_compiled_code_cannot_have_are_refused(cli, replacement, more):
+    code, _, err = cli("performance.compile=true", f"replacement=[zero,{replacement}]", *filter(None, [more]))
+    assert code == 2 and err.strip().count("\n") == 0
+    assert f"performance.compile: does not work with replacement={replacement}; allowed here: false" in err
+    assert not list(cli.folder.rglob("*.png"))
+
+
+def test_a_denoiser_without_blocks_to_compile_is_refused(cli, tmp_path):
+    folder = build("pixart_sigma", tmp_path / "pixart")
+    code, _, err = cli("performance.compile=true", f"model.id={folder}", "layers.include=null")
+    assert code == 2 and "performance.compile: diffusers names no blocks of PixArtTransformer2DModel" in err
+
+
 def test_means_pass_through_gates(tiny_model, compiled):
     class Ramp:
         """Another value for each step, branch and channel."""
@@ -105,6 +165,8 @@ def test_a_replacement_that_reads_the_output_is_refused(compiled):
     filler.reads_output = True
     with pytest.raises(RuntimeError, match="compile=false"):
         generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": filler})
+    (fine,) = fillers(compiled, zero(layer)).values()  # the others of its study go on
+    generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": fine, "another:[]": filler})
 
 
 def test_switches_make_cells_of_their_own(cli, monkeypatch):

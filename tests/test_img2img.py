@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,16 @@ def test_the_init_image_is_part_of_the_cell_by_its_content(tiny_model, inits, tm
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
     assert cells(tiny_model, [first], noising=0.5)[0].key not in keys
+
+
+def test_an_init_image_that_changes_between_two_jobs_is_read_anew(tiny_model, inits):
+    first, second = inits
+    before = made(tiny_model, cells(tiny_model, [first]))
+    shutil.copy(second.image, first.image)
+    (changed,) = with_inits((Prompt(first.text, image=first.image),), None, "key")
+    after = made(tiny_model, cells(tiny_model, [changed]))
+    assert np.array_equal(after, made(tiny_model, cells(tiny_model, [replace(second, text=first.text)])))
+    assert not np.array_equal(before, after)
 
 
 def _copy(source, target):

@@ -21,13 +21,6 @@ from lesion.study import Cell, ModelIdentity
 IDENTITY = ModelIdentity("tiny", "f00d", "float32")
 
 
-@pytest.fixture(autouse=True)
-def nothing_found_yet():
-    making._sizes.clear()
-    yield
-    making._sizes.clear()
-
-
 @pytest.fixture
 def maker(tmp_path):
     """Of a study of nothing but mean lesions, at a batch size of 8 that was asked for."""
@@ -144,9 +137,31 @@ def test_auto_is_found_once_for_models_that_are_the_same(maker, monkeypatch):
 def test_auto_remembers_what_did_not_fit(maker, monkeypatch):
     monkeypatch.setattr(memory, "fitting", lambda make, device: 8)
     maker.request.batch_size = None
-    maker.size = making._fitting(maker.request, maker.model, maker.study)
+    assert making._size(maker.request, maker.model, maker.study) == 8
     maker._shrink(8)
-    assert making._fitting(maker.request, maker.model, maker.study) == 4
+    assert making._size(maker.request, maker.model, maker.study) == 4
+
+
+def test_a_size_that_was_asked_for_and_did_not_fit_is_not_tried_again(maker):
+    """Each round of a budget has a maker of its own."""
+    assert making._size(maker.request, maker.model, maker.study) == 8
+    maker._shrink(8)
+    assert making._size(maker.request, maker.model, maker.study) == 4
+    maker.request.device = "cuda:1"
+    assert making._size(maker.request, maker.model, maker.study) == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "out"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_running_out_is_told_from_other_faults(said, out):
+    assert memory.ran_out(RuntimeError(said)) is out
 
 
 def test_a_fault_of_the_first_image_is_not_remembered(maker, monkeypatch):

@@ -17,6 +17,8 @@ import torch
 
 from lesion import making, memory, models, runner, scoring
 from lesion.generate import generate
+from lesion.making import Maker
+from lesion.results import Results
 from lesion.store import Store
 
 NOTING = """
@@ -143,8 +145,7 @@ def test_a_damaged_part_is_reported_and_scored_again(cli):
 def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32, meanwhile):
     """A scorer sets full float32 for the whole process, also for what is generated in another thread."""
     told = []
-    scores = SimpleNamespace(add_picture=lambda *facts: told.append(facts))
-    results = SimpleNamespace(made=lambda *_: told.append("scored"), scores=scores)
+    results = SimpleNamespace(made=lambda *_: told.append("scored"), note=lambda *facts: told.append(facts))
     request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32))
     runner._when_made(request, results)(SimpleNamespace(key="c0ffee"), None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
@@ -200,7 +201,6 @@ def test_one_image_that_does_not_fit_is_an_error_of_that_image(cli, monkeypatch)
 
 
 def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
-    making._sizes.clear()
     tried, sizes = [], []
     monkeypatch.setattr(memory, "_free", lambda device: 1000 * 2**20)
     monkeypatch.setattr(memory, "_peak", lambda work, device: (work(), (40 + 100 * tried[-1]) * 2**20)[1])
@@ -214,7 +214,6 @@ def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
     assert cli("generation.batch_size=auto", "seeds=[0,1,2,3]")[0] == 0
     assert tried == [1, 1, 2]
     assert max(sizes) == 8  # (0.85 * 1000 - 40) / 100 = 8.1
-    making._sizes.clear()
 
 
 def test_memory_is_measured():
@@ -314,3 +313,23 @@ def test_an_image_that_is_damaged_again_is_given_up(cli, monkeypatch):
     frame = pd.read_parquet(cli.newest() / "results.parquet")
     assert frame.status.tolist() == ["failed", "ok"]
     assert frame.reason[0] == "the stored image is damaged, also after it was made anew"
+
+
+def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monkeypatch):
+    make, score, scored = Maker.run, Results._score, []
+
+    def and_another_scores(self, progress):
+        make(self, progress)
+        Results(self.study, self.store, self.request.scorer, "cpu").complete({})
+        assert sum(scored) == 8
+        scored.clear()
+
+    def counting(self, groups):
+        scored.extend(len(self._queue[group]) for group in list(groups))
+        score(self, groups)
+
+    monkeypatch.setattr(Maker, "run", and_another_scores)
+    monkeypatch.setattr(Results, "_score", counting)
+    assert cli("selection=leave_one_out")[0] == 0
+    assert sum(scored) == 0
+    assert cli.frames()[0].clip_similarity.notna().all()

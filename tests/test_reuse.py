@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention import FeedForward
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +22,7 @@ from lesion.ports import keeps_shape
 from lesion.replacements.mean import Mean
 from lesion.replacements.zero import Zero
 from lesion.reuse import TextMemory
-from lesion.states import State, States, _capture, first_step
+from lesion.states import State, States, _capture, _restore, first_step
 from lesion.surgery import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, fillers, plain, run, zero
 
@@ -287,6 +287,25 @@ def test_a_disk_that_keeps_no_states_costs_no_image(tiny_model, tmp_path, caplog
         late_images = counted(tiny_model, tiny_model.denoiser.conv_in, late, states=states, windows=[LATE])[1]
     assert np.array_equal(late_images, run(tiny_model, late))
     assert caplog.text.count("cannot be kept") == 1
+
+
+def test_a_number_goes_back_where_it_was(tmp_path):
+    """Heun's dt is in main memory whatever the device: beside float16 latents it would be rounded first."""
+
+    def halfway():
+        scheduler = HeunDiscreteScheduler()
+        scheduler.set_timesteps(4)
+        return scheduler
+
+    scheduler, latents = halfway(), torch.randn(1, 4, 8, 8)
+    latents = scheduler.step(torch.randn(1, 4, 8, 8), scheduler.timesteps[0], latents).prev_sample
+    states = States(tmp_path)
+    states.put("ab12", 1, _capture(scheduler, latents, [torch.Generator()], 7)[0])
+    other = halfway()
+    like = torch.empty(1, 4, 8, 8, device="meta")  # as good as a GPU: only what is put there is there
+    assert _restore(other, [states.get("ab12", 1, 7)], [torch.Generator()], like).device.type == "meta"
+    assert other.dt.device.type == "cpu" and torch.equal(other.dt, scheduler.dt)
+    assert other.prev_derivative.device.type == "meta"
 
 
 def test_states_on_disk(tmp_path, tiny_model, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -420,6 +421,28 @@ def test_a_wrongly_moved_claim_is_put_back(tmp_path, monkeypatch):
         assert ours.take(KEYS[:1]) == set()
     assert files(tmp_path) == [path]
     assert json.loads(path.read_text())["token"] == "faster"
+
+
+def test_what_another_host_removes_while_it_is_read_is_gone(tmp_path, monkeypatch):
+    """NFS then says ESTALE, at the read rather than at the opening."""
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    plant(tmp_path / "claims", a_key(1))
+    fill(tmp_path / "scores")
+    claims = Claims(tmp_path / "claims")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        assert claims.take([a_key(1)]) == set()
+    claims.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        assert loaded(tmp_path / "scores").picture(a_key(1)) is None
+        patch.setattr(Path, "read_bytes", lambda path: os.close(-1))
+        with pytest.raises(OSError, match="Bad file descriptor"):  # any other fault of the file system is told
+            loaded(tmp_path / "scores")
+    assert loaded(tmp_path / "scores").picture(a_key(1)) == a_picture(1)
 
 
 def test_claims_are_cheap(tmp_path):

@@ -30,9 +30,9 @@ def peak() -> int:
 
 
 def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
-    """Lay out and count a study of leave-one-out and only-one over an empty store."""
+    """Lay out, count and put in batches a study of leave-one-out and only-one over an empty store."""
     from lesion.lesions import Replacement
-    from lesion.plan import tally
+    from lesion.plan import batches, tally
     from lesion.prompts import Prompt
     from lesion.store import Store
     from lesion.study import ModelIdentity, Settings, Study
@@ -47,8 +47,10 @@ def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
         selections={"leave_one_out": {}, "only_one": {}},
         replacements=(Replacement("zero"),),
     )
-    counts = tally(study, Store(Path(folder)).known().__contains__)
-    return {"seconds": time.perf_counter() - began, "rows": counts.rows, "missing": counts.missing, "peak": peak()}
+    known = Store(Path(folder)).known()
+    counts = tally(study, known.lists)
+    batched = sum(len(batch) for batch in batches(study, 32, known.__contains__))
+    return {"seconds": time.perf_counter() - began, "rows": counts.rows, "batched": batched, "peak": peak()}
 
 
 def reopen(overrides: list[str]) -> dict[str, Any]:

@@ -127,12 +127,9 @@ def matrix_peak(device: str, sizes: tuple[int, ...], seconds: float = 1.0) -> fl
 def share(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """Operations a second of whole batches (text, denoising, decoding) over those of plain matrix products."""
     asked, study, model = loaded([*this.overrides(this.batch, "bfloat16"), "selection=leave_one_out"])
-    cells = list(study.cells())
+    planned = list(batches(study, this.batch, lambda key: False))
     using = fillers(study, model, asked)
-    kinds = {
-        "un-ablated": [cell for cell in cells if cell.lesion is None][: this.batch],
-        "leave-one-out": [cell for cell in cells if cell.lesion][: this.batch],
-    }
+    kinds = {"un-ablated": planned[0], "leave-one-out": next(batch for batch in planned if batch[0].lesion)}
     operations = {}
     for name, batch in kinds.items():
         generate(model, batch, using)

@@ -53,13 +53,20 @@ def planning(this: Setup, options: Options) -> tuple[str, list[Row]]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         runs = [child("plan", prompts=prompts, seeds=seeds, layers=12, folder=folder) for _ in range(options.repeats)]
     cells = f"{runs[0]['rows']:,} cells"
-    if any(run["missing"] != run["rows"] for run in runs):
-        raise RuntimeError(f"{runs[0]['missing']} of {cells} are missing in an empty store")
+    if any(run["batched"] != run["rows"] for run in runs):
+        raise RuntimeError(f"{runs[0]['batched']} of {cells} are in batches, for an empty store")
     rows = [
-        aimed("planning", "", "planning, time", f"{cells} laid out and counted", [run["seconds"] for run in runs]),
+        aimed(
+            "planning",
+            "",
+            "planning, time",
+            f"{cells} laid out, counted and put in batches",
+            [run["seconds"] for run in runs],
+        ),
         Row("planning, memory", "peak of the whole process", [run["peak"] / MIB for run in runs], " MiB", at_most=1024),
     ]
-    return "A study of leave-one-out and only-one lesions over an empty store (`lesion.plan.tally`).", rows
+    note = "A study of leave-one-out and only-one lesions over an empty store (`lesion.plan.tally` and `batches`)."
+    return note, rows
 
 
 def fill(study: Study, store: Store) -> None:

@@ -30,7 +30,7 @@ def switches(this: Setup, options: Options) -> tuple[str, list[Row]]:
     def measured(name: str) -> float:
         common = [*this.overrides(max(2, this.subjects // 2)), "selection=leave_one_out"]
         with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
-            if name == "compile" and name not in frames:  # not timed: this once, the code is compiled
+            if name == "compile":  # not timed: compiling, which is done anew for every model that is loaded
                 job(Path(fresh) / "first-store", Path(fresh) / "first", [*common, *asked[name]])
             seconds, frames[name] = job(Path(fresh) / "store", Path(fresh) / "run", [*common, *asked[name]])
         return len(frames[name]) / seconds

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from lesion.store import gone
+
 log = logging.getLogger(__name__)
 _EMPTY_EXPIRES = 5.0  # seconds: a claim without content is one whose process was killed between making and writing it
 
@@ -80,8 +82,10 @@ def _read(path: str) -> _Claim | None:
     try:
         with open(path, "rb") as file:
             modified, text = os.fstat(file.fileno()).st_mtime, file.read()
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if gone(error):
+            return None
+        raise
     try:
         return _Claim(_Owner(**json.loads(text)), modified)
     except (ValueError, TypeError):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lesion.anatomy import Anatomy
 from lesion.lesions import Lesion
-from lesion.surgery import Filler, Fitting, Steps, fittings, sample_of
+from lesion.surgery import Filler, Fitting, Steps, fittings, replacement_key, sample_of
 
 _WEIGHT, _VALUE = "lesion_weight", "lesion_value"
+_MORE = ("reads_output", "retell", "rerun", "companion")  # what a filler may do besides putting a value in
 
 
 def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -29,10 +30,13 @@ def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class Gates:
-    """The gates of one denoiser, open but for the time of a call under lesions."""
+    """The gates of one denoiser, open but for the time of a call under lesions.
+
+    anatomy: any whose layers have all its sites between them.
+    """
 
     def __init__(self, denoiser: nn.Module, anatomy: Anatomy):
-        self.denoiser, self.anatomy = denoiser, anatomy
+        self.denoiser = denoiser
         self.modules = {
             site.path: (denoiser.get_submodule(site.path), site.channels)
             for layer in anatomy.layers
@@ -44,25 +48,36 @@ class Gates:
             module.register_forward_hook(gate)
 
     @contextmanager
-    def lesioned(self, pipe: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]) -> Iterator[None]:
-        """As `surgery.lesioned`. Raises RuntimeError for a filler that reads the output: a gate cannot show it."""
-        if any(
-            hasattr(filler, name)
-            for filler in fillers.values()
-            for name in ("reads_output", "retell", "rerun", "companion")
-        ):
+    def lesioned(
+        self, pipe: Any, anatomy: Anatomy, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
+    ) -> Iterator[None]:
+        """As `surgery.lesioned`; the gates are open again behind it.
+
+        Raises RuntimeError for a lesion whose filler reads the output, which a gate cannot show it, or whose site has
+        no gate.
+        """
+        used = [fillers[replacement_key(lesion)] for lesion in lesions if lesion and lesion.strength]
+        if any(hasattr(filler, name) for filler in used for name in _MORE):
             raise RuntimeError("this replacement does more than put a value in: set performance.compile=false")
         steps = Steps(pipe)
-        fitted = fittings(self.anatomy, lesions, fillers, steps)
+        fitted = fittings(anatomy, lesions, fillers, steps)
+        if without := fitted.keys() - self.modules.keys():
+            raise RuntimeError(f"{min(without)} has no gate: set performance.compile=false")
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             for path in self.modules:
                 self._fill(path, fitted.get(path), len(sample_of(args, kwargs)))
 
         with ExitStack() as stack:
+            stack.callback(self._open)
             stack.enter_context(steps.counting(self.denoiser))
             stack.callback(self.denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
             yield
+
+    def _open(self) -> None:
+        """Also for whatever calls the denoiser outside a lesion's context: calibration, half-made baselines."""
+        for module, _ in self.modules.values():
+            getattr(module, _WEIGHT).zero_()
 
     def _fill(self, path: str, fitting: Fitting | None, rows: int) -> None:
         """Set one gate for the present call: shapes are the same whatever the lesion."""
@@ -88,5 +103,4 @@ class Gates:
             with torch.inference_mode(False):
                 now = value.new_empty(room, *value.shape[1:])
                 module.register_buffer(name, now, persistent=False)
-        now.zero_()
         now[:rows].copy_(value)

@@ -55,7 +55,7 @@ def call(
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
     pipe, inits = model.pipeline(settings.task), None
     if settings.task == "img2img":
-        inits = [_init(prompt.image, settings.width, settings.height) for prompt in prompts]
+        inits = [_init(prompt.image, prompt.digest, settings.width, settings.height) for prompt in prompts]
     asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inits, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
@@ -65,8 +65,11 @@ def call(
 
 
 @lru_cache(maxsize=64)
-def _init(path: str, width: int, height: int) -> Image.Image:
-    """An init image as RGB at the size of the study, resampled by Lanczos if it has another."""
+def _init(path: str, digest: str, width: int, height: int) -> Image.Image:
+    """An init image as RGB at the size of the study, resampled by Lanczos if it has another.
+
+    digest: of the file, so that one that changes between two jobs is not taken from memory.
+    """
     with Image.open(path) as image:
         picture = image.convert("RGB")
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -120,7 +123,7 @@ def _generate(
             elif all(lesions) and (kept := _states(model, cells, states)):
                 stack.enter_context(going_on(pipe, model.denoiser, noise, *kept))
         if model.gates:
-            stack.enter_context(model.gates.lesioned(pipe, lesions, fillers))
+            stack.enter_context(model.gates.lesioned(pipe, model.anatomy, lesions, fillers))
         else:
             stack.enter_context(lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers))
         images = call(model, prompts, noise, settings)[: len(cells)]

@@ -28,7 +28,9 @@ IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
 
 Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
 _Kind = tuple[models.ModelSpec, str, str, Settings]
-_sizes: dict[_Kind, int] = {}  # `auto` batch sizes found in this process; plain data, so that no model is held
+# Of this process; plain data, so that no model is held: sizes found for `auto`, and those to which memory has cut any.
+_sizes: dict[_Kind, int] = {}
+_cut: dict[_Kind, int] = {}
 
 
 def brief(error: BaseException) -> str:
@@ -60,7 +62,7 @@ class Maker:
 
         progress: told how many more images are there (made here, by others, or given up).
         """
-        self.size = self.size or _fitting(self.request, self.model, self.study)
+        self.size = _size(self.request, self.model, self.study)
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
@@ -122,8 +124,7 @@ class Maker:
         """Go on with half the batch that did not fit, here and in later rounds and jobs of the same kind."""
         self.size = min(self.size, tried // 2)
         log.warning("out of memory with a batch of %d; going on with %d", tried, self.size)
-        if not self.request.batch_size:
-            _sizes[_kind(self.request, self.model, self.study)] = self.size
+        _cut[_kind(self.request, self.model, self.study)] = self.size
 
     def _make(self, batch: Sequence[Cell], shelf: _Shelf, claims: Claims) -> None:
         """Generate and store a batch. Too large a batch is halved; after another fault each cell is made alone."""
@@ -212,6 +213,12 @@ def _probed(settings: Settings) -> Settings:
 def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
     """What decides how many images fit: the model with its knobs, the device, the size and form of the images."""
     return request.model, model.identity.fingerprint, request.device, _probed(study.settings)
+
+
+def _size(request: Request, model: models.Model, study: Study) -> int:
+    """Images in a batch: as asked or as memory allows, and no more than memory has taught so far."""
+    size = request.batch_size or _fitting(request, model, study)
+    return min(size, _cut.get(_kind(request, model, study), size))
 
 
 def _fitting(request: Request, model: models.Model, study: Study) -> int:

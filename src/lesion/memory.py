@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 SHARE = 0.85  # of the memory that is free; the rest is left to fragmentation and to the scorer
 MOST = {"cpu": 32, "cuda": 64}  # larger batches no longer pay
 UNKNOWN = 4  # where memory cannot be measured
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 
 
 def ran_out(error: BaseException) -> bool:

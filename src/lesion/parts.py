@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lesion.store import Picture, atomically
+from lesion.store import Picture, atomically, gone
 
 __all__ = ["Picture", "Scores"]
 log = logging.getLogger(__name__)
@@ -69,8 +69,10 @@ class _Parts:
         path = self.folder / name
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
-            return None
+        except OSError as error:
+            if gone(error):
+                return None
+            raise
         try:
             if _digest(content) != name[21:37]:
                 raise ValueError("its content has changed")

@@ -64,13 +64,17 @@ class Results:
 
     def made(self, cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
         """Note an image that has just been stored; score it at once if that costs the generating side nothing."""
-        self._note(cell.key, picture)
+        self.note(cell.key, picture)
         if self.device.startswith("cuda") and not picture.reason:
             baseline = cell.baseline.key
             facts = self.scores.picture(baseline)
             if facts and not facts.reason:
                 with suppress(Damaged):
                     self._enqueue(cell, pixels, pixels if baseline == cell.key else self._pixels(baseline))
+
+    def refresh(self) -> None:
+        """Read what other processes have scored meanwhile, so that it is not scored again."""
+        self.scores.load()
 
     def complete(self, failures: Mapping[str, str]) -> set[str]:
         """Score every image that lacks one, and write it down.
@@ -220,10 +224,11 @@ class Results:
         except Damaged as error:
             raise Damaged(str(error), key) from None
         if self.scores.picture(key) != stored.picture:
-            self._note(key, stored.picture)
+            self.note(key, stored.picture)
         return stored.pixels
 
-    def _note(self, key: str, picture: Picture) -> None:
+    def note(self, key: str, picture: Picture) -> None:
+        """Remember the facts of a stored image."""
         self.scores.add_picture(key, picture)
         self._written(1)
 

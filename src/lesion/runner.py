@@ -69,6 +69,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     source = models.resolve(request.model)
     _check_pipeline(request, source)
     anatomy = _anatomy(request, source)
+    _check_compiled(source)
     study = Study(
         model=models.identity_of(source, request.device),
         settings=Settings(
@@ -114,6 +115,15 @@ def _check_pipeline(request: Request, source: models.Source) -> None:
         raise RequestError("branch", f"{why}; allowed: both")
     if request.negative_prompt is not None:
         raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
+
+
+def _check_compiled(source: models.Source) -> None:
+    """Refuse `performance.compile` for a denoiser that names no blocks to compile."""
+    if source.spec.compile:
+        denoiser = type(source.skeleton(source.denoiser))
+        if not getattr(denoiser, "_repeated_blocks", None):  # what `compile_repeated_blocks` goes by
+            why = f"diffusers names no blocks of {denoiser.__name__} to compile; allowed here: false"
+            raise RequestError("performance.compile", why)
 
 
 def _check_writable(folder: Path) -> None:
@@ -283,6 +293,7 @@ def _generate(
         maker = Maker(request, model, study, store, _when_made(request, results))
         maker.failures.update(failures)
         maker.run(progress)
+    results.refresh()
     return maker.failures
 
 
@@ -293,7 +304,7 @@ def _when_made(request: Request, results: Results) -> Made:
     made meanwhile would depend on when it does.
     """
     if request.model.tf32 and request.device.startswith("cuda"):
-        return lambda cell, pixels, picture: results.scores.add_picture(cell.key, picture)
+        return lambda cell, pixels, picture: results.note(cell.key, picture)
     return results.made
 
 

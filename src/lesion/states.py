@@ -120,7 +120,10 @@ def _capture(scheduler: Any, latents: Tensor, generators: Sequence[torch.Generat
         lists = {name: len(value) for name, value in memory.items() if isinstance(value, list)}
         numbers = {name: value for name, value in vars(scheduler).items() if _is_number(value)}  # Heun's dt, for one
         tensors |= {_NUMBER + name: value.reshape(1).cpu().clone() for name, value in numbers.items()}
-        states.append(State(tensors, {"scalars": plain, "lists": lists, "strides": list(latents.stride())}, calls))
+        # On a GPU, a number in main memory takes part in full precision, one beside the latents in theirs.
+        on_cpu = [name for name, value in numbers.items() if value.device.type == "cpu"]
+        form = {"scalars": plain, "lists": lists, "strides": list(latents.stride()), "on_cpu": on_cpu}
+        states.append(State(tensors, form, calls))
     return states
 
 
@@ -140,8 +143,7 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
         setattr(scheduler, name, [batch(f"{_MEMORY}{name}.{i}") for i in range(length)])
     for key in [key for key in states[0].tensors if key.startswith(_NUMBER)]:
         name = key.removeprefix(_NUMBER)
-        now = getattr(scheduler, name, None)
-        device = now.device if isinstance(now, Tensor) else like.device
+        device = torch.device("cpu") if name in plain["on_cpu"] else like.device
         setattr(scheduler, name, states[0].tensors[key].reshape(()).to(device))
     singles = {key for key in states[0].tensors if key.startswith(_MEMORY)}
     for key in singles - {f"{_MEMORY}{name}.{i}" for name, length in plain["lists"].items() for i in range(length)}:

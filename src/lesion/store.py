@@ -6,6 +6,7 @@ Nothing is flushed to the platter: a file torn by a power cut is noticed by its 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -66,6 +67,11 @@ def digest_of(pixels: NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
+
+
+def gone(error: OSError) -> bool:
+    """Whether a file is not there, or (on NFS) another host removed it while it was read."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 @contextmanager

@@ -82,9 +82,13 @@ class ModelSpec:
 
     @property
     def switches(self) -> tuple[str, ...]:
-        """Names of what is switched on, for speed or memory, and rounds differently."""
-        names = ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")
-        return tuple(name for name in names if getattr(self, name))
+        """Names of what is switched on, for speed or memory, and rounds differently.
+
+        A name gets a number when what it does is mended: images made before it then do not count.
+        """
+        names = {name: name for name in ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")}
+        names["compile"] = "compile 2"
+        return tuple(label for name, label in names.items() if getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A module has two functions (and imports torch only inside the second, since the 
     build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
 
 and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, HEADS = False if it cannot
-be had for one attention head, and
+be had for one attention head, COMPILED = False if its Filler does more than `fill` or reads the output, and
 
     check_model(model) -> None      raises RequestError if it makes no sense on this ModelSpec
 """
@@ -70,7 +70,10 @@ def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") 
 
 def check_model(name: str, model: ModelSpec) -> None:
     """Raises RequestError if the replacement makes no sense on the model that is asked for."""
-    check_one = getattr(_module(name), "check_model", None)
+    module = _module(name)
+    if model.compile and not getattr(module, "COMPILED", True):
+        raise RequestError("performance.compile", f"does not work with replacement={name}; allowed here: false")
+    check_one = getattr(module, "check_model", None)
     if check_one is not None:
         check_one(model)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = ("cross_attention",)
 HEADS = False
+COMPILED = False
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
 HEADS = False  # a LoRA belongs to all heads of a projection
+COMPILED = False
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,11 +31,9 @@ def identity(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_model(model: ModelSpec) -> None:
-    """Raises RequestError if the model is asked for without a LoRA, or compiled."""
+    """Raises RequestError if the model is asked for without a LoRA."""
     if not model.loras:
         raise RequestError("replacement", "lora_off has no LoRA to take off; name one in model.loras: [{path: FOLDER}]")
-    if model.compile:
-        raise RequestError("performance.compile", "does not work with replacement=lora_off; allowed here: false")
 
 
 class WithoutLoras:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = ("cross_attention",)
 HEADS = False
+COMPILED = False
 BRANCHES = ("both", "cond")  # the unconditional branch reads it anyway
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lesion.replacements import Bench
 
 KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+COMPILED = False
 
 
 def identity(options: Mapping[str, Any]) -> dict[str, Any]:
