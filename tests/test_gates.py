@@ -110,6 +110,24 @@ def test_lesions_leave_nothing_behind(tiny_model, compiled, tmp_path):
         assert float(values.abs().max()) > 1e-3  # not the zeros of the lesion
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_calibration_and_half_made_baselines_may_come_first(compiled, tiny_folder, tmp_path, dtype):
+    """Nothing has fitted the gates to the rows and the precision of such a call before."""
+    model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")
+    layer, window = model.anatomy.paths[0], (0.5, 1.0)
+    run(model, [cell(model, SUBJECTS[0])])  # as `batch_size: auto` does, with fewer rows
+    found = means.measure(Bench(model, settings(), tmp_path, 3), [(Prompt(text), seed) for text, seed in SUBJECTS])
+    assert all(torch.isfinite(values).all() for values in found.values())
+    model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype, name="fresh")), "cpu")
+    late = [cell(model, subject, zero(layer, window=window)) for subject in SUBJECTS]
+    states = States(tmp_path)
+    images = generate(model, late, fillers(model, zero(layer)), states, [window])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
+    assert np.array_equal(images, run(model, late))
+    measured = means.measure(Bench(model, settings(), tmp_path, 3), [(Prompt(text), seed) for text, seed in SUBJECTS])
+    assert all(torch.equal(values, measured[site]) for site, values in found.items())
+
+
 @pytest.mark.parametrize("by", ["transformer_block", "block", "stage"])
 def test_layers_of_other_sizes_pass_through_gates(tiny_model, compiled, by):
     images = []

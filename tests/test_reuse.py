@@ -308,6 +308,16 @@ def test_a_number_goes_back_where_it_was(tmp_path):
     assert other.prev_derivative.device.type == "meta"
 
 
+def test_states_of_another_form_are_not_used(tmp_path, tiny_model, caplog):
+    tiny_model.pipe.scheduler.set_timesteps(4)
+    (state,) = _capture(tiny_model.pipe.scheduler, torch.randn(1, 4, 8, 8), [torch.Generator().manual_seed(1)], 4)
+    states = States(tmp_path)
+    del state.plain["on_cpu"]
+    states.put("ab12", 3, state)
+    assert states.get("ab12", 3, 4) is None
+    assert "is not used" in caplog.text
+
+
 def test_states_on_disk(tmp_path, tiny_model, caplog):
     states = States(tmp_path)
     assert states.get("ab12", 3, 4) is None

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache
 
@@ -163,7 +163,9 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
     if missing:
         noise = generators([cell.seed for cell in missing])
         settings = missing[0].settings
-        with suppress(Enough), recording(model.pipeline(settings.task), noise, [window], stop=True) as record:
+        pipe = model.pipeline(settings.task)
+        gates = model.gates.open(pipe, len(missing)) if model.gates else nullcontext()
+        with suppress(Enough), gates, recording(pipe, noise, [window], stop=True) as record:
             call(model, [cell.prompt for cell in missing], noise, settings)
         if calls is not None and record.calls != calls:
             raise OtherCount(f"the pipeline takes {record.calls} steps, the kept states are of {calls}")

@@ -218,7 +218,10 @@ def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
 def _size(request: Request, model: models.Model, study: Study) -> int:
     """Images in a batch: as asked or as memory allows, and no more than memory has taught so far."""
     size = request.batch_size or _fitting(request, model, study)
-    return min(size, _cut.get(_kind(request, model, study), size))
+    most = _cut.get(_kind(request, model, study), size)
+    if most < size:
+        log.info("batches of %d instead of %d: memory ran out earlier in this process", most, size)
+    return min(size, most)
 
 
 def _fitting(request: Request, model: models.Model, study: Study) -> int:

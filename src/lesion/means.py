@@ -85,6 +85,7 @@ def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, T
         with torch.inference_mode(), ExitStack() as stack:
             if model.gates:  # compiled code would not run the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(model.gates.open(model.pipeline(bench.settings.task), len(batch)))
             stack.enter_context(steps.counting(model.denoiser))
             for site in model.anatomy.by_path.values():
                 watch = TextLength()

@@ -81,6 +81,7 @@ class Results:
 
         Returns the keys of images that turn out not to be there: damaged ones, now removed, or torn ones.
         """
+        self._score(self._queue.keys())  # what still waits, or it would be read and queued once more
         damaged: set[str] = set()
         for cell in tqdm(self.study.cells(), total=len(self.study), desc="score", unit="image", disable=None):
             baseline = cell.baseline.key

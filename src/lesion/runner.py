@@ -119,11 +119,11 @@ def _check_pipeline(request: Request, source: models.Source) -> None:
 
 def _check_compiled(source: models.Source) -> None:
     """Refuse `performance.compile` for a denoiser that names no blocks to compile."""
-    if source.spec.compile:
-        denoiser = type(source.skeleton(source.denoiser))
-        if not getattr(denoiser, "_repeated_blocks", None):  # what `compile_repeated_blocks` goes by
-            why = f"diffusers names no blocks of {denoiser.__name__} to compile; allowed here: false"
-            raise RequestError("performance.compile", why)
+    if source.spec.compile and not source.compiles:
+        _, name = source.components[source.denoiser]
+        raise RequestError(
+            "performance.compile", f"diffusers names no blocks of {name} to compile; allowed here: false"
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -290,7 +290,10 @@ def _read(path: Path) -> State | None:
         if (kept := tensorfiles.read(path)) is None:
             return None
         tensors, metadata = kept
-        return State(tensors, json.loads(metadata["plain"]), int(metadata["calls"]))
+        plain = json.loads(metadata["plain"])
+        if missing := {"scalars", "lists", "strides", "on_cpu"} - plain.keys():
+            raise KeyError(*sorted(missing))
+        return State(tensors, plain, int(metadata["calls"]))
     except OSError as error:
         log.warning("%s cannot be read: %s", path, error)
     except (KeyError, ValueError, TypeError) as error:  # whole, but of another form

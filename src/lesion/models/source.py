@@ -195,6 +195,12 @@ class Source:
         raise RequestError("component", f"{component!r} ({name}) is no neural network; choose another component")
 
     @property
+    def compiles(self) -> bool:
+        """Whether the denoiser's class names its repeated blocks, which `compile_repeated_blocks` goes by."""
+        library, name = self.components[self.denoiser]
+        return bool(getattr(getattr(importlib.import_module(library), name), "_repeated_blocks", None))
+
+    @property
     def pipeline(self) -> str:
         """Class name of the pipeline."""
         return self.spec.pipeline or str(self.index.get("_class_name", "DiffusionPipeline"))
