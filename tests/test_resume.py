@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lesion import making, memory, models, runner, scoring
+from lesion import making, memory, models, results, runner, scoring
 from lesion.generate import generate
 from lesion.making import Maker
 from lesion.results import Results
@@ -333,3 +333,14 @@ def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monk
     assert cli("selection=leave_one_out")[0] == 0
     assert sum(scored) == 0
     assert cli.frames()[0].clip_similarity.notna().all()
+
+
+def test_a_table_made_in_pieces_is_the_table(cli, monkeypatch):
+    frames = []
+    for rows in (10**6, 3, 14, 1):  # of 14: in one piece, in five, in one that is just full, each alone
+        monkeypatch.setattr(results, "ROWS", rows)
+        assert cli("selection=leave_one_out", "replacement=[zero,mean]")[0] == 0
+        frames.append(pd.read_parquet(cli.newest() / "results.parquet"))
+    assert len(frames[0]) == 14
+    for other in frames[1:]:
+        pd.testing.assert_frame_equal(other, frames[0])

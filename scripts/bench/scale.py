@@ -156,7 +156,8 @@ def memory(this: Setup, options: Options) -> tuple[str, list[Row]]:
         aimed("memory", this.model, "growth", "large / small", relative),
     ]
     # Some hundreds of images say little of what each leaves behind, beside the hundreds of MiB of a model.
-    few, many, layers = (1, 2, 3) if options.quick else (40, 440, 12)
+    # Both have more images than the scorer keeps embeddings of: what is bounded is full in both.
+    few, many, layers = (1, 2, 3) if options.quick else (180, 440, 12)
     peaks = [
         [_scoring_peak(this, options, subjects, layers) for subjects in (few, many)] for _ in range(options.repeats)
     ]

@@ -30,6 +30,7 @@ from lesion.study import Cell, Study, row
 log = logging.getLogger(__name__)
 CHUNK, CHUNK_BYTES = 256, 256 << 20  # images scored at once, and their pixels in memory
 FLUSH = 2048  # records after which a part file is written
+ROWS = 1024  # of a table that wait as Python objects, which take more memory than the table's columns
 
 
 class Results:
@@ -118,6 +119,7 @@ class Results:
         the run folder, in which each image gets a place; without one, `image` is its path in the store.
         """
         columns: defaultdict[str, list[Any]] = defaultdict(list)
+        parts: list[pd.DataFrame] = []
         publisher = _Publisher(self.store, folder)
         protocol = self.study.protocol
         scorer = {
@@ -138,7 +140,12 @@ class Results:
             }
             for name, value in record.items():
                 columns[name].append(value)
-        return pd.DataFrame(columns)
+            if len(columns["cell"]) == ROWS:
+                parts.append(pd.DataFrame(columns))
+                columns.clear()
+        if columns or not parts:
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
 
     def floor(self) -> pd.DataFrame:
         """How similar baselines are to each other: what `lesion.analysis.floor` reads, one row a pair of
