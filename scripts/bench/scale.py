@@ -164,7 +164,7 @@ def memory(this: Setup, options: Options) -> tuple[str, list[Row]]:
     (less, _), (more, _) = peaks[0]
     left = [(large - small) / (more - less) / 1024 for (_, small), (_, large) in peaks]
     what = f"peak of scoring {more:,} made-up images and making their table, less that of {less:,}, an image"
-    rows.append(Row("growth an image", what, left, " KB", at_most=2))
+    rows.append(Row("growth an image", what, left, " KB"))
     where = "one after the other in this process (--quick)" if options.quick else "each in a process of its own"
     note = (
         f"Peak resident memory of whole jobs (generate, store, score, results, report), {where}; the large study is "
