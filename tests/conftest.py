@@ -131,6 +131,14 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clips") / "clip")
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs in this process draw no report, which takes most of their time: for tests of what comes before it."""
+    import lesion.report
+
+    monkeypatch.setattr(lesion.report, "write_report", lambda *args, **options: [])
+
+
 class Cli:
     """Runs the console script `lesion` in this process, in a folder of its own."""
 

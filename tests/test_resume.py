@@ -36,6 +36,8 @@ making.generate = noting
 cli.main()
 """
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture
 def process(cli, tmp_path):
