@@ -27,11 +27,9 @@ from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
 def compiled(tiny_folder, monkeypatch):
     """The tiny model with its blocks traced by dynamo and run as traced: no C++ compiler is needed."""
     monkeypatch.setattr(loading, "BACKEND", "eager")
-    torch._dynamo.reset()
     loading.forget()
     yield models.load(models.resolve(tiny_spec(tiny_folder, compile=True)), "cpu")
     loading.forget()
-    torch._dynamo.reset()
 
 
 def graphs() -> int:
@@ -194,7 +192,6 @@ def test_switches_make_cells_of_their_own(cli, monkeypatch, no_report):
         code, _, err = cli(*filter(None, [switches]), "replacement=[zero,mean]")
         assert code == 0, err
         frames[switches] = pd.read_parquet(cli.newest() / "results.parquet")
-    torch._dynamo.reset()
     loading.forget()
     cells = [set(frame.cell) for frame in frames.values()]
     assert sum(map(len, cells)) == len(set.union(*cells))

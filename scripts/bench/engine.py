@@ -11,9 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.report import Row, aimed, alternate, ratios
-from bench.setup import Options, Setup, fillers, generating, job, loaded, spaced, wait
+from bench.setup import Options, Setup, fillers, generating, job, loaded, planned, spaced, wait
 from lesion.generate import generate
-from lesion.plan import batches
 
 
 def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Row]]:
@@ -31,8 +30,8 @@ def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Ro
     using = fillers(study, model, asked)
     # As a study has them: with few prompts and seeds, several kept layers share a batch, and less can be skipped.
     _, own, _ = loaded([*this.overrides(this.subjects), "selection=only_one"])
-    planned = [batch for batch in batches(own, this.batch, lambda key: False) if batch[0].lesion]
-    mixed = [batch for batch in planned if len(batch) == this.batch] or planned
+    lesions = [batch for batch in planned(own, this.batch) if batch[0].lesion]
+    mixed = [batch for batch in lesions if len(batch) == this.batch] or lesions
     mixed = spaced(mixed, kept)
     sharing = len({cell.lesion.layer for cell in mixed[0] if cell.lesion})
     mixed_cells = [cell for batch in mixed for cell in batch]
@@ -125,9 +124,9 @@ def matrix_peak(device: str, sizes: tuple[int, ...], seconds: float = 1.0) -> fl
 def share(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """Operations a second of whole batches (text, denoising, decoding) over those of plain matrix products."""
     asked, study, model = loaded([*this.overrides(this.batch, "bfloat16"), "selection=leave_one_out"])
-    planned = list(batches(study, this.batch, lambda key: False))
+    every = planned(study, this.batch)
     using = fillers(study, model, asked)
-    kinds = {"un-ablated": planned[0], "leave-one-out": next(batch for batch in planned if batch[0].lesion)}
+    kinds = {"un-ablated": every[0], "leave-one-out": next(batch for batch in every if batch[0].lesion)}
     operations = {}
     for name, batch in kinds.items():
         generate(model, batch, using)

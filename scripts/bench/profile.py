@@ -16,9 +16,8 @@ from torch.profiler import ProfilerActivity
 
 import lesion.report
 from bench.report import Row
-from bench.setup import Options, Setup, fillers, job, loaded, wait
+from bench.setup import Options, Setup, fillers, job, loaded, planned, wait
 from lesion.generate import generate
-from lesion.plan import batches
 from lesion.results import Results
 
 TOP = 6  # operators that are named
@@ -82,7 +81,7 @@ def _stages(this: Setup, options: Options, dtype: str) -> tuple[dict[str, float]
 
 def _operators(this: Setup, dtype: str) -> str:
     asked, study, model = loaded([*this.overrides(this.batch, dtype), "selection=leave_one_out"])
-    cells = next(batch for batch in batches(study, this.batch, lambda key: False) if batch[0].lesion)
+    cells = next(batch for batch in planned(study, this.batch) if batch[0].lesion)
     using = fillers(study, model, asked)
     generate(model, cells, using)
     on_gpu = this.device.startswith("cuda")

@@ -26,6 +26,7 @@ from lesion.config import Request, parse
 from lesion.generate import generate
 from lesion.models import EMBEDDED, Model
 from lesion.models.loading import DTYPES, resolve_dtype
+from lesion.plan import batches
 from lesion.schema import register
 from lesion.scoring import _clip
 from lesion.study import Cell, Study
@@ -184,6 +185,11 @@ def plain(this: Setup, dtype: str = "") -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(this.folder, torch_dtype=DTYPES[dtype or this.dtype])
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(this.device)
+
+
+def planned(study: Study, size: int) -> list[list[Cell]]:
+    """Every batch of the study, as a job over an empty store makes them."""
+    return list(batches(study, size, lambda key: False))
 
 
 def spaced(items: Sequence[Any], count: int) -> list[Any]:

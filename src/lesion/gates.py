@@ -7,7 +7,7 @@ the repeated blocks are compiled, and a lesion only fills in their tensors. Open
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Gates:
     """
 
     def __init__(self, denoiser: nn.Module, anatomy: Anatomy):
-        self.denoiser, self._anatomy = denoiser, anatomy
+        self.denoiser = denoiser
         self.modules = {
             site.path: (denoiser.get_submodule(site.path), site.channels)
             for layer in anatomy.layers
@@ -51,8 +51,9 @@ class Gates:
     def lesioned(
         self, pipe: Any, anatomy: Anatomy, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
     ) -> Iterator[None]:
-        """As `surgery.lesioned`; the gates are open again behind it, but may not fit another call: see `open`.
+        """As `surgery.lesioned`, but entered without any lesion, too: it fits the gates to a call's rows and precision.
 
+        The gates are open again behind it.
         Raises RuntimeError for a lesion whose filler reads the output, which a gate cannot show it, or whose site has
         no gate.
         """
@@ -78,10 +79,6 @@ class Gates:
         """No lesion stays, should anything call the denoiser outside."""
         for module, _ in self.modules.values():
             getattr(module, _WEIGHT).zero_()
-
-    def open(self, pipe: Any, samples: int) -> AbstractContextManager[None]:
-        """For a call of so many images without any lesion: gates fit the rows, the device and the dtype of one call."""
-        return self.lesioned(pipe, self._anatomy, [None] * samples, {})
 
     def _fill(self, path: str, fitting: Fitting | None, rows: int) -> None:
         """Set one gate for the present call: shapes are the same whatever the lesion."""

@@ -6,9 +6,10 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator an image, seeded with its seed, so that noise depends on neither device nor batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def under(
+    model: Model, pipe: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
+) -> AbstractContextManager[None]:
+    """For one `call`, and around each: by the gates of a compiled denoiser, by `surgery.lesioned` otherwise."""
+    if model.gates:
+        return model.gates.lesioned(pipe, model.anatomy, lesions, fillers)
+    return lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers)
 
 
 def call(
@@ -122,10 +132,7 @@ def _generate(
                 record = stack.enter_context(recording(pipe, noise, windows))
             elif all(lesions) and (kept := _states(model, cells, states)):
                 stack.enter_context(going_on(pipe, model.denoiser, noise, *kept))
-        if model.gates:
-            stack.enter_context(model.gates.lesioned(pipe, model.anatomy, lesions, fillers))
-        else:
-            stack.enter_context(lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers))
+        stack.enter_context(under(model, pipe, lesions, fillers))
         images = call(model, prompts, noise, settings)[: len(cells)]
     if states and record.calls:
         states.note(cells[0], record.calls)
@@ -164,8 +171,8 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
         noise = generators([cell.seed for cell in missing])
         settings = missing[0].settings
         pipe = model.pipeline(settings.task)
-        gates = model.gates.open(pipe, len(missing)) if model.gates else nullcontext()
-        with suppress(Enough), gates, recording(pipe, noise, [window], stop=True) as record:
+        untouched = under(model, pipe, [None] * len(missing), {})
+        with suppress(Enough), untouched, recording(pipe, noise, [window], stop=True) as record:
             call(model, [cell.prompt for cell in missing], noise, settings)
         if calls is not None and record.calls != calls:
             raise OtherCount(f"the pipeline takes {record.calls} steps, the kept states are of {calls}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lesion import tensorfiles
 from lesion.anatomy import Site
-from lesion.generate import call, generators
+from lesion.generate import call, generators, under
 from lesion.ports import Call
 from lesion.prompts import Prompt
 from lesion.surgery import Steps, TextLength, branches_of
@@ -81,11 +81,12 @@ def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, T
     found: dict[str, _Sums] = {}
     for start in range(0, len(subjects), bench.batch_size):
         batch = subjects[start : start + bench.batch_size]
-        steps = Steps(model.pipeline(bench.settings.task))
+        pipe = model.pipeline(bench.settings.task)
+        steps = Steps(pipe)
         with torch.inference_mode(), ExitStack() as stack:
             if model.gates:  # compiled code would not run the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-                stack.enter_context(model.gates.open(model.pipeline(bench.settings.task), len(batch)))
+            stack.enter_context(under(model, pipe, [None] * len(batch), {}))
             stack.enter_context(steps.counting(model.denoiser))
             for site in model.anatomy.by_path.values():
                 watch = TextLength()

@@ -35,6 +35,7 @@ SETTLED = frozenset(
         "callback_on_step_end",
     }
 )
+_MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
 
@@ -86,9 +87,8 @@ class ModelSpec:
 
         A name gets a number when what it does is mended: images made before it then do not count.
         """
-        names = {name: name for name in ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")}
-        names["compile"] = "compile 2"
-        return tuple(label for name, label in names.items() if getattr(self, name))
+        names = ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")
+        return tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Source:
             )
         library, name = self.components[component]
         try:
-            cls: Any = getattr(importlib.import_module(library), name)
+            cls = self._class(component)
             with torch.device("meta"):
                 if library == "transformers" and hasattr(cls, "config_class"):
                     return cls(cls.config_class.from_pretrained(self.folder / component))
@@ -197,8 +197,11 @@ class Source:
     @property
     def compiles(self) -> bool:
         """Whether the denoiser's class names its repeated blocks, which `compile_repeated_blocks` goes by."""
-        library, name = self.components[self.denoiser]
-        return bool(getattr(getattr(importlib.import_module(library), name), "_repeated_blocks", None))
+        return bool(getattr(self._class(self.denoiser), "_repeated_blocks", None))
+
+    def _class(self, component: str) -> Any:
+        library, name = self.components[component]
+        return getattr(importlib.import_module(library), name)
 
     @property
     def pipeline(self) -> str:
