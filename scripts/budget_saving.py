@@ -17,10 +17,10 @@ import pandas as pd
 from scipy import stats
 
 from lesion.analysis.bootstrap import interval
-from lesion.budget import Budget, Rounds
-from lesion.lesions import Replacement
-from lesion.prompts import Prompt
-from lesion.study import Cell, ModelIdentity, Settings, Study
+from lesion.study.budget import Budget, Rounds
+from lesion.study.grid import Cell, ModelIdentity, Settings, Study
+from lesion.study.lesions import Replacement
+from lesion.study.prompts import Prompt
 
 # True importance, standard deviation over prompts, and over seeds within prompts, of each layer: a few layers matter
 # and vary much, most matter little and vary little, as layers of diffusion models tend to.

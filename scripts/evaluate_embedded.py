@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lesion.models import EMBEDDED
-from lesion.scenes import (
+from lesion.toy_world import (
     BACKGROUNDS,
     COLOURS,
     RELATIONS,

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from lesion import models
 from lesion.models import ModelSpec
-from lesion.scenes import COLOURS, Scene, is_held_out, judge, read_image, render, sample_scene
+from lesion.toy_world import COLOURS, Scene, is_held_out, judge, read_image, render, sample_scene
 from lora.data import digest, read_folder
 from lora.recipe import Recipe
 from lora.training import Paused, Watch, draw, train

@@ -98,7 +98,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_batch_size_learnt() -> Iterator[None]:
     """What one test teaches of memory must not cut the batches of the next."""
     yield
-    if (making := sys.modules.get("lesion.making")) is not None:
+    if (making := sys.modules.get("lesion.run.maker")) is not None:
         making._sizes.clear()
         making._cut.clear()
 
@@ -117,7 +117,7 @@ def tiny_spec(folder: Path, **changes: object) -> ModelSpec:
 
 
 def settings(**changes: object):  # type: ignore[no-untyped-def]
-    from lesion.study import Settings
+    from lesion.study.grid import Settings
 
     base = {"task": "txt2img", "steps": 4, "guidance": 3.0, "height": 16, "width": 16, "scheduler": "DDIMScheduler"}
     return Settings(**{**base, **changes})  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ class Cli:
 
     def __call__(self, *arguments: str, defaults: bool = True) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
-        from lesion import cli
+        from lesion.cli import study as cli
 
         given = {argument.split("=")[0] for argument in arguments}
         base = [argument for argument in self.defaults if argument.split("=")[0] not in given] if defaults else []

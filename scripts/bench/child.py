@@ -31,11 +31,11 @@ def peak() -> int:
 
 def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
     """Lay out, count and put in batches a study of leave-one-out and only-one over an empty store."""
-    from lesion.lesions import Replacement
-    from lesion.plan import batches, tally
-    from lesion.prompts import Prompt
-    from lesion.store import Store
-    from lesion.study import ModelIdentity, Settings, Study
+    from lesion.store.images import Store
+    from lesion.study.grid import ModelIdentity, Settings, Study
+    from lesion.study.lesions import Replacement
+    from lesion.study.plan import batches, tally
+    from lesion.study.prompts import Prompt
 
     began = time.perf_counter()
     study = Study(
@@ -56,7 +56,7 @@ def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
 def reopen(overrides: list[str]) -> dict[str, Any]:
     """From the request of a finished study to its table."""
     from bench.setup import request
-    from lesion import runner
+    from lesion.run import job as runner
 
     asked = request(overrides)
     began = time.perf_counter()
@@ -73,7 +73,7 @@ def reopen(overrides: list[str]) -> dict[str, Any]:
 def rerun(overrides: list[str], run: str) -> dict[str, Any]:
     """A whole job whose images are all there: what a user who starts it again waits for."""
     from bench.setup import request
-    from lesion import runner
+    from lesion.run import job as runner
 
     asked, folder = request(overrides), Path(run)
     folder.mkdir(parents=True)

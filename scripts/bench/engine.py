@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.report import Row, aimed, alternate, ratios
 from bench.setup import Options, Setup, fillers, generating, job, loaded, planned, spaced, wait
-from lesion.generate import generate
+from lesion.generation.generate import generate
 
 
 def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Row]]:

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity
 import lesion.report
 from bench.report import Row
 from bench.setup import Options, Setup, fillers, job, loaded, planned, wait
-from lesion.generate import generate
-from lesion.results import Results
+from lesion.generation.generate import generate
+from lesion.run.results import Results
 
 TOP = 6  # operators that are named
 

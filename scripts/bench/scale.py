@@ -16,9 +16,9 @@ import numpy as np
 from bench.child import TASKS
 from bench.report import Row, aimed, alternate
 from bench.setup import Options, Setup, request
-from lesion import runner
-from lesion.store import Store
-from lesion.study import Study
+from lesion.run import job as runner
+from lesion.store.images import Store
+from lesion.study.grid import Study
 
 MIB = 2**20
 

@@ -19,18 +19,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from bench import architectures
-from lesion import models, replacements, runner
-from lesion.anatomy import examine
-from lesion.cli import conf_dir
-from lesion.config import Request, parse
-from lesion.generate import generate
+from lesion import models, replacements
+from lesion.config.parsing import Request, parse
+from lesion.config.schema import conf_dir, register
+from lesion.generation.generate import generate
 from lesion.models import EMBEDDED, Model
 from lesion.models.loading import DTYPES, resolve_dtype
-from lesion.plan import batches
-from lesion.schema import register
+from lesion.run import job as runner
 from lesion.scoring import _clip
-from lesion.study import Cell, Study
-from lesion.surgery import Filler, replacement_key
+from lesion.study.grid import Cell, Study
+from lesion.study.plan import batches
+from lesion.surgery.anatomy import examine
+from lesion.surgery.operation import Filler, replacement_key
 
 MODELS = {"embedded": "the embedded model", "sd15": "SD 1.5-size", "sdxl": "SDXL-size"}
 

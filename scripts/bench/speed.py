@@ -13,9 +13,9 @@ import torch
 
 from bench.report import Row, aimed, alternate, ratios
 from bench.setup import Options, Setup, generating, job, loaded, plain, request, spaced
-from lesion import runner
-from lesion.anatomy import examine
-from lesion.generate import generate
+from lesion.generation.generate import generate
+from lesion.run import job as runner
+from lesion.surgery.anatomy import examine
 
 BFLOAT16_TARGET = 4.0  # of the study in bfloat16 against the loop in float32, on a CPU
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from embedded.common import CONTEXT_LENGTH, SEED, Average, Run, backward, loop, pick
 from embedded.text import load_tokenizer, tokenize
-from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, is_held_out, render, sample_scene
+from lesion.toy_world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene, is_held_out, render, sample_scene
 
 STEPS, GROUPS, BATCH, RATE = 1500, 12288, 20, 1.5e-3
 PER_GROUP = 4

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lesion.scenes import render, sample_scene
+from lesion.toy_world import render, sample_scene
 
 SEED = 20261121
 DECAY_SHARE = 0.4

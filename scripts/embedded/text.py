@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from embedded.common import CONTEXT_LENGTH, SEED, Run, backward, loop
-from lesion.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample_scene
+from lesion.toy_world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES, Scene, sample_scene
 
 STEPS, BATCH, RATE = 600, 192, 1e-3
 NOISE = 1.0  # standard deviation of what is added to features before they are read; theirs is about 1, too

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 from embedded.common import Average, Run, backward, loop, pick, scenes
 from embedded.text import WIDTH, load_tokenizer, shape_positions, tokenize, trained_read_outs
 from embedded.vae import SCALE, SCENES, encode
-from lesion.scenes import parse_caption
+from lesion.toy_world import parse_caption
 
 STEPS, BATCH, RATE, TEXT_RATE = 3500, 32, 8e-4, 0.3
 DROPOUT = 0.1  # share of captions replaced by the empty one, for classifier-free guidance

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from lesion.study import Settings
+from lesion.study.grid import Settings
 
 # Arguments under which a pipeline takes text and size as they are, where it has them.
 AS_ASKED: Mapping[str, Any] = {

@@ -11,14 +11,13 @@ from typing import Any
 import diffusers
 import torch
 
-from lesion import memory
-from lesion.anatomy import Anatomy, examine, kinds_of, text_sites
 from lesion.errors import RequestError
-from lesion.gates import Gates
-from lesion.models import loras, schedulers
+from lesion.models import loras, memory, schedulers
 from lesion.models.source import ModelSpec, Source, check_offload, pipeline_class
-from lesion.reuse import TextMemory
-from lesion.study import ModelIdentity
+from lesion.models.text_cache import TextMemory
+from lesion.study.grid import ModelIdentity
+from lesion.surgery.anatomy import Anatomy, examine, kinds_of, text_sites
+from lesion.surgery.compiled import Gates
 
 log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of performance.compile

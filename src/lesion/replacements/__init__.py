@@ -22,12 +22,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
-from lesion.lesions import Replacement
+from lesion.study.lesions import Replacement
 
 if TYPE_CHECKING:
     from lesion.models import Model, ModelSpec
-    from lesion.study import Settings
-    from lesion.surgery import Filler
+    from lesion.study.grid import Settings
+    from lesion.surgery.operation import Filler
 
 
 @dataclass(frozen=True)

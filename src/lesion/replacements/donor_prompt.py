@@ -12,7 +12,7 @@ from lesion.replacements._donor import donor_of
 
 if TYPE_CHECKING:
     from lesion.replacements import Bench
-    from lesion.texts import OtherText
+    from lesion.replacements._texts import OtherText
 
 KINDS = ("cross_attention",)
 HEADS = False
@@ -24,6 +24,6 @@ def identity(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> OtherText:
-    from lesion.texts import OtherText, read_by_sites
+    from lesion.replacements._texts import OtherText, read_by_sites
 
     return OtherText(read_by_sites(bench.model, options["prompt"], bench.settings))

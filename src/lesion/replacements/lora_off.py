@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lesion.models import ModelSpec
     from lesion.replacements import Bench
-    from lesion.surgery import Rerunner
+    from lesion.surgery.operation import Rerunner
 
 KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
 HEADS = False  # a LoRA belongs to all heads of a projection
@@ -44,7 +44,7 @@ class WithoutLoras:
 
     @contextmanager
     def rerun(self, site: str, module: nn.Module) -> Iterator[None]:
-        from lesion.reuse import forward_replaced
+        from lesion.surgery.wrapping import forward_replaced
 
         with ExitStack() as stack:
             for layer in self.layers[site]:  # also past what is remembered of its output

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
-from lesion.prompts import Prompt, parse_prompts, parse_seeds, with_inits
+from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class Mean:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> Mean:
-    from lesion.means import calibrated
+    from lesion.replacements._means import calibrated
 
     name, prompts, seeds = _calibration(options)
     return Mean(calibrated(bench, name, prompts, seeds))

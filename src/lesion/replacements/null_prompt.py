@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lesion.replacements import Bench
-    from lesion.surgery import TextFiller
+    from lesion.surgery.operation import TextFiller
 
 KINDS = ("cross_attention",)
 HEADS = False
@@ -35,7 +35,7 @@ class Unconditional:
 
 
 def build(options: Mapping[str, Any], bench: Bench) -> TextFiller:
-    from lesion.texts import OtherText, read_by_sites
+    from lesion.replacements._texts import OtherText, read_by_sites
 
     if bench.settings.guided:
         return Unconditional()

@@ -1,4 +1,4 @@
-"""What the `read_…` metrics share: images read by rule (`lesion.scenes.reader`), each once, and judged.
+"""What the `read_…` metrics share: images read by rule (`lesion.toy_world.reader`), each once, and judged.
 
 A value is 1 where the image shows what the prompt asks of that aspect, 0 where it does not, and NaN where the prompt
 does not ask: a caption of the toy world that leaves the aspect open, or any other text. No baseline is looked at, so
@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scenes import Reading, Scene, judge, parse_caption, read_image
-from lesion.scenes.grammar import RELATIONS
 from lesion.scoring import Shot
+from lesion.toy_world import Reading, Scene, judge, parse_caption, read_image
+from lesion.toy_world.grammar import RELATIONS
 
 VERSION = 1  # raise it when the reader or its judgement changes
 KEPT = 4096  # readings
@@ -27,7 +27,7 @@ _scene = lru_cache(maxsize=4096)(parse_caption)
 
 
 class Read:
-    """One aspect, named as in `lesion.scenes.Judgement`."""
+    """One aspect, named as in `lesion.toy_world.Judgement`."""
 
     def __init__(self, aspect: str):
         self.aspect, self.column = aspect, f"read_{aspect}"

@@ -1,0 +1,162 @@
+"""The console script `lesion-inspect`: what a model is made of, and which of its layers can be lesioned.
+
+    lesion-inspect model=embedded                         the layers of the denoiser and the tree of its modules
+    lesion-inspect model=local model.id=FOLDER depth=2    deeper
+    lesion-inspect model=embedded component=text_encoder  another component
+    lesion-inspect model=embedded by=head kind=self_attention   layers of another granularity and kind
+
+Builds the component on the meta device from its config: no weight is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from lesion import models
+from lesion.cli import one_line
+from lesion.config.schema import conf_dir, register
+from lesion.errors import RequestError
+from lesion.surgery.anatomy import (
+    GRANULARITIES,
+    KINDS,
+    PLACES,
+    WITH_HEADS,
+    AnatomyError,
+    attentions_of,
+    examine,
+    kinds_of,
+)
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def tree(module: nn.Module, depth: int, name: str = "", indent: int = 0) -> Iterator[str]:
+    """The module and its children as indented lines, `depth` levels deep.
+
+    Containers show their length, leaves their own parameters as torch prints them.
+    """
+    label = f"{name}: " if name else ""
+    children = list(module.named_children())
+    if isinstance(module, CONTAINERS):
+        text = f"{type(module).__name__} of {len(children)}"
+    elif children:
+        text = f"{type(module).__name__} ({_millions(module)})"
+    else:
+        text = repr(module).splitlines()[0]
+    yield "  " * indent + label + text
+    if depth > 0:
+        for child_name, child in children:
+            yield from tree(child, depth - 1, child_name, indent + 1)
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters"
+
+
+def layer_lines(denoiser: nn.Module, by: str = "attention", kind: str = "") -> list[str]:
+    """A table of the layers that can be lesioned, in forward order, and the kinds of sites that there are.
+
+    kind: by default the first of `anatomy.kinds_of`. Raises AnatomyError where there are none.
+    """
+    kinds = kinds_of(denoiser)
+    layers = examine(denoiser, by, kind or next(iter(kinds), "cross_attention")).layers
+    width = max(len(layer.path) for layer in layers)
+    lines = [
+        f"{'layer':{width}}  place  side  channels  heads  head dim  text dim  sites",
+        f"{'-' * width}  -----  ----  --------  -----  --------  --------  -----",
+    ]
+    for layer in layers:
+        site = layer.sites[0]
+        lines.append(
+            f"{layer.path:{width}}  {layer.place:5}  {layer.resolution or '?':>4}  {site.channels:8}  {site.heads:5}  "
+            f"{site.head_dim:8}  {site.text_dim:8}  {len(layer.sites):5}"
+        )
+    number = sum(len(layer.sites) for layer in layers)
+    lines.append(f"{len(layers)} layers, {number} sites (side: of the feature map, in latent pixels)")
+    counts = {kind: len(examine(denoiser, kind=kind).by_path) for kind in kinds}
+    heads = sum(len(examine(denoiser, "head", kind).layers) for kind in kinds if kind in WITH_HEADS)
+    lines.append(f"sites by kind: {', '.join(f'{kind} {count}' for kind, count in counts.items())}; {heads} heads")
+    return lines
+
+
+def processor_lines(denoiser: nn.Module) -> list[str]:
+    """Each attention processor with its kind and place, and their number by kind, name and place."""
+    processors = getattr(denoiser, "attn_processors", {})
+    known, names = attentions_of(denoiser), {"joint_attention": "joint attention"}
+    lines: list[str] = []
+    counts: dict[str, dict[str, int]] = {}
+    for path, processor in processors.items():
+        path = path.removesuffix(".processor")
+        kind = known.get(path, "other attention")
+        words = names.get(kind, kind.replace("_", "-"))
+        place, leaf = path.split("_")[0], path.rpartition(".")[2]
+        places = counts.setdefault(f"{words} {leaf}", dict.fromkeys(PLACES, 0))
+        if place in places:
+            places[place] += 1
+        else:
+            places[""] = places.get("", 0) + 1
+        lines.append(f"  {path}  {words}  {type(processor).__name__}")
+    parts = []
+    for name, places in sorted(counts.items(), key=lambda item: item[0].rpartition(" ")[2]):
+        where = ", ".join(f"{place} {number}" for place, number in places.items() if place)
+        parts.append(f"{sum(places.values())} {name}" + (f" ({where})" if "" not in places else ""))
+    return [f"{len(processors)} attention processors: {', '.join(parts)}", *lines]
+
+
+def report(arguments: list[str]) -> list[str]:
+    """All lines for these overrides; `component` (default: the denoiser), `depth` (default 1) and `processors`;
+    `by` and `kind` of the layers that are listed.
+    """
+    wanted = {"component": "", "depth": "1", "processors": "false", "by": "attention", "kind": ""}
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in wanted:
+            wanted[key] = value
+        elif key.startswith("model"):
+            overrides.append(argument)
+        else:
+            raise RequestError(key, f"unknown; allowed: model, model.*, {', '.join(wanted)}")
+    if not wanted["depth"].isdigit():
+        raise RequestError("depth", f"must be a whole number >= 0; got {wanted['depth']!r}")
+    if wanted["processors"] not in ("true", "false"):
+        raise RequestError("processors", f"got {wanted['processors']!r}; allowed: true, false")
+    for key, allowed in {"by": GRANULARITIES, "kind": ("", *KINDS)}.items():
+        if wanted[key] not in allowed:
+            raise RequestError(key, f"got {wanted[key]!r}; allowed: {', '.join(filter(None, allowed))}")
+    register(conf_dir())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        conf = compose("lesion", overrides).model
+    if missing := OmegaConf.missing_keys(conf):
+        raise RequestError(f"model.{min(missing)}", "has no value; give one")
+    source = models.resolve(models.ModelSpec.of(conf, {}))
+    component = wanted["component"] or source.denoiser
+    module = source.skeleton(component)
+    lines = [f"{conf.name}: {source.index.get('_class_name', 'pipeline')} with {', '.join(source.components)}", ""]
+    if component == source.denoiser:
+        lines += [*layer_lines(module, wanted["by"], wanted["kind"]), ""]
+        shown = processor_lines(module)
+        lines += [*(shown if wanted["processors"] == "true" else shown[:1]), ""]
+    return [*lines, *tree(module, int(wanted["depth"]), component)]
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
+    try:
+        print("\n".join(report(sys.argv[1:])))
+    except (RequestError, AnatomyError, HydraException, OmegaConfBaseException) as error:
+        print(f"lesion-inspect: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The schema of a request: names and types of every key, as Hydra checks them. The values are in conf/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from lesion import replacements
+from lesion.study.lesions import SELECTIONS
+
+
+@dataclass
+class ModelConf:
+    name: str = MISSING
+    id: str = MISSING
+    pipeline: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "auto"
+    scheduler: str | None = None
+    loras: list[Any] = field(default_factory=list)
+    vae: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    offload: str = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    kind: str = "cross_attention"
+    steps: int = MISSING
+    guidance: float = MISSING
+    height: int = MISSING
+    width: int = MISSING
+    batch_size: Any = MISSING
+
+
+@dataclass
+class PromptsConf:
+    name: str = MISSING
+    items: list[Any] = field(default_factory=list)
+    path: str | None = None
+
+
+@dataclass
+class LayersConf:
+    by: str = "attention"
+    kind: str = "cross_attention"
+    include: Any = None
+    exclude: Any = None
+
+
+@dataclass
+class GenerationConf:
+    task: str = "txt2img"
+    steps: int = MISSING
+    guidance: float = MISSING
+    height: int = MISSING
+    width: int = MISSING
+    negative_prompt: str | None = None
+    init: str | None = None
+    strength: float = MISSING
+    batch_size: Any = MISSING
+
+
+@dataclass
+class PerformanceConf:
+    dtype: str = MISSING
+    compile: bool = False
+    channels_last: bool = False
+    tf32: bool = False
+
+
+@dataclass
+class ScorerConf:
+    name: str = MISSING
+    clip_model: str = MISSING
+    clip_pretrained: str | None = None
+    metrics: list[str] = MISSING
+    importance: str = "clip_similarity"
+    dino_model: str = "facebook/dinov2-base"
+    batch_size: int = 64
+
+
+@dataclass
+class BudgetConf:
+    ci_halfwidth: Any = None
+    max_images: Any = None
+    start: Any = 12
+    round: Any = 6
+
+
+@dataclass
+class StoreConf:
+    dir: str = MISSING
+
+
+@dataclass
+class LesionConf:
+    """A whole request."""
+
+    model: ModelConf = field(default_factory=ModelConf)
+    prompts: PromptsConf = field(default_factory=PromptsConf)
+    seeds: Any = MISSING
+    layers: LayersConf = field(default_factory=LayersConf)
+    selection: dict[str, Any] = field(default_factory=dict)
+    replacement: dict[str, Any] = field(default_factory=dict)
+    window: Any = MISSING
+    branch: Any = MISSING
+    strength: Any = MISSING
+    generation: GenerationConf = field(default_factory=GenerationConf)
+    performance: PerformanceConf = field(default_factory=PerformanceConf)
+    scorer: ScorerConf = field(default_factory=ScorerConf)
+    tracker: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConf = field(default_factory=BudgetConf)
+    store: StoreConf = field(default_factory=StoreConf)
+    device: str = MISSING
+    dry_run: bool = False
+
+
+def conf_dir() -> Path:
+    """conf/ of the checkout, or its copy inside an installed wheel."""
+    package = Path(__file__).parents[1]
+    packaged = package / "conf"
+    return packaged if packaged.is_dir() else package.parents[1] / "conf"
+
+
+def register(conf: Path) -> None:
+    """Make the schema known to Hydra, and selections and replacements that need no file of options of their own."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=LesionConf)
+    for group, names in {"selection": SELECTIONS, "replacement": replacements.known()}.items():
+        for name in names:
+            if not (conf / group / f"{name}.yaml").exists():
+                store.store(group=group, name=name, node={name: {}})

@@ -1,0 +1,149 @@
+"""Work that a batch shares and plain pipelines repeat: text features, and their keys and values.
+
+Both put a wrapper in front of a module's `forward` for the time of a call and hand back tensors that the module itself
+computed, so they hold for any pipeline built of such modules. Nothing stays behind on the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lesion.surgery.wrapping import forward_replaced
+
+KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used first out
+
+
+def _rows(value: Any, pick: Callable[[Tensor], Any]) -> Any:
+    """`value` with `pick` applied to each tensor in it; tuples and transformers' output classes keep their form.
+
+    What is neither of these nor a plain value becomes None: a cache of keys and values, which no pipeline reads.
+    """
+    if isinstance(value, Tensor):
+        return pick(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(item, pick) for item in value)
+    if dataclasses.is_dataclass(value) and isinstance(value, dict):  # a ModelOutput
+        return type(value)(**{name: _rows(item, pick) for name, item in value.items()})
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def _row(value: Any, row: int) -> Any:
+    return _rows(value, lambda tensor: tensor[row : row + 1].cpu())
+
+
+def _joined(values: list[Any]) -> Any:
+    """Equally formed values of one row each -> one value of all rows."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, tuple | list):
+        return type(first)(_joined(list(items)) for items in zip(*values, strict=True))
+    if dataclasses.is_dataclass(first) and isinstance(first, dict):
+        return type(first)(**{name: _joined([value[name] for value in values]) for name in first})
+    return first
+
+
+def _size(value: Any) -> int:
+    sizes: list[int] = []
+    _rows(value, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
+    return sum(sizes)
+
+
+class TextMemory:
+    """Text features of the prompts seen lately: each prompt, and the empty one, goes through an encoder once.
+
+    Holds for any encoder that is called with token ids (n, length), alone or with an attention mask (n, …) or other
+    tensors of n rows, and gives tensors of n rows, each made of its own row. Any other call goes through as it is.
+    A single row is kept apart from rows of larger batches: its features differ in the last bits.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES):
+        self.limit, self.held = limit, 0
+        self.kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.kept.clear()
+        self.held = 0
+
+    @contextmanager
+    def attached(self, pipe: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, part in getattr(pipe, "components", {}).items():
+                if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                    stack.enter_context(forward_replaced(part, functools.partial(self._remembering, name)))
+            yield
+
+    def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+            ids = tensors.get(0, tensors.get("input_ids"))
+            if ids is None or ids.is_floating_point() or ids.dim() != 2:
+                return forward(*args, **kwargs)
+            if any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
+                return forward(*args, **kwargs)
+            alone = len(ids) == 1  # one row takes other kernels than several, which round differently
+            settings = str([alone, *((key, value) for key, value in given.items() if key not in tensors)])
+            shapes = str([(key, value.shape[1:], value.dtype) for key, value in tensors.items()])
+            columns = [value.contiguous().view(torch.uint8).cpu().numpy() for value in tensors.values()]
+            names = [
+                (name, settings, shapes, *(column[row].tobytes() for column in columns)) for row in range(len(ids))
+            ]
+            new = {key: row for row, key in enumerate(names) if key not in self.kept}
+            if new:
+                rows = list(new.values()) * (2 if len(new) == 1 and not alone else 1)
+                some = {key: value[rows] if key in tensors else value for key, value in given.items()}
+                found = forward(*(some[place] for place in range(len(args))), **{key: some[key] for key in kwargs})
+                for row, key in enumerate(new):
+                    self._keep(key, _row(found, row))
+            for key in names:
+                self.kept.move_to_end(key)
+            whole = _joined([self.kept[key] for key in names])
+            self._forget()
+            return _rows(whole, lambda tensor: tensor.to(ids.device))
+
+        return remembering
+
+    def _keep(self, key: tuple[Any, ...], value: Any) -> None:
+        self.kept[key] = value
+        self.held += _size(value)
+
+    def _forget(self) -> None:
+        while self.held > self.limit and self.kept:
+            self.held -= _size(self.kept.popitem(last=False)[1])
+
+
+@contextmanager
+def text_projected_once(denoiser: nn.Module, sites: Iterable[str]) -> Iterator[None]:
+    """Within one pipeline call: a site's keys and values of the text are computed at its first step and used again.
+
+    A site asks anew when it is handed another tensor, so this holds whatever the pipeline does between steps.
+    """
+
+    def once(forward: Callable[..., Any]) -> Callable[..., Any]:
+        last: list[Any] = [None, None]
+
+        def remembering(text: Tensor) -> Any:
+            if text is not last[0]:
+                last[:] = text, forward(text)
+            return last[1]
+
+        return remembering
+
+    with ExitStack() as stack:
+        for site in sites:
+            module = denoiser.get_submodule(site)
+            for name in ("to_k", "to_v"):
+                part = getattr(module, name, None)
+                if isinstance(part, nn.Module):
+                    stack.enter_context(forward_replaced(part, once))
+        yield

@@ -1,0 +1,338 @@
+"""Ties the flow together: request -> study -> plan -> generate -> store -> score -> results -> report, tracker."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lesion import models, scoring
+from lesion.config.parsing import Request
+from lesion.errors import RequestError, StudyFailed
+from lesion.generation.generate import make_deterministic
+from lesion.models.calling import has_img2img, takes
+from lesion.run.maker import Made, Maker
+from lesion.run.results import Results
+from lesion.store.images import Store, atomically
+from lesion.study.budget import Budget, Rounds
+from lesion.study.grid import Settings, Study
+from lesion.study.plan import Tally, tally
+from lesion.surgery.anatomy import Anatomy, AnatomyError, examine
+from lesion.tracking import JobInfo, Tracker, make_tracker
+
+log = logging.getLogger(__name__)
+for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
+PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """Where a job runs. folder: its run folder. group: the multirun it belongs to, if any. config: for the tracker."""
+
+    folder: Path
+    name: str
+    group: str | None
+    config: dict[str, Any]
+
+
+@lru_cache(maxsize=8)
+def _examined(spec: models.ModelSpec, fingerprint: str, by: str, kind: str) -> Anatomy:
+    source = models.resolve(spec)
+    try:
+        return examine(source.skeleton(source.denoiser), by, kind)
+    except AnatomyError as error:
+        raise RequestError(error.key, str(error)) from None
+
+
+def _anatomy(request: Request, source: models.Source) -> Anatomy:
+    return _examined(request.model, source.fingerprint, request.by, request.kind)
+
+
+def survey(request: Request) -> tuple[models.Source, Study]:
+    """Find the model and lay out the study, without loading a weight.
+
+    Raises RequestError for a model that is not there, unknown layers, or a selection that makes no sense on them.
+    """
+    source = models.resolve(request.model)
+    _check_pipeline(request, source)
+    anatomy = _anatomy(request, source)
+    _check_compiled(source)
+    study = Study(
+        model=models.identity_of(source, request.device),
+        settings=Settings(
+            task=request.task,
+            steps=request.steps,
+            guidance=request.guidance,
+            height=request.height,
+            width=request.width,
+            scheduler=source.scheduler,
+            negative_prompt=request.negative_prompt,
+            noising=request.noising,
+            embedded_guidance=source.embedded_guidance or None,
+        ),
+        prompts=request.prompts,
+        seeds=request.seeds,
+        layers=_chosen(anatomy.paths, request.include, request.exclude),
+        selections=request.selections,
+        replacements=request.described_replacements(),
+        windows=request.windows,
+        branches=request.branches,
+        strengths=request.strengths,
+        kind=request.kind,
+    )
+    len(study)  # makes every selection choose, so that one that makes no sense is refused here
+    if request.budget:
+        Rounds(study, request.budget)
+    scoring.check(request.scorer)
+    _check_writable(request.store)
+    return source, study
+
+
+def _check_pipeline(request: Request, source: models.Source) -> None:
+    """Refuse what the model's pipeline cannot do."""
+    name = source.pipeline
+    if request.task == "img2img" and not has_img2img(name):
+        raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
+    if request.negative_prompt is not None and "negative_prompt" not in takes(models.pipeline_class(name)):
+        raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
+    if not source.embedded_guidance:
+        return
+    why = f"{name} takes guidance as an input and has one branch"
+    if any(branch != "both" for branch in request.branches):
+        raise RequestError("branch", f"{why}; allowed: both")
+    if request.negative_prompt is not None:
+        raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
+
+
+def _check_compiled(source: models.Source) -> None:
+    """Refuse `performance.compile` for a denoiser that names no blocks to compile."""
+    if source.spec.compile and not source.compiles:
+        _, name = source.components[source.denoiser]
+        raise RequestError(
+            "performance.compile", f"diffusers names no blocks of {name} to compile; allowed here: false"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError("store.dir", f"{str(folder)!r} cannot be made: {str(there)!r} is no folder one can write to")
+
+
+def _chosen(paths: Sequence[str], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The layers under study: those that an include pattern matches (all without any) and no exclude pattern."""
+    for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(_matches(path, pattern) for path in paths):
+                raise RequestError(key, f"{pattern!r} matches no layer; allowed: {', '.join(paths)}")
+    kept = [path for path in paths if include is None or any(_matches(path, pattern) for pattern in include)]
+    kept = [path for path in kept if not any(_matches(path, pattern) for pattern in exclude or ())]
+    if not kept:
+        raise RequestError("layers.exclude", "leaves no layer to study")
+    return tuple(kept)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """A glob of the whole path, or `re:` and a regular expression that is found in it."""
+    if pattern.startswith("re:"):
+        return re.search(pattern.removeprefix("re:"), path) is not None
+    return fnmatch.fnmatchcase(path, pattern)
+
+
+def run(request: Request, context: JobContext) -> None:
+    """Run one study and write its run folder. Raises RequestError before, StudyFailed after all that could be made."""
+    source, study = survey(request)
+    store = Store(request.store)
+    if request.dry_run:
+        print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request.budget)))
+        return
+    rounds = Rounds(study, request.budget) if request.budget else None
+    study = rounds.part if rounds else study
+    counts = tally(study, store.known().lists)
+    results = Results(study, store, request.scorer, request.device)
+    if counts.missing:
+        _ = results.scorer  # a scorer that cannot be loaded is refused before anything is made
+    tracker = make_tracker(request.tracker["name"], request.tracker)
+    tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
+    code = 1
+    try:
+        failures = _complete(request, source, study, store, results, counts, tracker)
+        while rounds and rounds.look(results.value, results.importance):
+            study = results.study = rounds.part
+            log.info("round %d: %d images more", rounds.number, len(study))
+            counts = tally(study, store.known().lists)
+            failures |= _complete(request, source, study, store, results, counts, tracker)
+        results.study = rounds.whole if rounds else study
+        paths = _anatomy(request, source).paths
+        frame = results.frame(paths, failures, context.folder)
+        beside = {"floor": results.floor()}
+        if rounds:
+            frame, beside["budget"] = rounds.marked(frame), rounds.table()
+        code = _write(frame, beside, context.folder, tracker)
+    finally:
+        tracker.close(code)
+    if code:
+        bad = frame[frame["status"] != "ok"]
+        raise StudyFailed(
+            f"{len(bad)} of {len(frame)} images failed or are invalid, the first because: {bad['reason'].iloc[0]} "
+            f"(all are named in {context.folder / 'results.parquet'}); the rest is complete"
+        )
+
+
+def results(request: Request) -> pd.DataFrame:
+    """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
+    source, study = survey(request)
+    rounds = Rounds(study, request.budget) if request.budget else None
+    found = Results(rounds.part if rounds else study, Store(request.store), request.scorer, request.device)
+    absent = found.complete({})
+    while rounds and not absent and rounds.look(found.value, found.importance):
+        found.study = rounds.part
+        absent |= found.complete({})
+    found.study = rounds.whole if rounds else study
+    frame = found.frame(_anatomy(request, source).paths, dict.fromkeys(absent, "not made yet"))
+    return rounds.marked(frame) if rounds else frame
+
+
+def plan_lines(study: Study, counts: Tally, store: Store, budget: Budget | None = None) -> list[str]:
+    """What a study would make, for `dry_run=true`."""
+    size = counts.missing * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL
+    each = (counts.rows - counts.baselines) // counts.baselines
+    return [
+        f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
+        f"{len(study.layers)} layers",
+        *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
+        f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
+        f"  baselines shared: each of {counts.baselines} serves {each} lesions",
+        f"  already in the store {store.folder}: {counts.stored}",
+        f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
+        *_budget_lines(study, budget),
+        "dry run: nothing was generated",
+    ]
+
+
+def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
+    if budget is None:
+        return []
+    most = "" if budget.max_images is None else f", or {budget.max_images} images are there"
+    return [
+        "  with its budget at most that: the first round takes "
+        f"{len(Rounds(study, budget).part)} images, then {budget.round} prompts and seeds a round for each layer until "
+        f"its interval is within +-{budget.ci_halfwidth:g}{most}"
+    ]
+
+
+def _complete(
+    request: Request,
+    source: models.Source,
+    study: Study,
+    store: Store,
+    results: Results,
+    counts: Tally,
+    tracker: Tracker,
+) -> dict[str, str]:
+    """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
+    failures: dict[str, str] = {}
+    damaged: set[str] = set()
+    remade: set[str] = set()
+    while True:
+        if counts.missing or damaged:
+            missing = len(damaged) or counts.missing
+            log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, store.folder)
+            failures |= _generate(request, source, study, store, results, missing, failures, tracker)
+        else:
+            log.info("all %d images are in the store %s", counts.unique, store.folder)
+        damaged = results.complete(failures)
+        failures |= dict.fromkeys(damaged & remade, "the stored image is damaged, also after it was made anew")
+        damaged -= remade  # those of a subject may show only once its baseline is whole again
+        if not damaged:
+            return failures
+        remade |= damaged
+
+
+def _generate(
+    request: Request,
+    source: models.Source,
+    study: Study,
+    store: Store,
+    results: Results,
+    missing: int,
+    failures: Mapping[str, str],
+    tracker: Tracker,
+) -> dict[str, str]:
+    """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
+    make_deterministic(tf32=source.spec.tf32)
+    model = models.load(source, request.device)
+    model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))
+    if model.anatomy.paths != _anatomy(request, source).paths:
+        raise RequestError("model.id", "the loaded model has other layers than its config says")
+    began, done = time.monotonic(), 0
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
+    ):
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(more)
+            tracker.progress(done, missing, done / (time.monotonic() - began))
+
+        maker = Maker(request, model, study, store, _when_made(request, results))
+        maker.failures.update(failures)
+        maker.run(progress)
+    results.refresh()
+    return maker.failures
+
+
+def _when_made(request: Request, results: Results) -> Made:
+    """What is told of each image as it is stored.
+
+    Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
+    made meanwhile would depend on when it does.
+    """
+    if request.model.tf32 and request.device.startswith("cuda"):
+        return lambda cell, pixels, picture: results.note(cell.key, picture)
+    return results.made
+
+
+def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:
+    """results.parquet and frames beside it, report and tracker; prints the ranking. Exit code: 1 if a cell is not fine.
+
+    beside: by name; they lie there before the report is made, which may read them.
+    """
+    from lesion.analysis.importance import layer_table
+    from lesion.analysis.settings import rows, settings
+    from lesion.report import ranking_lines, write_report
+
+    written = []
+    for name, table in {"results": frame, **beside}.items():
+        written.append(folder / f"{name}.parquet")
+        with atomically(written[-1]) as temporary:
+            table.to_parquet(temporary, index=False)
+    written += write_report(folder, frame, beside.get("floor"))
+    summary = {}
+    for setting in settings(frame):
+        for line in layer_table(rows(frame, setting)).to_dict("records"):
+            for measure in ("importance", "sufficiency"):
+                if np.isfinite(line[measure]):  # slug without the model: a run has one
+                    name = setting.slug.split("--", 1)[1]
+                    summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
+    tracker.finish(frame, folder, summary)
+    print("\n".join(ranking_lines(frame)))
+    print(f"\nwritten to {folder}:")
+    for name in dict.fromkeys(path.relative_to(folder).parts[0] for path in written):
+        print(f"  {folder / name}")
+    return int((frame["status"] != "ok").any())

@@ -1,0 +1,241 @@
+"""Makes the images that a study lacks: each batch claimed, generated and stored; faults cost only their own cells."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesion import models, replacements
+from lesion.config.parsing import Request
+from lesion.generation.generate import generate, to_pixels
+from lesion.generation.snapshots import States
+from lesion.models import memory
+from lesion.store.claims import Claims
+from lesion.store.images import Picture, Store
+from lesion.study.grid import Cell, Settings, Study
+from lesion.study.plan import batches
+from lesion.surgery.operation import Filler, replacement_key
+
+log = logging.getLogger(__name__)
+WAITING = (1.0, 15.0)  # seconds between looks at what other processes are making: from, up to
+IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
+
+Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
+_Kind = tuple[models.ModelSpec, str, str, Settings]
+# Of this process; plain data, so that no model is held: sizes found for `auto`, and those to which memory has cut any.
+_sizes: dict[_Kind, int] = {}
+_cut: dict[_Kind, int] = {}
+
+
+def brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def label(cell: Cell) -> str:
+    lesion = f"{cell.lesion.selection} {cell.lesion.layer}".strip() if cell.lesion else "baseline"
+    return f"{cell.prompt.id} seed {cell.seed} {lesion}"
+
+
+class Maker:
+    """Makes what is missing of one study.
+
+    made: called for every image once it is stored, one at a time, in a thread of its own; may be used to score it.
+    failures: the reason for each key that could not be made.
+    """
+
+    def __init__(self, request: Request, model: models.Model, study: Study, store: Store, made: Made):
+        self.request, self.model, self.study, self.store, self.made = request, model, study, store, made
+        self.states = States(store.states)
+        self.failures: dict[str, str] = {}
+        self.size = request.batch_size or 0
+        self.fillers: dict[str, Filler] = {}
+        self.broken: dict[str, str] = {}
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Make everything that is missing, and wait for what other processes are making.
+
+        progress: told how many more images are there (made here, by others, or given up).
+        """
+        self.size = _size(self.request, self.model, self.study)
+        self._prepare()
+        wait, left_before = WAITING[0], 0
+        with (
+            Claims(self.store.claims) as claims,
+            _Shelf(lambda batch, images: self._put(batch, images, claims)) as shelf,
+        ):
+            while True:
+                done, left = 0, 0
+                for batch in batches(self.study, lambda: self.size, self._settled()):
+                    mine = claims.take(cell.key for cell in batch)
+                    here = [cell for cell in batch if cell.key in mine]
+                    ours = [cell for cell in here if not self.store.has(cell.key)]  # or made since we looked
+                    claims.release({cell.key for cell in here} - {cell.key for cell in ours})
+                    self._make(ours, shelf, claims)
+                    done, left = done + len(here), left + len(batch) - len(here)
+                    progress(len(here))
+                shelf.drain()
+                progress(max(0, left_before - left - done))  # what others have made meanwhile
+                if not left:
+                    return
+                wait = WAITING[0] if done else min(2 * wait, WAITING[1])
+                log.info("waiting for %d images that other processes are making", left)
+                time.sleep(wait)
+                left_before = left
+
+    def _settled(self) -> Callable[[str], bool]:
+        known = self.store.known()
+        return lambda key: key in known or key in self.failures
+
+    def _prepare(self) -> None:
+        """The replacements at work; one that cannot be made ready costs only its own cells."""
+        for lesion in self.study.lesions():
+            key, name = replacement_key(lesion), lesion.replacement.name
+            if key in self.fillers or key in self.broken:
+                continue
+            filler, why = self._built(name)
+            if filler is not None:
+                self.fillers[key] = filler
+            else:
+                self.broken[key] = f"replacement {name} could not be made ready: {why}"
+                log.error(self.broken[key])
+
+    def _built(self, name: str) -> tuple[Filler | None, str]:
+        """The replacement at work, or None and why not. Out of memory it is tried again with half the batch."""
+        while True:
+            size = min(self.size, 32)
+            bench = replacements.Bench(self.model, self.study.settings, self.store.means, size)
+            try:
+                return replacements.build(name, self.request.replacements[name], bench), ""
+            except Exception as error:  # whatever a model can raise, the other replacements go on
+                why, crowded = brief(error), memory.ran_out(error)  # see `_make`
+            if crowded:
+                memory.release(self.request.device)
+            if not crowded or size == 1:
+                return None, why
+            self._shrink(size)
+
+    def _shrink(self, tried: int) -> None:
+        """Go on with half the batch that did not fit, here and in later rounds and jobs of the same kind."""
+        self.size = min(self.size, tried // 2)
+        log.warning("out of memory with a batch of %d; going on with %d", tried, self.size)
+        _cut[_kind(self.request, self.model, self.study)] = self.size
+
+    def _make(self, batch: Sequence[Cell], shelf: _Shelf, claims: Claims) -> None:
+        """Generate and store a batch. Too large a batch is halved; after another fault each cell is made alone."""
+        if not batch:
+            return
+        lesion = batch[0].lesion  # a batch has one kind of lesion
+        if lesion and (broken := self.broken.get(replacement_key(lesion))):
+            self._give_up(batch, broken, claims)
+            return
+        try:
+            images = generate(self.model, batch, self.fillers, self.states, self.study.windows)
+        except Exception as error:  # whatever a model can raise, the other cells go on
+            # No more is kept of it: the traceback holds every tensor of the failed call, whose room the retry needs.
+            why, crowded = brief(error), memory.ran_out(error)
+        else:
+            shelf.put(batch, images)
+            return
+        if crowded:
+            memory.release(self.request.device)
+            if len(batch) == 1:
+                log.error("%s: a single image does not fit in memory", label(batch[0]))
+                self._give_up(batch, f"a single image does not fit in memory: {why}", claims)
+                return
+            self._shrink(len(batch))
+        elif len(batch) > 1:
+            log.warning("a batch of %d failed (%s); its images are made one at a time", len(batch), why)
+        else:
+            log.error("%s failed: %s", label(batch[0]), why)
+            self._give_up(batch, why, claims)
+            return
+        rest = list(batch)
+        while rest:  # cut as it is made, since the size may shrink further meanwhile
+            number = self.size if crowded else 1
+            self._make(rest[:number], shelf, claims)
+            rest = rest[number:]
+
+    def _give_up(self, batch: Sequence[Cell], why: str, claims: Claims) -> None:
+        self.failures |= {cell.key: why for cell in batch}
+        claims.release(cell.key for cell in batch)
+
+    def _put(self, batch: Sequence[Cell], images: NDArray[np.float32], claims: Claims) -> None:
+        for cell, image in zip(batch, images, strict=True):
+            pixels, reason = to_pixels(image)
+            if reason:
+                log.warning("%s is invalid: %s", label(cell), reason)
+            try:
+                picture = self.store.put(cell, pixels, reason)
+                self.made(cell, pixels, picture)
+            except OSError as error:
+                log.error("%s could not be stored: %s", label(cell), brief(error))
+                self.failures[cell.key] = brief(error)
+            claims.release([cell.key])
+
+
+class _Shelf:
+    """Hands finished batches to a thread that stores them, so that generation goes on meanwhile."""
+
+    def __init__(self, put: Callable[[Sequence[Cell], NDArray[np.float32]], None]):
+        self._put = put
+        self._pool = ThreadPoolExecutor(1, "lesion-store")
+        self._waiting: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True)  # what was handed over is stored, also after an interrupt
+
+    def put(self, batch: Sequence[Cell], images: NDArray[np.float32]) -> None:
+        """Waits only while IN_FLIGHT batches are not on disk yet. Raises what storing an earlier one raised."""
+        while len(self._waiting) >= IN_FLIGHT:
+            self._waiting.pop(0).result()
+        self._waiting.append(self._pool.submit(self._put, batch, images))
+
+    def drain(self) -> None:
+        """Wait until all is on disk."""
+        while self._waiting:
+            self._waiting.pop(0).result()
+
+
+def _probed(settings: Settings) -> Settings:
+    """Of the images that are made to see what memory they take: two steps need as much as many."""
+    return replace(settings, steps=min(settings.steps, 2), noising=1.0 if settings.noising else None)
+
+
+def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
+    """What decides how many images fit: the model with its knobs, the device, the size and form of the images."""
+    return request.model, model.identity.fingerprint, request.device, _probed(study.settings)
+
+
+def _size(request: Request, model: models.Model, study: Study) -> int:
+    """Images in a batch: as asked or as memory allows, and no more than memory has taught so far."""
+    size = request.batch_size or _fitting(request, model, study)
+    most = _cut.get(_kind(request, model, study), size)
+    if most < size:
+        log.info("batches of %d instead of %d: memory ran out earlier in this process", most, size)
+    return min(size, most)
+
+
+def _fitting(request: Request, model: models.Model, study: Study) -> int:
+    """The batch size that memory allows, found once a process for each model and kind of image.
+
+    1 where not even one image can be made to measure it: each cell then fails, or not, for a reason of its own.
+    """
+    kind = _kind(request, model, study)
+    if kind not in _sizes:
+        cell = Cell(model.identity, study.prompts[0], 0, _probed(study.settings), None)
+        try:
+            _sizes[kind] = memory.fitting(lambda number: generate(model, [cell] * number, {}), request.device)
+        except Exception as error:  # whatever a model can raise; it may be of this prompt alone, so it is not kept
+            log.warning("batch_size=auto: 1, since the first image failed (%s)", brief(error))
+            return 1
+    return _sizes[kind]

@@ -1,0 +1,292 @@
+"""Claims: who is making which image now, so that processes on one shared file system do not make the same one twice.
+
+A claim is a small file that its owner keeps touching. It stops counting when it grows old or its process is dead, so a
+killed process blocks nobody. Claims only save work: two owners of one key would both store the same image.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lesion.store.images import gone
+
+log = logging.getLogger(__name__)
+_EMPTY_EXPIRES = 5.0  # seconds: a claim without content is one whose process was killed between making and writing it
+
+
+@cache
+def machine() -> str:
+    """What two processes share that can see each other's ids: host, boot and process namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()} {uuid.getnode():x}"
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine started, as the kernel counts; None if it is dead, "" if one cannot tell."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError):
+        pass
+    if os.path.exists("/proc/self/stat"):
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return ""
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """What a claim says. start: tells a process from a later one with the same id. token: tells claimants apart."""
+
+    machine: str
+    pid: int
+    start: str
+    token: str
+
+    @property
+    def dead(self) -> bool:
+        return self.machine == machine() and _start_of(self.pid) != self.start
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A claim found on disk. owner: None if it names none. modified: seconds, by the file system's clock."""
+
+    owner: _Owner | None
+    modified: float
+
+
+def _read(path: str) -> _Claim | None:
+    """None if there is no claim."""
+    try:
+        with open(path, "rb") as file:
+            modified, text = os.fstat(file.fileno()).st_mtime, file.read()
+    except OSError as error:
+        if gone(error):
+            return None
+        raise
+    try:
+        return _Claim(_Owner(**json.loads(text)), modified)
+    except (ValueError, TypeError):
+        return _Claim(None, modified)
+
+
+class Claims:
+    """Claims on keys, one file a key: folder/ab/abcdef…. For use as a context, which gives them all back at its end.
+
+    expires: seconds without a sign of life after which a claim is void. Methods raise OSError if the file system does.
+    """
+
+    def __init__(self, folder: Path, expires: float = 120.0):
+        if expires <= 0:
+            raise ValueError(f"expires must be above 0 s, not {expires}")
+        self.folder, self.expires = folder, expires
+        self._owner = _Owner(machine(), os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
+        self._content = json.dumps(vars(self._owner)).encode()
+        self._mine: set[str] = set()
+        self._lock = threading.Lock()  # guards _mine and the making and removing of its files
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give every claim back and stop the heartbeat."""
+        self._stop.set()
+        if self._beating is not None:
+            self._beating.join()
+            self._beating, self._stop = None, threading.Event()
+        self.release(set(self._mine))
+
+    def take(self, keys: Iterable[str]) -> set[str]:
+        """Claim what nobody living holds; returns those of `keys` that are ours now."""
+        now = _Clock(self.folder)
+        taken: set[str] = set()
+        with self._lock:
+            for key in keys:
+                if key in self._mine or self._take(key, now):
+                    self._mine.add(key)
+                    taken.add(key)
+        if taken and self._beating is None:
+            self._beating = threading.Thread(target=self._beat, name="lesion-claims", daemon=True)
+            self._beating.start()
+        return taken
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give claims back; those that are not ours are left alone."""
+        with self._lock:
+            for key in self._mine.intersection(keys):
+                self._mine.discard(key)
+                if self._is_mine(key):
+                    with suppress(FileNotFoundError):
+                        os.unlink(self._path(key))
+
+    def held(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that living others hold."""
+        now = _Clock(self.folder)
+        found = ((key, _read(self._path(key))) for key in keys)
+        return {key for key, claim in found if claim and not self._void(claim, now) and claim.owner != self._owner}
+
+    def _path(self, key: str) -> str:
+        return f"{self.folder}/{key[:2]}/{key}"
+
+    def _is_mine(self, key: str) -> bool:
+        claim = _read(self._path(key))
+        return claim is not None and claim.owner == self._owner
+
+    def _take(self, key: str, now: _Clock) -> bool:
+        for _ in range(3):  # a claim can go while one looks at it
+            try:
+                self._create(self._path(key))
+                return True
+            except FileExistsError:
+                claim = _read(self._path(key))
+            if claim is not None:
+                return self._void(claim, now) and self._steal(key, claim.owner, now)
+        return False
+
+    def _create(self, path: str) -> None:
+        """Raises FileExistsError."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            file = os.open(path, flags, 0o666)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            file = os.open(path, flags, 0o666)
+        try:
+            os.write(file, self._content)
+        except OSError:  # a full disk
+            os.unlink(path)
+            raise
+        finally:
+            os.close(file)
+
+    def _void(self, claim: _Claim, now: _Clock) -> bool:
+        if claim.owner is None:
+            return now.seconds - claim.modified > min(self.expires, _EMPTY_EXPIRES)
+        return claim.owner.dead or now.seconds - claim.modified > self.expires
+
+    def _steal(self, key: str, judged: _Owner | None, now: _Clock) -> bool:
+        """Take the place of a void claim.
+
+        Several may try at once. The lock on the void file lets one of them in; where locks do not reach other hosts,
+        the look at what was moved away finds nearly every mistake.
+        """
+        path = self._path(key)
+        aside = f"{path}.{uuid.uuid4().hex}"
+        with _alone_with(path) as alone:
+            claim = _read(path) if alone else None
+            if claim is None or claim.owner != judged or not self._void(claim, now):
+                return False
+            with suppress(FileNotFoundError):
+                os.rename(path, aside)
+            claim = _read(aside)
+            if claim is None:  # given back in this moment
+                return False
+            try:
+                if claim.owner != judged:
+                    _put_back(aside, path)
+                    return False
+                self._create(path)
+            except FileExistsError:
+                return False
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(aside)
+        return True
+
+    def _beat(self) -> None:
+        """Keep our claims young, and forget those that were lost."""
+        stop = self._stop
+        while not stop.wait(self.expires / 4):
+            with self._lock:
+                keys = tuple(self._mine)
+            for key in keys:
+                try:
+                    with self._lock:
+                        if key not in self._mine:
+                            continue
+                        if self._is_mine(key):
+                            os.utime(self._path(key))
+                        else:
+                            self._mine.discard(key)
+                            log.warning("the claim on %s was lost: this process stood still for too long", key)
+                except OSError as error:
+                    log.warning("a claim could not be kept young: %s", error)
+
+
+def _put_back(aside: str, path: str) -> None:
+    """Raises FileExistsError if somebody has the place by now."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.rename(aside, path)
+
+
+@contextmanager
+def _alone_with(path: str) -> Iterator[bool]:
+    """Whether no other process is at this file now; the kernel ends the lock with the process. True without locks."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        alone = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            alone = False
+        except OSError:  # a file system without locks
+            pass
+        yield alone
+    finally:
+        os.close(file)
+
+
+class _Clock:
+    """The file system's own time, in seconds, looked up when first asked for: other hosts' clocks may differ."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._seconds: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        if self._seconds is None:
+            path = self._folder / f".clock.{uuid.uuid4().hex}"
+            path.touch(exist_ok=False)
+            try:
+                self._seconds = path.stat().st_mtime
+            finally:
+                path.unlink(missing_ok=True)
+        return self._seconds

@@ -1,0 +1,238 @@
+"""Cells on disk: one PNG a cell, named by its hash, written atomically; safe for many processes.
+
+A PNG carries its cell's identity and status in its metadata, so a file explains itself wherever it is copied.
+Nothing is flushed to the platter: a file torn by a power cut is noticed by its tail and made again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from lesion.study.grid import Cell
+
+log = logging.getLogger(__name__)
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_IMAGE = re.compile(r"[0-9a-f]{32}\.png")
+_LITTER_AGE = 24 * 3600.0  # seconds after which a temporary file has lost its process
+
+
+class Damaged(Exception):
+    """A stored image cannot be read or is not what its name says."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a stored image without decoding it.
+
+    size: bytes of the file. modified: its mtime in nanoseconds. digest: of shape and pixels, 32 hex digits.
+    reason: why the image is invalid, or "".
+    """
+
+    size: int
+    modified: int
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """pixels: (height, width, 3) uint8. picture: the file's facts."""
+
+    pixels: NDArray[np.uint8]
+    picture: Picture
+
+    @property
+    def reason(self) -> str:
+        """Why the image is invalid, or ""."""
+        return self.picture.reason
+
+
+def digest_of(pixels: NDArray[np.uint8]) -> str:
+    """blake2b-128 of shape and pixels, 32 hex digits."""
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def gone(error: OSError) -> bool:
+    """Whether a file is not there, or (on NFS) another host removed it while it was read."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _facts_if_whole(path: str) -> os.stat_result | None:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        facts = os.fstat(file)
+        if facts.st_size < len(_END):
+            return None
+        os.lseek(file, -len(_END), os.SEEK_END)
+        return facts if os.read(file, len(_END)) == _END else None
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+class Known:
+    """The images a store held when it was listed: `key in known` costs no system call for one that is missing.
+
+    An image that is listed counts only if its file is whole, which is looked up once. Some 130 bytes an image.
+    """
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._checked: dict[bytes, bool] = {}  # by keys as 16 raw bytes; those found torn are dropped
+
+    def __contains__(self, key: str) -> bool:
+        try:
+            raw = bytes.fromhex(key)
+        except ValueError:
+            return False
+        checked = self._checked.get(raw)
+        if checked is False:
+            checked = self._store.has(key)
+            if checked:
+                self._checked[raw] = True
+            else:
+                self._checked.pop(raw, None)
+                if self._store.path(key).exists():  # not one that was discarded meanwhile
+                    log.warning("a stored image is torn and made again (%s.png)", key)
+        return bool(checked)
+
+    def lists(self, key: str) -> bool:
+        """Whether it was listed, whole or not: for counting beforehand, without opening a file an image."""
+        return bytes.fromhex(key) in self._checked
+
+    def __len__(self) -> int:
+        """Images listed, less those found torn."""
+        return len(self._checked)
+
+    def _list(self, folder: Path) -> None:
+        for name in os.listdir(folder):
+            if _IMAGE.fullmatch(name):
+                self._checked[bytes.fromhex(name[:32])] = False
+            elif name.endswith(".tmp"):
+                _sweep(folder / name)
+
+
+def _sweep(path: Path) -> None:
+    """Remove a temporary file that a killed process left long ago."""
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > _LITTER_AGE:
+            path.unlink()
+
+
+class Store:
+    """folder: shared by every run; holds cells/ab/abcdef….png, means/, states/, scores/ and claims/."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._cells = str(folder / "cells")
+
+    @property
+    def means(self) -> Path:
+        return self.folder / "means"
+
+    @property
+    def states(self) -> Path:
+        return self.folder / "states"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores"
+
+    @property
+    def claims(self) -> Path:
+        return self.folder / "claims"
+
+    def path(self, key: str) -> Path:
+        return Path(self._place(key))
+
+    def _place(self, key: str) -> str:  # a text, since making a Path costs as much as looking the file up
+        return f"{self._cells}/{key[:2]}/{key}.png"
+
+    def has(self, key: str) -> bool:
+        """Whether a whole image is there (a torn one counts as missing and is made again)."""
+        return _facts_if_whole(self._place(key)) is not None
+
+    def matches(self, key: str, picture: Picture) -> bool:
+        """Whether a whole image is there and its file is still the one `picture` tells of."""
+        facts = _facts_if_whole(self._place(key))
+        return facts is not None and (facts.st_size, facts.st_mtime_ns) == (picture.size, picture.modified)
+
+    def known(self) -> Known:
+        """List the images that are there now."""
+        known = Known(self)
+        try:
+            with os.scandir(self._cells) as folders:
+                paths = [Path(entry.path) for entry in folders if len(entry.name) == 2 and entry.is_dir()]
+        except FileNotFoundError:
+            return known
+        for path in paths:
+            known._list(path)
+        return known
+
+    def put(self, cell: Cell, pixels: NDArray[np.uint8], reason: str = "") -> Picture:
+        """Write an image in one step, in place of any that is there; safe from many threads and processes.
+
+        Raises OSError.
+        """
+        path = self.path(cell.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        notes = PngImagePlugin.PngInfo()
+        record = {"cell": cell.key, "status": "invalid" if reason else "ok", "reason": reason, **cell.identity()}
+        notes.add_itxt("lesion", json.dumps(record, ensure_ascii=False))
+        with atomically(path) as temporary:
+            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
+            facts = temporary.stat()
+        return Picture(facts.st_size, facts.st_mtime_ns, digest_of(pixels), reason)
+
+    def get(self, key: str) -> Stored:
+        """Raises Damaged if the image cannot be read or carries another cell's hash."""
+        path = self.path(key)
+        try:
+            with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
+                facts = os.fstat(file.fileno())
+                image.load()
+                record = json.loads(image.text["lesion"])  # type: ignore[attr-defined]
+                pixels = np.asarray(image.convert("RGB"))
+            carried, reason = record.get("cell"), record.get("reason", "")
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder can raise on broken bytes
+            raise Damaged(f"{path.name}: {error}") from None
+        if carried != key:
+            raise Damaged(f"{path.name}: carries the hash of another cell")
+        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, digest_of(pixels), reason))
+
+    def discard(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)

@@ -1,0 +1,291 @@
+"""The grid as data: settings and lesions make cells, cells make a study. Imports nothing of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any
+
+from lesion.study.lesions import NOWHERE, Choice, Lesion, Replacement, choices, digest_of
+from lesion.study.prompts import Prompt
+
+FORMAT = 2  # raise it when the same cell would give other pixels or another key
+NO_LESION = digest_of(None)
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """name labels the model in tables; the rest can change pixels.
+
+    fingerprint: hash of configs and weights. device: cpu or cuda, which round differently. switches: what is switched
+    on for speed and rounds differently.
+    """
+
+    name: str
+    fingerprint: str
+    dtype: str
+    device: str = "cpu"
+    switches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one pipeline call.
+
+    guidance: classifier-free guidance scale, off at <= 1. height, width: pixels. noising: of img2img, the strength in
+    (0, 1] to which the init image is noised. embedded_guidance: True where guidance is an input of the model (FLUX.1),
+    which then has no CFG branches; else None.
+    """
+
+    task: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    scheduler: str
+    negative_prompt: str | None = None
+    noising: float | None = None
+    embedded_guidance: bool | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether each image has an unconditional row beside its conditional one."""
+        return self.guidance > 1 and not self.embedded_guidance
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image to make; `lesion` is None for the baseline."""
+
+    model: ModelIdentity
+    prompt: Prompt
+    seed: int
+    settings: Settings
+    lesion: Lesion | None
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change its pixels, and nothing that can't, as JSON data.
+
+        An axis added later must be left out at its default value, so that old hashes stay.
+        """
+        model: dict[str, Any] = {"fingerprint": self.model.fingerprint, "dtype": self.model.dtype}
+        if self.model.device != "cpu":
+            model["device"] = self.model.device
+        if self.model.switches:
+            model["switches"] = list(self.model.switches)
+        settings = {name: value for name, value in vars(self.settings).items() if value is not None}
+        return {
+            "format": FORMAT,
+            "model": model,
+            "prompt": _asked(self.prompt),
+            "seed": self.seed,
+            "settings": settings,
+            "lesion": None if self.lesion is None or self.lesion.strength == 0 else self.lesion.identity(),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """The cell's hash: the first 32 hex digits of the SHA-256 of four parts, joined by newlines.
+
+        1. `digest_of` the identity without its prompt, seed and lesion;
+        2. the SHA-256, in hex, of the prompt in UTF-8 (lone surrogates pass); `digest_of` it if it is no text;
+        3. the seed in decimal;
+        4. `digest_of` the identity's lesion.
+
+        No part holds a newline, so two identities have one key only if SHA-256 collides. All but the seed is shared by
+        many cells of a study, which hashes those parts once.
+        """
+        return _key(_subject(_context(self.identity()), self.prompt), self.seed, self.lesion)
+
+    @property
+    def baseline(self) -> Cell:
+        return self if self.lesion is None else Cell(self.model, self.prompt, self.seed, self.settings, None)
+
+
+def _context(identity: Mapping[str, Any]) -> str:
+    return digest_of({name: part for name, part in identity.items() if name not in ("prompt", "seed", "lesion")})
+
+
+def _asked(prompt: Prompt) -> Any:
+    """The prompt's identity: its text, and with an init image also that image's digest."""
+    return {"text": prompt.text, "init": prompt.digest} if prompt.digest else prompt.text
+
+
+def _subject(context: str, prompt: Prompt) -> str:
+    if prompt.digest:
+        return f"{context}\n{digest_of(_asked(prompt))}"
+    return f"{context}\n{hashlib.sha256(prompt.text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _key(subject: str, seed: int, lesion: Lesion | None) -> str:
+    text = f"{subject}\n{seed}\n{lesion.digest if lesion else NO_LESION}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked of one model: every prompt and seed, un-ablated and under every lesion.
+
+    layers: the layers under study, in forward order; those outside are never lesioned. selections: name -> options.
+    """
+
+    model: ModelIdentity
+    settings: Settings
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    layers: tuple[str, ...]
+    selections: Mapping[str, Mapping[str, Any]]
+    replacements: tuple[Replacement, ...]
+    windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    branches: tuple[str, ...] = ("both",)
+    strengths: tuple[float, ...] = (1.0,)
+    kind: str = "cross_attention"
+
+    @cached_property
+    def _choices(self) -> dict[str, list[Choice]]:
+        return {name: choices(name, options, self.layers) for name, options in self.selections.items()}
+
+    def lesions(self) -> Iterator[Lesion]:
+        """Every lesion of the grid, those of one kind (same selection, replacement, …) next to each other."""
+        for name, picked in self._choices.items():
+            for kind in itertools.product(self.replacements, self.windows, self.branches, self.strengths):
+                for choice in picked:
+                    yield Lesion(name, choice.layer, choice.lesioned, *kind, kind=self.kind, place=choice.place)
+
+    def cells(self) -> Iterator[Cell]:
+        """The order of the results: baselines first, then kind by kind, and within a kind by prompt and seed."""
+        for _, group in itertools.groupby(itertools.chain([None], self.lesions()), kind_of):
+            lesions = list(group)
+            for prompt in self.prompts:
+                subject = _subject(self.context, prompt)
+                for seed in self.seeds:
+                    for lesion in lesions:
+                        yield self._cell(prompt, seed, lesion, _key(subject, seed, lesion))
+
+    def in_plan_order(self) -> Iterator[Cell]:
+        """The order of making: baselines first, then kind by kind, within a kind lesion by lesion, each over all
+        prompts and seeds, so that most batches hold one lesion. Cells with the same key come once.
+        """
+        for prompt, seed, lesion, key in self._planned():
+            yield self._cell(prompt, seed, lesion, key)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of `in_plan_order()`, without the cost of its cells."""
+        for _, _, _, key in self._planned():
+            yield key
+
+    def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
+        # Two cells of a study have one key if their prompts' texts, seeds and lesions' digests are equal: to make these
+        # unique takes far less memory than to remember every key.
+        prompts: dict[tuple[str, str], Prompt] = {}
+        for prompt in self.prompts:
+            prompts.setdefault((prompt.text, prompt.digest), prompt)
+        seeds = dict.fromkeys(self.seeds)
+        done: set[str] = set()
+        for lesion in itertools.chain([None], self.lesions()):
+            digest = lesion.digest if lesion else NO_LESION
+            if digest in done:
+                continue
+            done.add(digest)
+            for prompt in prompts.values():
+                subject = _subject(self.context, prompt)
+                for seed in seeds:
+                    yield prompt, seed, lesion, _key(subject, seed, lesion)
+
+    @cached_property
+    def context(self) -> str:
+        """Digest, 64 hex digits, of what all its cells share: model and settings."""
+        return _context(Cell(self.model, Prompt(""), 0, self.settings, None).identity())
+
+    def rows(self) -> Iterator[tuple[Lesion | None, int]]:
+        """Each lesion, the baseline (None) first, with the number of its cells."""
+        for lesion in itertools.chain([None], self.lesions()):
+            yield lesion, len(self.prompts) * len(self.seeds)
+
+    def subject(self, prompt: Prompt) -> str:
+        """The part of a key that the cells of one prompt share; for `key` and `cell`."""
+        return _subject(self.context, prompt)
+
+    def key(self, subject: str, seed: int, lesion: Lesion | None) -> str:
+        """A cell's key."""
+        return _key(subject, seed, lesion)
+
+    def cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, subject: str | None = None) -> Cell:
+        """A cell of the study, with its key."""
+        return self._cell(prompt, seed, lesion, _key(subject or self.subject(prompt), seed, lesion))
+
+    def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str) -> Cell:
+        cell = Cell(self.model, prompt, seed, self.settings, lesion)
+        cell.__dict__["key"] = key  # fills the cached property
+        return cell
+
+    @property
+    def protocol(self) -> Mapping[str, str]:
+        """For each replacement 8 hex digits: the layers under study and its calibration. Only equals compare."""
+        return {
+            replacement.name: digest_of([dict(replacement.identity), self.layers])[:8]
+            for replacement in self.replacements
+        }
+
+    def __len__(self) -> int:
+        kinds = len(self.replacements) * len(self.windows) * len(self.branches) * len(self.strengths)
+        lesions = kinds * sum(len(picked) for picked in self._choices.values())
+        return len(self.prompts) * len(self.seeds) * (1 + lesions)
+
+
+def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
+    """What cells that share a batch have in common: everything of the lesion but its layers."""
+    if lesion is None:
+        return ()
+    return (lesion.selection, lesion.replacement, lesion.window, lesion.branch, lesion.strength)
+
+
+def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
+    """The cell's own columns of the results: what was asked, not what came of it.
+
+    layers: every layer of the model in forward order. `lesioned` names the lesioned layers where `layer` does not, and
+    in every step of a sequence (`order`, `permutation`, `position`; "" or -1 outside of one).
+    """
+    lesion, settings = cell.lesion, cell.settings
+    place = lesion.place if lesion else NOWHERE
+    named = lesion is not None and lesion.layer and not {lesion.layer} < set(lesion.layers)
+    together = lesion.layers if lesion and (place != NOWHERE or not named) else ()
+    layer = lesion.layer if lesion else ""
+    window = lesion.window if lesion else (0.0, 1.0)
+    return {
+        "model": cell.model.name,
+        "prompt_id": cell.prompt.id,
+        "prompt": cell.prompt.text,
+        "aspects": ",".join(cell.prompt.aspects),
+        "seed": cell.seed,
+        "selection": lesion.selection if lesion else "none",
+        "replacement": lesion.replacement.name if lesion else "",
+        "layer": layer,
+        "lesioned": "+".join(together),
+        "order": place.order,
+        "permutation": place.permutation,
+        "position": place.position,
+        "kind": lesion.kind if lesion else "",
+        "layer_index": layers.index(layer) if layer else -1,
+        "window_start": window[0],
+        "window_end": window[1],
+        "branch": lesion.branch if lesion else "both",
+        "strength": lesion.strength if lesion else 0.0,
+        "task": settings.task,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "height": settings.height,
+        "width": settings.width,
+        "scheduler": settings.scheduler,
+        "negative_prompt": settings.negative_prompt or "",
+        "init": PurePath(cell.prompt.image).name,
+        "noising": settings.noising or 0.0,
+        "dtype": cell.model.dtype,
+        "device": cell.model.device,
+        "fingerprint": cell.model.fingerprint,
+        "cell": cell.key,
+    }

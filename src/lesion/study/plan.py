@@ -1,0 +1,97 @@
+"""What is left to make, grouped in batches. Pure: imports nothing of torch and touches no disk.
+
+`cells` is a study or any cells. A study is planned without remembering its keys, so in memory that does not grow with
+the number of its cells; for other cells their keys are remembered (some 100 MB a million).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lesion.study.grid import Cell, Study, kind_of
+from lesion.study.lesions import Lesion
+
+
+def batches(
+    cells: Study | Iterable[Cell], size: int | Callable[[], int], exists: Callable[[str], bool]
+) -> Iterator[list[Cell]]:
+    """Batches of at most `size` cells that do not exist yet, each cell once; a study's come in its plan order.
+
+    size: at least 1, or what to ask for it at the start of every batch (it can shrink when memory runs out).
+    exists: whether the image of a key is made; asked right before the cell is put in a batch.
+
+    A batch mixes prompts, seeds and layers, but not kinds of lesion: so a cell meets the same company whether its kind
+    is one of several in a job or a job of its own in a sweep, and comes out the same to the bit.
+    Raises ValueError for a size below 1.
+    """
+    waiting: list[Cell] = []
+    limit = 1
+    for cell in cells.in_plan_order() if isinstance(cells, Study) else _once(cells):
+        if exists(cell.key):
+            continue
+        if waiting and kind_of(cell.lesion) != kind_of(waiting[0].lesion):
+            yield waiting
+            waiting = []
+        if not waiting:
+            limit = size() if callable(size) else size
+            if limit < 1:
+                raise ValueError(f"a batch holds at least one cell; got a size of {limit}")
+        waiting.append(cell)
+        if len(waiting) == limit:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
+    seen: set[int] = set()
+    for cell in cells:
+        number = int(cell.key, 16)  # half the memory of the key's text
+        if number not in seen:
+            seen.add(number)
+            yield cell
+
+
+@dataclass
+class Tally:
+    """Counts of a study's images by mode, for `dry_run` and the progress bar."""
+
+    rows: int = 0
+    by_mode: dict[str, int] = field(default_factory=dict)
+    baselines: int = 0
+    unique: int = 0
+    stored: int = 0
+
+    @property
+    def missing(self) -> int:
+        return self.unique - self.stored
+
+    def add(self, lesion: Lesion | None, rows: int = 1) -> None:
+        """Count `rows` more rows under this lesion."""
+        mode = f"{lesion.selection} / {lesion.replacement.name}" if lesion else "baseline"
+        self.rows += rows
+        self.by_mode[mode] = self.by_mode.get(mode, 0) + rows
+        self.baselines += rows if lesion is None else 0
+
+
+def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally:
+    """Count a study's rows, its distinct images and those that exist already. A study is counted fastest."""
+    counts = Tally()
+    if isinstance(cells, Study):
+        for lesion, rows in cells.rows():
+            counts.add(lesion, rows)
+        keys = cells.keys()
+    else:
+        keys = (cell.key for cell in _once(_counted(cells, counts)))
+    for key in keys:
+        counts.unique += 1
+        counts.stored += exists(key)
+    return counts
+
+
+def _counted(cells: Iterable[Cell], counts: Tally) -> Iterator[Cell]:
+    for cell in cells:
+        counts.add(cell.lesion)
+        yield cell

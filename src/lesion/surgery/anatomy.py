@@ -1,0 +1,311 @@
+"""What can be lesioned in a denoiser: its sites, grouped in layers, in the order of the forward pass.
+
+Works on real weights and on a model built on the meta device alike, so a request is checked before any weight loads.
+Goes by names, so that a class nobody listed will do: blocks `….attentions.N.transformer_blocks.M` in UNets and `STEM.N`
+in transformers (whatever the stem), which hold `attn`, `attn1`, `attn2` (modules with to_q) and `ff`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from lesion.surgery.hook_points import FromText, Head, HeadTokens, ImageStream, ImageTokens, Port, Update
+
+PLACES = ("down", "mid", "up")
+KINDS = (
+    "cross_attention",
+    "self_attention",
+    "joint_attention",
+    "text_to_image",
+    "feed_forward",
+    "block",
+)
+GRANULARITIES = ("attention", "transformer_block", "block", "stage", "head")
+WITH_HEADS = ("cross_attention", "self_attention", "joint_attention")  # kinds that `by=head` can take apart
+_SITE = re.compile(
+    r"(?P<block>(?:(?P<attention>.*\battentions\.\d+)\.)?[A-Za-z_]\w*\.\d+)\.(?P<leaf>attn[12]?|ff|act_mlp)"
+)
+_STAGE = re.compile(r"(?P<place>down|mid|up)_blocks?(?:\.(?P<block>\d+))?(?:\.|$)")
+
+
+class AnatomyError(Exception):
+    """The denoiser has nothing that this anatomy recognises. key: the config key to change."""
+
+    def __init__(self, message: str, key: str = "model.id"):
+        super().__init__(message)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place whose contribution can be replaced.
+
+    path: its module path; of an attention head, the attention's with `.heads.H` behind. channels: width of what is
+    replaced. heads, head_dim: attention heads and channels of each. text_dim: channels of the text features it reads.
+    The last three are 0 where there are none. port: how what is replaced is read and written.
+    """
+
+    path: str
+    channels: int
+    heads: int
+    head_dim: int
+    text_dim: int
+    port: Port = field(default=Port(""), repr=False)
+
+    def part(self, number: int) -> str:
+        """Name of one of the parts that its port reads: the text's half of a block has one of its own."""
+        return f"{self.path}:text" if number else self.path
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A named group of sites.
+
+    path: its module path. index: place in the forward order, from 0. place: down, mid or up; "" outside UNets.
+    resolution: side of its feature map in latent pixels at the model's own sample size (0 if the config gives none).
+    """
+
+    path: str
+    index: int
+    place: str
+    resolution: int
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    layers: tuple[Layer, ...]
+    kind: str = "cross_attention"
+    by: str = "attention"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(layer.path for layer in self.layers)
+
+    @property
+    def sites(self) -> dict[str, tuple[str, ...]]:
+        """Site paths of each layer path."""
+        return {layer.path: tuple(site.path for site in layer.sites) for layer in self.layers}
+
+    @cached_property
+    def by_path(self) -> dict[str, Site]:
+        """Every site by its path, in forward order."""
+        return {site.path: site for layer in self.layers for site in layer.sites}
+
+
+def examine(denoiser: nn.Module, by: str = "attention", kind: str = "cross_attention") -> Anatomy:
+    """The layers of a denoiser, in forward order.
+
+    kind: what the sites are (docs/lesions.md). by: how they are grouped: `attentions.N` (in transformers without these,
+    the block), transformer block, UNet block (`down_blocks.1`), UNet stage (`down_blocks`), or each attention head a
+    layer of its own.
+    Raises AnatomyError where there are none.
+    """
+    groups: dict[str, list[Site]] = {}
+    unet = hasattr(denoiser, "down_blocks")
+    name = type(denoiser).__name__
+    if not unet and by in ("block", "stage"):
+        raise AnatomyError(
+            f"{name} has no UNet blocks to group layers by {by}; allowed: attention, transformer_block, head",
+            "layers.by",
+        )
+    if by == "head" and kind not in WITH_HEADS:
+        raise AnatomyError(f"{kind} has no attention heads; with layers.by=head: {', '.join(WITH_HEADS)}", "layers.by")
+    for part in _parts(denoiser):
+        for layer, site in _lesionable(denoiser, part, by, kind):
+            sites = groups.setdefault(layer, [])
+            if site not in sites:
+                sites.append(site)
+    if not groups:
+        if others := kinds_of(denoiser):
+            raise AnatomyError(f"{name} has no {kind.replace('_', '-')} module; allowed: {', '.join(others)}",
+                               "layers.kind")  # fmt: skip
+        raise AnatomyError(
+            f"{name} has no {kind.replace('_', '-')} module, nor others of the form "
+            "'….attentions.N.transformer_blocks.M.attn2' or 'BLOCKS.N.attn2' (attn, attn1: self- or joint attention)"
+        )
+    resolutions = _resolutions(denoiser)
+    ordered = sorted(groups, key=depth) if unet else list(groups)  # a transformer names its blocks in forward order
+    return Anatomy(
+        tuple(
+            Layer(
+                path,
+                index,
+                _stage(path)[0] if unet else "",
+                resolutions.get(path.split(".attentions")[0], 0),
+                tuple(sorted(groups[path], key=lambda site: depth(site.path)) if unet else groups[path]),
+            )
+            for index, path in enumerate(ordered)
+        ),
+        kind,
+        by,
+    )
+
+
+def kinds_of(denoiser: nn.Module) -> tuple[str, ...]:
+    """The kinds of site that a denoiser has: allowed values of `layers.kind`."""
+    found = {kind for part in _parts(denoiser) for kind in _kinds(part)}
+    return tuple(kind for kind in KINDS if kind in found or (found and kind == "block"))
+
+
+def text_sites(denoiser: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules that read the text by cross-attention, in the order of `named_modules`."""
+    return tuple(part.path for part in _parts(denoiser) if "cross_attention" in _kinds(part))
+
+
+def attentions_of(denoiser: nn.Module) -> dict[str, str]:
+    """The kind of every attention that can be lesioned, by its module path."""
+    return {part.path: _kinds(part)[0] for part in _parts(denoiser) if "attn" in part.match["leaf"] and _kinds(part)}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module that the pattern of sites matches, and the block it is in."""
+
+    path: str
+    match: re.Match[str]
+    module: Any
+    block: Any
+
+    @property
+    def concatenated(self) -> bool:
+        """Whether its block hands it text and image in one sequence, the text in front (FLUX's single blocks)."""
+        if getattr(getattr(self.block, "attn", None), "pre_only", False) is not True:
+            return False
+        return "encoder_hidden_states" in inspect.signature(self.block.forward).parameters
+
+    @property
+    def joint(self) -> bool:
+        return getattr(self.module, "added_kv_proj_dim", None) is not None
+
+
+def _parts(denoiser: nn.Module) -> Iterator[_Part]:
+    for path, module in denoiser.named_modules():
+        if match := _SITE.fullmatch(path):
+            yield _Part(path, match, module, denoiser.get_submodule(match["block"]))
+
+
+def _kinds(part: _Part) -> tuple[str, ...]:
+    """What a module is a site of; an attention that is told what it attends to is asked (some UNets use attn1 so)."""
+    leaf, module = part.match["leaf"], part.module
+    if leaf == "ff":
+        return ("feed_forward",)
+    if leaf == "act_mlp":
+        return ("feed_forward",) if part.concatenated else ()
+    if not any(hasattr(module, name) for name in ("to_q", "to_qkv")):
+        return ()
+    if part.joint or part.concatenated:
+        return ("joint_attention", "text_to_image")
+    crosses = getattr(module, "is_cross_attention", None)
+    if not isinstance(crosses, bool):
+        crosses = leaf == "attn2"
+    return ("cross_attention",) if crosses else ("self_attention",)
+
+
+def _lesionable(denoiser: nn.Module, part: _Part, by: str, kind: str) -> Iterator[tuple[str, Site]]:
+    """The sites of this kind that a module gives, each with the path of its layer."""
+    kinds, match = _kinds(part), part.match
+    if kind == "block" and kinds:
+        path = match["block"] if by == "transformer_block" else match["attention"] or match["block"]
+        yield _GROUPS[by](match), Site(path, _width_of_block(part), 0, 0, 0, Update(path))
+    elif kind in kinds and by == "head":
+        for site in _heads(part):
+            yield site.path, site
+    elif kind in kinds:
+        yield _GROUPS[by](match), _site(part, kind)
+
+
+_GROUPS: dict[str, Callable[[re.Match[str]], str]] = {
+    "attention": lambda match: match["attention"] or match["block"],
+    "transformer_block": lambda match: match["block"],
+    "block": lambda match: match["block"].partition(".attentions")[0],
+    "stage": lambda match: match["block"].partition(".")[0],
+}
+
+
+def _site(part: _Part, kind: str) -> Site:
+    module, path = part.module, part.path
+    block = part.match["block"] if part.concatenated else ""
+    port: Port = Port(path)
+    if kind == "text_to_image":
+        port = FromText(path, block, single=bool(block))
+    elif block:
+        port = ImageTokens(path, block)
+    elif kind == "joint_attention":
+        port = ImageStream(path)
+    heads = int(getattr(module, "heads", 0))
+    crosses = bool(getattr(module, "is_cross_attention", False))
+    return Site(
+        path=path,
+        channels=part.block.mlp_hidden_dim if part.match["leaf"] == "act_mlp" else _channels(module),
+        heads=heads,
+        head_dim=int(getattr(module, "inner_dim", 0)) // heads if heads else 0,
+        text_dim=int(module.added_kv_proj_dim) if part.joint else int(module.cross_attention_dim) if crosses else 0,
+        port=port,
+    )
+
+
+def _heads(part: _Part) -> Iterator[Site]:
+    module, path, block = part.module, part.path, part.match["block"]
+    heads, inner = int(module.heads), int(module.inner_dim)
+    if part.concatenated:
+        ports: list[Port] = [HeadTokens(path, block, head=head, heads=heads) for head in range(heads)]
+    elif isinstance(getattr(module, "to_out", None), nn.ModuleList):
+        ports = [Head(f"{path}.to_out.0", head=head, heads=heads) for head in range(heads)]
+    else:
+        raise AnatomyError(f"{path} has no output projection to_out.0 whose input its heads could share", "layers.by")
+    width = inner // heads
+    for head, port in enumerate(ports):
+        # Behind a head's channels comes the share of the bias; see `ports.Head`.
+        yield Site(f"{path}.heads.{head}", width, 1, width, 0, port)
+
+
+def _width_of_block(part: _Part) -> int:
+    widths = (getattr(module, "query_dim", None) for module in part.block.modules())
+    return next((width for width in widths if isinstance(width, int)), 0)
+
+
+def _channels(module: Any) -> int:
+    """Width of what a module puts out: its own word for it, or its last weight's."""
+    if isinstance(width := getattr(module, "out_dim", None), int):
+        return width
+    weights = [parameter for name, parameter in module.named_parameters() if name.endswith("weight")]
+    return int(weights[-1].shape[0])
+
+
+def _stage(path: str) -> tuple[str, int]:
+    match = _STAGE.match(path)
+    if match is None:
+        raise AnatomyError(f"layer {path!r} is in no down, mid or up block")
+    return match["place"], int(match["block"] or 0)
+
+
+def depth(path: str) -> tuple[int, int, tuple[int, ...]]:
+    """Sort key of a UNet module path by the order of the forward pass (named_modules lists up before mid)."""
+    place, block = _stage(path)
+    return PLACES.index(place), block, tuple(int(number) for number in re.findall(r"\.(\d+)", path))
+
+
+def _resolutions(denoiser: Any) -> dict[str, int]:
+    """Side of the feature map inside each block, in latent pixels; empty where the model states no sample size."""
+    size = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if not isinstance(size, int) or not hasattr(denoiser, "down_blocks"):
+        return {}
+    sides = {}
+    for index, block in enumerate(denoiser.down_blocks):
+        sides[f"down_blocks.{index}"] = size
+        if getattr(block, "downsamplers", None) is not None:
+            size = -(-size // 2)
+    sides["mid_block"] = size
+    for index, block in enumerate(denoiser.up_blocks):
+        sides[f"up_blocks.{index}"] = size
+        if getattr(block, "upsamplers", None) is not None:
+            size *= 2
+    return sides

@@ -1,0 +1,188 @@
+"""Memory that does not suffice: what failed is let go of before the next try, and costs only its own cells."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import settings, tiny_spec
+from lesion import models, replacements
+from lesion.generation.generate import generate
+from lesion.models import loading, memory
+from lesion.run import maker as making
+from lesion.run.maker import Maker
+from lesion.store.images import Store
+from lesion.study.grid import Cell, ModelIdentity
+from lesion.study.lesions import Lesion, Replacement
+from lesion.study.prompts import Prompt
+
+IDENTITY = ModelIdentity("tiny", "f00d", "float32")
+
+
+@pytest.fixture
+def maker(tmp_path):
+    """Of a study of nothing but mean lesions, at a batch size of 8 that was asked for."""
+    lesion = Lesion("leave_one_out", "a", ("a",), Replacement("mean"))
+    request = SimpleNamespace(model="spec", batch_size=8, device="cpu", replacements={"mean": {}})
+    study = SimpleNamespace(
+        model=IDENTITY, settings=settings(), prompts=(Prompt("a"),), windows=(), lesions=lambda: [lesion]
+    )
+    return Maker(request, SimpleNamespace(identity=IDENTITY), study, Store(tmp_path), lambda *args: None)
+
+
+class Crowded:
+    """A device that holds `most` images. tried: batch sizes; alive: of each try, what earlier ones left behind."""
+
+    def __init__(self, most):
+        self.most, self.tried, self.alive, self.held = most, [], [], []
+
+    def __call__(self, number):
+        self.tried.append(number)
+        self.alive.append(sum(one() is not None for one in self.held))
+        activation = torch.zeros(number)
+        cycle = [activation]
+        cycle.append(cycle)  # as modules and hooks make them
+        self.held.append(weakref.ref(activation))
+        if number > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return number
+
+
+def test_a_failed_batch_is_let_go_of_before_it_is_tried_again(maker, monkeypatch):
+    device, done = Crowded(2), []
+    monkeypatch.setattr(making, "generate", lambda model, cells, *rest: device(len(cells)) and cells)
+    batch = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(8)]
+    maker._make(batch, SimpleNamespace(put=lambda cells, images: done.extend(cells)), SimpleNamespace())
+    assert done == batch
+    assert device.tried == [8, 4, 2, 2, 2, 2]
+    assert device.alive[:3] == [0, 0, 0]
+
+
+def test_calibration_halves_the_batch_and_images_go_on_with_it(maker, monkeypatch):
+    device = Crowded(2)
+    monkeypatch.setattr(replacements, "build", lambda name, options, bench: device(bench.batch_size))
+    maker._prepare()
+    assert device.tried == [8, 4, 2]
+    assert device.alive == [0, 0, 0]
+    assert list(maker.fillers.values()) == [2]
+    assert not maker.broken
+    assert maker.size == 2
+
+
+def test_calibration_that_does_not_fit_one_image_costs_its_own_cells(maker, monkeypatch):
+    device = Crowded(0)
+    monkeypatch.setattr(replacements, "build", lambda name, options, bench: device(bench.batch_size))
+    maker._prepare()
+    assert device.tried == [8, 4, 2, 1]
+    assert not maker.fillers
+    assert "mean could not be made ready: OutOfMemoryError: CUDA out of memory" in next(iter(maker.broken.values()))
+
+
+def test_another_fault_of_a_replacement_is_not_tried_again(maker, monkeypatch):
+    sizes = []
+
+    def build(name, options, bench):
+        sizes.append(bench.batch_size)
+        raise ValueError("no such site")
+
+    monkeypatch.setattr(replacements, "build", build)
+    maker._prepare()
+    assert sizes == [8]
+    assert "no such site" in next(iter(maker.broken.values()))
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_auto_is_one_where_one_or_two_do_not_fit(most):
+    assert memory.fitting(Crowded(most), "cpu") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("cannot identify image file")]
+)
+def test_auto_goes_on_where_the_first_image_cannot_be_made(cli, monkeypatch, error):
+    def make(model, cells, *rest):
+        if any(cell.prompt.text == "a red circle" for cell in cells):
+            raise error
+        return generate(model, cells, *rest)
+
+    monkeypatch.setattr(making, "generate", make)
+    code, _, err = cli("generation.batch_size=auto", "selection=none")
+    assert code == 1
+    assert "1 of 2 images" in err
+    (frame,) = cli.frames()
+    assert frame.status.tolist() == ["failed", "ok"]
+    assert str(error) in frame.reason[0]
+
+
+def test_auto_is_found_once_for_models_that_are_the_same(maker, monkeypatch):
+    class Loaded(SimpleNamespace):  # `dataclasses.replace` makes a new one for each job and round
+        pass
+
+    probed, model = [], Loaded(identity=IDENTITY)
+    monkeypatch.setattr(memory, "fitting", lambda make, device: probed.append(device) or 8)
+    request = SimpleNamespace(model="spec", batch_size=None, device="cuda:1")
+    assert making._fitting(request, model, maker.study) == 8
+    assert making._fitting(request, Loaded(identity=IDENTITY), maker.study) == 8
+    assert probed == ["cuda:1"]  # that very one, not the first
+    for other in ({"device": "cpu"}, {"model": "another"}):
+        making._fitting(SimpleNamespace(**{**vars(request), **other}), model, maker.study)
+    assert len(probed) == 3
+    held = weakref.ref(model)
+    del model
+    assert held() is None
+
+
+def test_auto_remembers_what_did_not_fit(maker, monkeypatch):
+    monkeypatch.setattr(memory, "fitting", lambda make, device: 8)
+    maker.request.batch_size = None
+    assert making._size(maker.request, maker.model, maker.study) == 8
+    maker._shrink(8)
+    assert making._size(maker.request, maker.model, maker.study) == 4
+
+
+def test_a_size_that_was_asked_for_and_did_not_fit_is_not_tried_again(maker):
+    """Each round of a budget has a maker of its own."""
+    assert making._size(maker.request, maker.model, maker.study) == 8
+    maker._shrink(8)
+    assert making._size(maker.request, maker.model, maker.study) == 4
+    maker.request.device = "cuda:1"
+    assert making._size(maker.request, maker.model, maker.study) == 8
+
+
+@pytest.mark.parametrize(
+    ("said", "out"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_running_out_is_told_from_other_faults(said, out):
+    assert memory.ran_out(RuntimeError(said)) is out
+
+
+def test_a_fault_of_the_first_image_is_not_remembered(maker, monkeypatch):
+    monkeypatch.setattr(making, "generate", lambda *args: 1 / 0)
+    assert making._fitting(maker.request, maker.model, maker.study) == 1
+    monkeypatch.setattr(memory, "fitting", lambda make, device: 8)
+    assert making._fitting(maker.request, maker.model, maker.study) == 8
+
+
+def test_a_model_goes_before_another_is_loaded(tiny_folder, monkeypatch):
+    loading.forget()
+    make, seen, held = loading._pipeline, [], []
+
+    def noting(source, dtype):
+        seen.append([one() is not None for one in held])
+        return make(source, dtype)
+
+    monkeypatch.setattr(loading, "_pipeline", noting)
+    specs = [tiny_spec(tiny_folder, name=name) for name in ("one", "one", "another", "one")]
+    for spec in specs:
+        held.append(weakref.ref(models.load(models.resolve(spec), "cpu").denoiser))
+    assert seen == [[], [False, False], [False, False, False]]  # loaded three times, each alone
+    loading.forget()

@@ -1,0 +1,113 @@
+"""Killed by SIGKILL at chosen moments, most of them after the last image: the same pixels as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lesion.store.images import Store, digest_of
+
+# One process imports everything and forks one child a run, so that a run costs little more than its work. It starts no
+# thread and computes nothing itself: neither outlives a fork.
+DRIVER = """
+import json, os, signal, sys
+import diffusers, lesion.analysis.importance, lesion.analysis.settings, lesion.report, pandas, pyarrow.parquet
+import torchmetrics.image, open_clip
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from lesion.cli import study as cli
+from lesion.store import scores as parts
+from lesion.run import results
+from lesion.run import job as runner
+from lesion.store import images as store
+
+results.FLUSH, results.CHUNK = 5, 3
+lesion.report.write_report = lambda *args: []
+PLACES = {
+    "image": (store.Store, "put"),  # stored, not yet noted
+    "rename": (os, "replace"),  # its content is written, its name is not given
+    "score": (results.Results, "_score"),
+    "flush": (parts.Scores, "flush"),
+    "publish": (results._Publisher, "publish"),
+    "report": (lesion.report, "write_report"),
+}
+
+def deadly(place, number, late):
+    owner, name = PLACES[place]
+    method, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(name)
+        found = method(*args, **kwargs) if late or len(calls) < number else None
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, call)
+
+def run(number, arguments):
+    sys.argv = ["lesion", *arguments, f"hydra.run.dir=run{number}"]
+    cli.main()
+
+for number, (kill, arguments) in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        if kill:
+            deadly(*kill)
+        run(number, arguments)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+IMAGES = 8
+# A place, the number of its call in that run, and whether the call is done when the kill comes.
+AFTER_THE_LAST_IMAGE = [
+    ("score", 2, False),
+    ("rename", 1, False),
+    ("flush", 2, True),
+    ("publish", 5, True),
+    ("report", 1, False),
+]
+
+
+def pixels(store: Path) -> dict[str, np.ndarray]:
+    """By key; everything in it that is not an image of the study fails."""
+    found = {path.stem: Store(store).get(path.stem).pixels for path in (store / "cells").rglob("*.png")}
+    assert len(found) == IMAGES
+    return found
+
+
+@pytest.mark.timeout(200)
+def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli, tmp_path):
+    def run(store, batch, kill=None):
+        base = [default for default in cli.defaults if not default.startswith("generation.batch_size")]
+        return kill, [*base, "selection=leave_one_out", f"generation.batch_size={batch}", f"store.dir={store}"]
+
+    kills = [("image", 3, True), ("rename", 3, False), *AFTER_THE_LAST_IMAGE]
+    runs = [run("undisturbed", 1), *(run("killed", 1, kill) for kill in kills), run("killed", 1)]
+    runs += [run("together", 4, ("image", 4, True)), run("together", 4)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
+    done = subprocess.run(command, cwd=cli.folder, env=environment, capture_output=True, text=True)
+    codes = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
+    expected = [-signal.SIGKILL if kill else 0 for kill, _ in runs]
+    assert codes == expected, done.stderr[-3000:]
+
+    wanted, killed = pixels(cli.folder / "undisturbed"), pixels(cli.folder / "killed")
+    assert {key: digest_of(image) for key, image in killed.items()} == {
+        key: digest_of(image) for key, image in wanted.items()
+    }
+    first, last = (pd.read_parquet(cli.folder / f"run{number}" / "results.parquet") for number in (0, 1 + len(kills)))
+    # Scores add up in the company they are computed in, which rounds differently (see `scoring.Metric`): 1e-6.
+    pd.testing.assert_frame_equal(first, last, atol=1e-6)
+    # In batches an image's company depends on where the kills came, and company rounds differently: 1 of 255.
+    together = pixels(cli.folder / "together")
+    assert together.keys() == wanted.keys()
+    assert max(np.abs(together[key].astype(int) - wanted[key]).max() for key in wanted) <= 1

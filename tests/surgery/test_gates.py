@@ -1,0 +1,201 @@
+"""Lesions on compiled blocks: the same images as by hooks, and nothing compiled anew as lesions change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from conftest import settings, tiny_spec
+from lesion import models
+from lesion.generation.generate import generate
+from lesion.generation.snapshots import States
+from lesion.models import loading
+from lesion.replacements import Bench
+from lesion.replacements import _means as means
+from lesion.study.lesions import Lesion, Replacement
+from lesion.study.prompts import Prompt
+from lesion.surgery.anatomy import examine
+from pipelines import build
+from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
+
+
+@pytest.fixture
+def compiled(tiny_folder, monkeypatch):
+    """The tiny model with its blocks traced by dynamo and run as traced: no C++ compiler is needed."""
+    monkeypatch.setattr(loading, "BACKEND", "eager")
+    loading.forget()
+    yield models.load(models.resolve(tiny_spec(tiny_folder, compile=True)), "cpu")
+    loading.forget()
+
+
+def graphs() -> int:
+    return sum(counters["stats"][name] for name in ("unique_graphs",))
+
+
+def test_gates_make_what_hooks_make_and_compile_once(tiny_model, compiled, tiny_folder):
+    layers = tiny_model.anatomy.paths
+    first, last = layers[0], layers[-1]
+    studies = [
+        [None, None, None],
+        [zero(first)] * 3,
+        [zero(*layers[1:]), zero(last), None],
+        [zero(first, window=(0.5, 1.0)), zero(first, branch="cond"), zero(last, strength=0.5)],
+    ]
+    counters.clear()
+    seen = []
+    for lesions in studies:
+        images = [
+            run(model, [cell(model, subject, lesion) for subject, lesion in zip(SUBJECTS, lesions)])
+            for model in (tiny_model, compiled)
+        ]
+        assert np.abs(images[0] - images[1]).max() < 1e-5
+        seen.append(graphs())
+    assert seen[0] > 0
+    assert len(set(seen)) == 1, "compiled anew for a lesion"
+    assert np.array_equal(run(compiled, [cell(compiled, s) for s in SUBJECTS]), plain(tiny_folder, SUBJECTS))
+    assert not any(float(module.lesion_weight.abs().max()) for module, _ in compiled.gates.modules.values())
+
+
+def test_another_size_of_batch_is_compiled_once(compiled):
+    """A study's last batch is smaller, running out of memory halves them: code for any size serves all of these."""
+    layers = compiled.anatomy.paths
+    lesions = [zero(layer) for layer in layers[:2]] * 4
+    cells = [cell(compiled, subject, lesion) for subject, lesion in zip(SUBJECTS * 4, lesions)]
+    seen = []
+    for size in (8, 5, 3, 2, 7):
+        counters.clear()
+        seen.append(run(compiled, cells[:size]))
+        if size < 5 or size == 7:
+            assert not graphs(), f"compiled anew for {size}"
+    for images in seen[1:]:
+        assert np.abs(images - seen[0][: len(images)]).max() < 1e-5
+
+
+def test_models_after_one_another_are_all_compiled(compiled, tiny_folder, monkeypatch):
+    """What was compiled for models that are gone does not count against dynamo's limit, after which it gives up."""
+    monkeypatch.setattr(loading, "COMPILATIONS", 3)  # one of these models needs that many
+    asked = [cell(compiled, SUBJECTS[0], zero(compiled.anatomy.paths[0]))]
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for dtype in ("bfloat16", "float32", "bfloat16"):
+            model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")
+            counters.clear()
+            assert np.isfinite(run(model, asked)).all()
+            assert graphs()
+
+
+def test_lesions_leave_nothing_behind(tiny_model, compiled, tmp_path):
+    """Half-made baselines and calibration call the denoiser outside a lesion: no earlier batch may show in them."""
+    layers = compiled.anatomy.paths
+    window = (0.5, 1.0)
+    seen = {}
+    for name, model in {"hooks": tiny_model, "gates": compiled}.items():
+        run(model, [cell(model, subject, zero(*layers)) for subject in SUBJECTS])
+        late = [cell(model, subject, zero(layers[0], window=window)) for subject in SUBJECTS]
+        states = States(tmp_path / name)
+        images = generate(model, late, fillers(model, zero(layers[0])), states, [window])
+        assert len(list(states.folder.rglob("*.safetensors"))) == len(SUBJECTS)
+        run(model, [cell(model, subject, zero(*layers)) for subject in SUBJECTS])
+        found = means.measure(Bench(model, settings(), tmp_path, 2), [(Prompt(text), seed) for text, seed in SUBJECTS])
+        seen[name] = images, found
+    assert np.abs(seen["hooks"][0] - seen["gates"][0]).max() < 1e-5
+    assert seen["hooks"][1].keys() == seen["gates"][1].keys()
+    for site, values in seen["hooks"][1].items():
+        torch.testing.assert_close(seen["gates"][1][site], values, atol=1e-5, rtol=1e-4)
+        assert float(values.abs().max()) > 1e-3  # not the zeros of the lesion
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_calibration_and_half_made_baselines_may_come_first(compiled, tiny_folder, tmp_path, dtype):
+    """Nothing has fitted the gates to the rows and the precision of such a call before."""
+    model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")
+    layer, window = model.anatomy.paths[0], (0.5, 1.0)
+    run(model, [cell(model, SUBJECTS[0])])  # as `batch_size: auto` does, with fewer rows
+    found = means.measure(Bench(model, settings(), tmp_path, 3), [(Prompt(text), seed) for text, seed in SUBJECTS])
+    assert all(torch.isfinite(values).all() for values in found.values())
+    model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype, name="fresh")), "cpu")
+    late = [cell(model, subject, zero(layer, window=window)) for subject in SUBJECTS]
+    states = States(tmp_path)
+    images = generate(model, late, fillers(model, zero(layer)), states, [window])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(SUBJECTS)
+    assert np.array_equal(images, run(model, late))
+    measured = means.measure(Bench(model, settings(), tmp_path, 3), [(Prompt(text), seed) for text, seed in SUBJECTS])
+    assert all(torch.equal(values, measured[site]) for site, values in found.items())
+
+
+@pytest.mark.parametrize("by", ["transformer_block", "block", "stage"])
+def test_layers_of_other_sizes_pass_through_gates(tiny_model, compiled, by):
+    images = []
+    for model in (tiny_model, compiled):
+        model = replace(model, anatomy=examine(model.denoiser, by=by))
+        lesions = [zero(model.anatomy.paths[0]), None, zero(model.anatomy.paths[-1])]
+        images.append(run(model, [cell(model, subject, lesion) for subject, lesion in zip(SUBJECTS, lesions)]))
+    assert np.abs(images[0] - images[1]).max() < 1e-5
+    assert np.abs(images[1] - run(compiled, [cell(compiled, subject) for subject in SUBJECTS])).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("replacement", "more"),
+    [
+        ("null_prompt", ""),
+        ("donor_prompt", "replacement.donor_prompt.prompt=x"),
+        ("resample", "replacement.resample.prompt=x"),
+    ],
+)
+def test_replacements_that_compiled_code_cannot_have_are_refused(cli, replacement, more):
+    code, _, err = cli("performance.compile=true", f"replacement=[zero,{replacement}]", *filter(None, [more]))
+    assert code == 2 and err.strip().count("\n") == 0
+    assert f"performance.compile: does not work with replacement={replacement}; allowed here: false" in err
+    assert not list(cli.folder.rglob("*.png"))
+
+
+def test_a_denoiser_without_blocks_to_compile_is_refused(cli, tmp_path):
+    folder = build("pixart_sigma", tmp_path / "pixart")
+    code, _, err = cli("performance.compile=true", f"model.id={folder}", "layers.include=null")
+    assert code == 2 and "performance.compile: diffusers names no blocks of PixArtTransformer2DModel" in err
+
+
+def test_means_pass_through_gates(tiny_model, compiled):
+    class Ramp:
+        """Another value for each step, branch and channel."""
+
+        def fill(self, site, call, branches, output):
+            channels = torch.arange(output.shape[-1], device=output.device) / output.shape[-1]
+            return (call + 1) * 0.1 + branches[:, None, None] * 0.3 + channels[None, None]
+
+    lesion = Lesion("all", "", tiny_model.anatomy.paths, Replacement("mean", {"calibration": 1}))
+    made = [
+        generate(model, [cell(model, s, lesion) for s in SUBJECTS], {"mean:[('calibration', 1)]": Ramp()})
+        for model in (tiny_model, compiled)
+    ]
+    assert np.abs(made[0] - made[1]).max() < 1e-5
+    assert np.abs(made[0] - run(tiny_model, [cell(tiny_model, s) for s in SUBJECTS])).max() > 1e-3
+
+
+def test_a_replacement_that_reads_the_output_is_refused(compiled):
+    layer = compiled.anatomy.paths[0]
+    (filler,) = fillers(compiled, zero(layer)).values()
+    filler.reads_output = True
+    with pytest.raises(RuntimeError, match="compile=false"):
+        generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": filler})
+    (fine,) = fillers(compiled, zero(layer)).values()  # the others of its study go on
+    generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": fine, "another:[]": filler})
+
+
+def test_switches_make_cells_of_their_own(cli, monkeypatch, no_report):
+    monkeypatch.setattr(loading, "BACKEND", "eager")
+    frames = {}
+    for switches in ("", "performance.compile=true", "performance.channels_last=true", "performance.tf32=true"):
+        code, _, err = cli(*filter(None, [switches]), "replacement=[zero,mean]")
+        assert code == 0, err
+        frames[switches] = pd.read_parquet(cli.newest() / "results.parquet")
+    loading.forget()
+    cells = [set(frame.cell) for frame in frames.values()]
+    assert sum(map(len, cells)) == len(set.union(*cells))
+    scores = [frame.clip_similarity.to_numpy() for frame in frames.values()]
+    for other in scores[1:]:
+        np.testing.assert_allclose(other, scores[0], atol=1e-4)

@@ -1,0 +1,446 @@
+"""The tracking room: what an offline W&B log holds, read back from its bytes, and that no tracker can hurt a study."""
+
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from lesion.tracking import Guarded, JobInfo, Tracker, make_tracker, tracker_names
+from lesion.tracking import wandb as wandb_room
+
+LAYERS = ["down_blocks.0.attentions.0", "up_blocks.1.attentions.2"]
+NASTY = [
+    "<script>alert('x')</script>\n\r\n\t\x00 \u202e{{7*7}}",
+    "long " * 2000,
+    "lone \ud800 surrogate, 'quotes' \"and\" 🙂",
+]
+SUMMARY = {f"importance/zero/{layer}": 0.125 * (index + 1) for index, layer in enumerate(LAYERS)}
+CONF = Path(__file__).parents[2] / "conf" / "tracker"
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No W&B settings, credentials or home of the machine the tests run on."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_SERVICE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def a_job(folder: Path, name: str = "leave_one_out-zero") -> JobInfo:
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, object] = {
+        "seeds": [0, 1],
+        "generation": {"steps": 8, "guidance": 3.0, "negative_prompt": NASTY[0]},
+        "odd": {"path": Path("a/b"), "surrogate": NASTY[2], "number": np.float32(0.5)},
+    }
+    return JobInfo(name=name, group="2026-11-21/study", job_type="leave_one_out", folder=folder, config=config)
+
+
+def a_run_folder(folder: Path, rows_per_prompt: int = 3) -> pd.DataFrame:
+    """A frame of a few rows, its tiny PNGs, two sizes of grids, a figure and results.parquet under `folder`."""
+    for sub in ("images", "grids", "figures"):
+        (folder / sub).mkdir(parents=True)
+    rows, prompts = [], []
+    for number, prompt in enumerate(NASTY):
+        for column in range(rows_per_prompt):
+            image = f"images/{number}-{column}.png"
+            pixels = np.full((8, 8, 3), 40 * column + number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / image)
+            layer = "" if column == 0 else LAYERS[column - 1]
+            similarity = 1.0 if column == 0 else 0.9
+            prompts.append(prompt)
+            rows.append({"seed": number, "layer": layer, "status": "ok", "image": image, "clip_similarity": similarity})
+    rows.append({**rows[-1], "status": "failed", "image": "", "clip_similarity": float("nan")})
+    rows.append({**rows[-1], "status": "invalid", "image": "images/broken.png"})
+    (folder / "images/broken.png").write_bytes(b"\x89PNG not really")
+    for name, width in (("p0-s0", 32), ("p0-s1", 33), ("p1-s0", 48)):
+        Image.new("RGB", (width // 16 * 16, 16), (width, 0, 0)).save(folder / "grids" / f"{name}.png")
+    Image.new("RGB", (20, 20)).save(folder / "figures" / "heatmap.png")
+    (folder / "tables").mkdir()
+    columns = {"layer": [*LAYERS, "NA"], "importance": [0.25, None, 0.5], "n": [1, 2, 3], NASTY[0]: NASTY[0]}
+    layers = pd.DataFrame(columns)
+    layers.to_csv(folder / "tables" / "layers.csv", index=False)
+    (folder / "tables" / "layers.md").write_text("not a CSV")
+    (folder / "tables" / "torn.csv").write_bytes(b'a,b\n"\xff')
+    frame = pd.DataFrame(rows)
+    frame.to_parquet(folder / "results.parquet")
+    # As objects: a string column of pandas 3 cannot hold a lone surrogate, a frame made elsewhere can.
+    frame.insert(0, "prompt", pd.Series([*prompts, NASTY[-1], NASTY[-1]], dtype=object))
+    return frame
+
+
+def records(log: Path) -> list:
+    """The records of a finished run's log.
+
+    `run.finish()` may return some 10 ms before wandb's helper process has written the last block: wait for it.
+    """
+    deadline = time.monotonic() + 20
+    while not (found := parsed(log)) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"no end of the run in {log}"
+        time.sleep(0.02)
+    return found
+
+
+def parsed(log: Path) -> list:
+    """The records of a `run-*.wandb` file: a 7-byte file header, then LevelDB log blocks of 32 KiB.
+
+    Source: the LevelDB log format (checksum 4, length 2, type 1; types full 1, first 2, middle 3, last 4).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts, found = log.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if (rest := 32768 - position % 32768) < 7:
+            position += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            break
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def our_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a terminal would show: wandb's own logger does not propagate, though pytest listens to it."""
+    return [record.getMessage() for record in caplog.records if record.name.split(".")[0] != "wandb"]
+
+
+def the_logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def merged(items) -> dict:
+    """Protobuf items that carry JSON, as nested dicts."""
+    found: dict = {}
+    for item in items:
+        *parents, last = [item.key] if item.key else item.nested_key
+        inside = found
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+        inside[last] = json.loads(item.value_json)
+    return found
+
+
+def track(folder: Path, frame: pd.DataFrame, **options: object) -> None:
+    tracker = make_tracker("wandb", {"progress_every": 0, **options})
+    tracker.start(a_job(folder))
+    for done in (1, 2, 4):
+        tracker.progress(done, 4, 2.5)
+    tracker.finish(frame, folder, SUMMARY)
+    tracker.close(0)
+
+
+def test_an_offline_run_holds_everything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    frame = a_run_folder(tmp_path)
+    with caplog.at_level(logging.INFO, logger="lesion"):
+        track(tmp_path, frame, tags=["demo"], project="my-lesions")
+    (log,) = the_logs(tmp_path)
+
+    assert our_lines(caplog) == [
+        f"W&B: no account found, logging offline to {log.parent}; upload later with `wandb sync {log.parent}`"
+    ]
+    assert capfd.readouterr() == ("", "")
+
+    found = records(log)
+    (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert (run.run_group, run.job_type, run.display_name) == (
+        "2026-11-21/study",
+        "leave_one_out",
+        "leave_one_out-zero",
+    )
+    assert (run.project, list(run.tags)) == ("my-lesions", ["demo"])
+    config = merged(run.config.update)
+    assert config["seeds"] == [0, 1]
+    assert config["generation"] == {"steps": 8, "guidance": 3.0, "negative_prompt": NASTY[0]}
+    assert config["odd"] == {"path": "a/b", "surrogate": NASTY[2].replace("\ud800", "?"), "number": 0.5}
+
+    history = [merged(record.history.item) for record in found if record.WhichOneof("record_type") == "history"]
+    progress = [
+        (point["images_done"], point["images_left"], point["images_per_second"])
+        for point in history
+        if "images_done" in point
+    ]
+    assert progress == [(1, 3, 2.5), (2, 2, 2.5), (4, 0, 2.5)]
+
+    summary: dict[str, object] = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= merged(record.summary.update)
+    assert {key: summary[key] for key in SUMMARY} == SUMMARY
+
+    logged = {key: value for point in history for key, value in point.items()}
+    assert logged["grids"]["captions"] == ["p0-s0", "p0-s1"]
+    assert logged["grids_2"]["captions"] == ["p1-s0"], "a list of pictures has one size"
+    assert logged["figures/heatmap"]["_type"] == "image-file"
+    for relative in [*logged["grids"]["filenames"], logged["figures/heatmap"]["path"]]:
+        assert (log.parent / "files" / relative).is_file()
+
+    layers = json.loads((log.parent / "files" / logged["tables/layers"]["path"]).read_text("utf-8"))
+    assert layers["columns"][:3] == ["layer", "importance", "n"]
+    assert [row[:3] for row in layers["data"]] == [[LAYERS[0], 0.25, 1], [LAYERS[1], None, 2], ["NA", 0.5, 3]]
+    assert [key for key in logged if key.startswith("tables/")] == ["tables/layers"], "what cannot be read is left out"
+
+    table = json.loads((log.parent / "files" / logged["results"]["path"]).read_text("utf-8"))
+    assert table["columns"] == ["picture", *frame.columns]
+    assert [row[1] for row in table["data"]] == [text.replace("\ud800", "?") for text in frame["prompt"]]
+    assert [row[-1] for row in table["data"]] == [1.0, 0.9, 0.9] * 3 + [None, None]
+    assert [row[0] is not None for row in table["data"]] == [True] * 9 + [False, False]
+
+    artifacts = {
+        record.artifact.type: record.artifact for record in found if record.WhichOneof("record_type") == "artifact"
+    }
+    (entry,) = artifacts["results"].manifest.contents
+    assert entry.path == "results.parquet"
+    assert Path(entry.local_path).read_bytes() == (tmp_path / "results.parquet").read_bytes()
+    (ended,) = [record.exit for record in found if record.WhichOneof("record_type") == "exit"]
+    assert ended.exit_code == 0
+
+
+def test_table_images_are_staged_within_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setenv("WANDB_DATA_DIR", str(elsewhere))
+    frame = a_run_folder(tmp_path / "job")
+    track(tmp_path / "job", frame, max_table_images=5)
+    staged = [
+        path
+        for path in (tmp_path / "job/wandb/data").rglob("*")
+        if path.is_file() and path.read_bytes()[:4] == b"\x89PNG"
+    ]
+    wanted = [(tmp_path / "job" / image).read_bytes() for image in frame["image"][:5]]
+    assert sorted(path.read_bytes() for path in staged) == sorted(wanted), (
+        "the first max_table_images pictures, no others"
+    )
+    assert not elsewhere.exists()
+    assert os.environ["WANDB_DATA_DIR"] == str(elsewhere), "left as it was"
+
+
+def test_two_jobs_in_one_process_are_two_runs(tmp_path: Path) -> None:
+    trackers = [make_tracker("wandb", {"mode": "offline"}) for _ in range(2)]
+    for index, tracker in enumerate(trackers):  # the second starts while the first is still open
+        tracker.start(a_job(tmp_path / str(index), name=f"job-{index}"))
+        tracker.progress(1, 1, 1.0)
+    for index, tracker in enumerate(trackers):
+        tracker.close(index)
+    runs = []
+    for index in range(2):
+        (log,) = the_logs(tmp_path / str(index))
+        by_kind = {record.WhichOneof("record_type"): record for record in records(log)}
+        runs.append((by_kind["run"].run.run_id, by_kind["run"].run.display_name, by_kind["exit"].exit.exit_code))
+    assert [run[1:] for run in runs] == [("job-0", 0), ("job-1", 1)]
+    assert runs[0][0] != runs[1][0]
+
+
+def test_progress_is_logged_at_most_every_few_seconds_and_at_the_end(tmp_path: Path) -> None:
+    tracker = make_tracker("wandb", {"mode": "offline", "progress_every": 3600})
+    tracker.start(a_job(tmp_path))
+    for done in range(1, 51):
+        tracker.progress(done, 50, 10.0)
+    tracker.close(0)
+    (log,) = the_logs(tmp_path)
+    points = [merged(record.history.item) for record in records(log) if record.WhichOneof("record_type") == "history"]
+    assert [point["images_done"] for point in points] == [1, 50]
+
+
+def test_no_network_goes_offline_quickly_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb_room, "_no_server", [])
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: refused at once
+    wandb.teardown()  # settings are read once a process
+    try:
+        with caplog.at_level(logging.INFO, logger="lesion"):
+            track(tmp_path / "first", a_run_folder(tmp_path / "first"), init_timeout=1)
+            began = time.monotonic()
+            track(tmp_path / "second", a_run_folder(tmp_path / "second"), init_timeout=600)
+            assert time.monotonic() - began < 60, "the second job does not wait for the server again"
+    finally:
+        wandb.teardown()
+    line, again = our_lines(caplog)
+    assert again.startswith(line.split(", logging")[0])
+    assert line.startswith("W&B: could not start online (")
+    assert "127.0.0.1:9" in line
+    assert "wandb sync" in line
+    assert capfd.readouterr() == ("", "")
+    assert [len(the_logs(tmp_path / job)) for job in ("first", "second")] == [1, 1]
+    assert not list(tmp_path.glob("*/wandb/run-*")), "the failed attempt leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "account"),
+    [
+        ({}, "", False),
+        ({"WANDB_API_KEY": "a" * 40}, "", True),
+        (
+            {"WANDB_BASE_URL": "https://wandb.example.org"},
+            "machine wandb.example.org login user password " + "b" * 40,
+            True,
+        ),
+        (
+            {"WANDB_BASE_URL": "https://wandb.example.org"},
+            "machine other.example.org login user password " + "b" * 40,
+            False,
+        ),
+        ({"WANDB_API_KEY": "has a space"}, "", False),
+    ],
+)
+def test_an_account_is_found_without_the_network(
+    environment: dict[str, str], netrc: str, account: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    (tmp_path / "netrc").write_text(netrc)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    wandb.teardown()  # settings are read once a process
+    try:
+        assert wandb_room._has_account() is account
+    finally:
+        wandb.teardown()
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "account", "mode"),
+    [
+        ("auto", None, True, "online"),
+        ("auto", None, False, "offline"),
+        ("auto", "offline", True, "offline"),
+        ("auto", "dryrun", True, "offline"),
+        ("auto", "disabled", True, "disabled"),
+        ("auto", "online", False, "offline"),
+        ("online", None, False, "offline"),
+        ("online", "offline", True, "online"),
+        ("disabled", None, True, "disabled"),
+    ],
+)
+def test_the_mode(asked: str, variable: str | None, account: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_room, "_has_account", lambda: account)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert wandb_room._choose_mode(asked)[0] == mode
+
+
+class Failing:
+    """Raises in the method named; counts the calls."""
+
+    def __init__(self, where: str, error: BaseException) -> None:
+        self.where, self.error, self.calls = where, error, []
+
+    def __getattr__(self, name: str):
+        def method(*_: object) -> None:
+            self.calls.append(name)
+            if name == self.where:
+                raise self.error
+
+        return method
+
+
+def live_through(tracker: Tracker, folder: Path) -> None:
+    tracker.start(a_job(folder))
+    tracker.progress(1, 2, 1.0)
+    tracker.progress(2, 2, 1.0)
+    tracker.finish(pd.DataFrame(), folder, {})
+    tracker.close(0)
+
+
+@pytest.mark.parametrize("where", ["start", "progress", "finish", "close"])
+def test_a_failing_tracker_warns_once_and_is_left_alone(
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = Failing(where, OSError(28, "No space left\non device"))
+    live_through(Guarded("wandb", inner), tmp_path)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "tracker wandb stopped: OSError: [Errno 28] No space left on device; the study goes on")
+    ]
+    order = ["start", "progress", "progress", "finish", "close"]
+    assert inner.calls == order[: order.index(where) + 1]
+
+
+def test_an_interrupt_passes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        live_through(Guarded("wandb", Failing("progress", KeyboardInterrupt())), tmp_path)
+
+
+def test_a_failure_inside_closes_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frame = a_run_folder(tmp_path)
+    (tmp_path / "results.parquet").unlink()
+    track(tmp_path, frame, mode="offline")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "results.parquet" in warning
+    (log,) = the_logs(tmp_path)
+    kinds = {record.WhichOneof("record_type"): record for record in records(log)}
+    assert kinds["exit"].exit.exit_code == 1
+    assert "importance" in str(kinds["summary"]) or "history" in kinds
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "none"}])
+def test_none_does_nothing(options: dict[str, object], tmp_path: Path) -> None:
+    live_through(make_tracker("none", options), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_home_prints_nothing(tmp_path: Path) -> None:
+    """In a process of its own: wandb starts its helper process once."""
+    code = (
+        "import pathlib, sys, test_tracking as t; folder = pathlib.Path(sys.argv[1]);"
+        "t.track(folder, t.a_run_folder(folder), mode='offline')"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "XDG_"))}
+    environment |= {"HOME": "/proc/nonexistent", "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(the_logs(tmp_path)) == 1
+
+
+def test_disabled_does_nothing(tmp_path: Path) -> None:
+    live_through(make_tracker("wandb", {"mode": "disabled"}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_requests_name_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match=r"tracker=wandbb: choose one of none, wandb"):
+        make_tracker("wandbb", {})
+    with pytest.raises(ValueError, match=r"tracker.mode=on: choose one of auto, online, offline, disabled"):
+        make_tracker("wandb", {"mode": "on"})
+    with pytest.raises(ValueError, match=r"tracker.projct: unknown option .*project"):
+        make_tracker("wandb", {"projct": "x"})
+    with pytest.raises(ValueError, match=r"tracker.project=a/b"):
+        make_tracker("wandb", {"project": "a/b"})
+    with pytest.raises(ValueError, match=r"tracker.max_table_images=-1"):
+        make_tracker("wandb", {"max_table_images": -1})
+
+
+def test_every_tracker_has_a_config_with_the_defaults() -> None:
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == tracker_names()
+    for path in CONF.glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        assert values["name"] == path.stem
+        make_tracker(values["name"], values)
+    values = yaml.safe_load((CONF / "wandb.yaml").read_text())
+    values["tags"] = tuple(values["tags"])
+    assert {**vars(wandb_room.Options()), "name": "wandb"} == values
+
+
+def test_more_pictures_than_a_key_may_hold_go_under_further_keys(tmp_path: Path) -> None:
+    for number in range(110):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number:03}.png")
+    lists = wandb_room._picture_lists(tmp_path, "grids")
+    assert {key: len(pictures) for key, pictures in lists.items()} == {"grids": 108, "grids_2": 2}
