@@ -268,12 +268,6 @@ def test_the_hash_tells_apart_what_changes_pixels_and_nothing_else():
     assert some_cell(label).key == some_cell(a_lesion()).key
 
 
-def test_the_pure_rooms_import_no_torch():
-    code = "import sys, lesion.study, lesion.plan, lesion.lesions, lesion.prompts, lesion.analysis.importance; " \
-        "sys.exit('torch' in sys.modules)"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_batches_hold_every_missing_cell_once_and_no_two_kinds():
     whole = study()
     stored = {cell.key for cell in itertools.islice(whole.cells(), 0, None, 3)}

@@ -1,0 +1,58 @@
+"""The rooms of the package: imports run one way, and the pure rooms import neither torch nor diffusers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lesion
+
+PACKAGE = Path(lesion.__file__).parent
+# Each room may import from those before it, and from itself.
+ORDER = (
+    *("errors", "analysis", "tracking", "toy_world", "study", "store", "surgery", "models", "generation", "scoring"),
+    *("replacements", "report", "config", "run", "api", "cli"),
+)
+PURE = ("errors", "analysis", "study")
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every room that a module imports from, also within functions and for type checking."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "lesion":
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lesion."):
+            yield str(node.module).split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (name.name.split(".")[1] for name in node.names if name.name.startswith("lesion."))
+
+
+def test_every_import_goes_to_the_same_room_or_to_one_before_it():
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE]
+    assert {room_of(path) for path in modules} <= set(ORDER)
+    against = [
+        f"{path.relative_to(PACKAGE)} imports {other}"
+        for path in modules
+        for other in imports(path)
+        if other in ORDER and ORDER.index(other) > ORDER.index(room_of(path))
+    ]
+    assert not against
+
+
+def test_pure_rooms_import_no_torch():
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if room_of(path) in PURE and path.name != "__init__.py"
+    ]
+    assert len(modules) > 20
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
