@@ -76,6 +76,6 @@ def test_the_worked_multirun_and_its_report(run, tmp_path):
 @pytest.mark.parametrize(
     "command", [command for command in COMMANDS if " -m " not in command and not command.startswith("lesion-report")]
 )
-def test_every_other_command(run, command):
+def test_every_other_command(run, no_report, command):
     out = run(command)
     assert ("dry run" in out) == ("dry_run=true" in command)

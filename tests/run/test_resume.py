@@ -74,6 +74,7 @@ def images(store: Path) -> int:
     return len([path for path in store.rglob("*.png") if not path.name.startswith(".")])
 
 
+@pytest.mark.slow  # the moments that matter are killed one by one in test_killed.py
 @pytest.mark.timeout(300)
 def test_killed_again_and_again_it_ends_with_the_results_of_an_undisturbed_run(cli, process, tmp_path):
     wanted = ["selection=[leave_one_out,only_one]", "seeds=[0,1]", "generation.batch_size=1"]
