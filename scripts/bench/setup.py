@@ -24,7 +24,7 @@ from lesion.config.parsing import Request, parse
 from lesion.config.schema import conf_dir, register
 from lesion.generation.generate import generate
 from lesion.models import EMBEDDED, Model
-from lesion.models.loading import DTYPES, resolve_dtype
+from lesion.models.source import resolve_dtype
 from lesion.run import job as runner
 from lesion.scoring import _clip
 from lesion.study.grid import Cell, Study
@@ -182,7 +182,7 @@ def generating(model: Model, cells: Sequence[Cell], batch: int, using: dict[str,
 def plain(this: Setup, dtype: str = "") -> Any:
     """Diffusers' own pipeline of the model, as anyone would load it, without a safety checker."""
     diffusers.utils.logging.disable_progress_bar()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(this.folder, torch_dtype=DTYPES[dtype or this.dtype])
+    pipe = diffusers.DiffusionPipeline.from_pretrained(this.folder, torch_dtype=getattr(torch, dtype or this.dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(this.device)
 

@@ -7,8 +7,9 @@ import math
 import pandas as pd
 import pytest
 
-from lesion.analysis import controls, importance_metric, layer_by_prompt, layer_table, settings, status_counts
 from lesion.analysis.estimates import layer_estimates
+from lesion.analysis.importance import controls, importance_metric, layer_by_prompt, layer_table, status_counts
+from lesion.analysis.settings import settings
 
 DEEP, SHALLOW = "up_blocks.1.attentions.0", "down_blocks.0.attentions.0"  # alphabetical order is not depth order
 MIDDLE = "mid_block.attentions.0"

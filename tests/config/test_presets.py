@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from lesion.analysis import importance_metric, layer_table
+from lesion.analysis.importance import importance_metric, layer_table
 from lesion.config.parsing import parse
 from lesion.run.job import _chosen
 from lesion.study.lesions import choices, covers

@@ -17,8 +17,8 @@ from lesion import models
 from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, resolve, schedulers
-from lesion.models.loading import resolve_dtype
 from lesion.models.schedulers import FLOW
+from lesion.models.source import resolve_dtype
 from lesion.study.grid import Cell
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine

@@ -19,7 +19,8 @@ from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.models import loading
 from lesion.study.lesions import Lesion, Replacement
-from lesion.surgery.anatomy import KINDS, examine
+from lesion.surgery.anatomy import examine
+from lesion.surgery.kinds import KINDS
 from lesion.surgery.operation import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, plain
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lesion.analysis import settings
+from lesion.analysis.settings import settings
 from lesion.report import curves, figures, illustrations, write_report
 from lesion.report.findings import findings
 from lesion.report.profile import levels, profile

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lesion.analysis import settings
+from lesion.analysis.settings import settings
 from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
 from lesion.report.tables import Column, Table

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from pandas.io.formats.style_render import _escape_latex
 from PIL import Image
 
-from lesion.analysis import layer_table, settings
+from lesion.analysis.importance import layer_table
+from lesion.analysis.settings import settings
 from lesion.cli.report import main
 from lesion.cli.study import SweepReport, report_sweep
 from lesion.report import ranking_lines, write_report

@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 
 from lesion import report
-from lesion.analysis import layer_by_prompt, layer_table, settings
+from lesion.analysis.importance import layer_by_prompt, layer_table
+from lesion.analysis.settings import settings
 from lesion.cli.report import main
 from lesion.report import contents, html, pictures, write_report
 from lesion.report.data import as_json, inside, page_data

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lesion.analysis import settings
 from lesion.analysis.estimates import layer_estimates
 from lesion.analysis.order import ranks
+from lesion.analysis.settings import settings
 from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
 from lesion.report.tables import Column, Table

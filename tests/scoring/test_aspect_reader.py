@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from lesion import models, scoring
-from lesion.analysis import settings
 from lesion.analysis.reading import reading_columns, reading_drops, reading_shares, reading_table
+from lesion.analysis.settings import settings
 from lesion.report import contents
 from lesion.report.findings import findings
 from lesion.report.words import summary

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lesion.analysis.bootstrap import REPLICATES, Floats
 from lesion.analysis.cells import MEASURES, cube, groups, lesioned_rows, matched, prompt_averages
@@ -66,6 +65,8 @@ _FIGURES = [f"{name}{suffix}" for name in ("spearman", "kendall") for suffix in 
 def _correlation(
     first: pd.DataFrame, second: pd.DataFrame, confidence: float, replicates: int, seed: int
 ) -> dict[str, Any]:
+    from scipy import stats
+
     layers = [layer for layer in first.columns if layer in second.columns]
     both = first[layers].join(second[layers], how="inner", lsuffix="|a", rsuffix="|b")
     n = len(layers)
@@ -102,6 +103,8 @@ def _means(wide: pd.DataFrame, layers: list[str]) -> Floats:
 
 def spearman(a: Floats, b: Floats) -> Floats:
     """Of each column. a, b: (layers, B); result: (B,), NaN where a column is constant."""
+    from scipy import stats
+
     ranked = [stats.rankdata(values, axis=0) for values in (a, b)]
     x, y = (values - values.mean(axis=0) for values in ranked)
     return _ratio((x * y).sum(axis=0), (x * x).sum(axis=0) * (y * y).sum(axis=0))

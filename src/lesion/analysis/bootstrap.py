@@ -39,8 +39,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -152,7 +151,7 @@ def interval(
     limits = None
     if not why:
         error, tail = spread / np.sqrt(count), (1 - confidence) / 2
-        reach = float(stats.t.ppf(1 - tail, count - 1)) * error
+        reach = float(stdtrit(count - 1, 1 - tail)) * error
         if method != "t" and count >= FEWEST:
             star = prompt_means(cells, draws(seed_counts(cells), replicates, seed))
             if method == "bootstrap-t":
@@ -200,7 +199,7 @@ def _bca(star: Floats, means: Floats, error: float, tail: float) -> tuple[float,
     below = ((replicated < mean).mean() + (replicated <= mean).mean()) / 2
     off = means - mean
     acceleration = (off**3).sum() / (6 * (off**2).sum() ** 1.5)
-    bias, reach = ndtri(below), float(stats.t.ppf(1 - tail, len(means) - 1))
+    bias, reach = ndtri(below), float(stdtrit(len(means) - 1, 1 - tail))
     divisors = [1 - acceleration * (bias + z) for z in (-reach, reach)]
     if not np.isfinite(bias) or min(divisors) <= 0:
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from lesion.analysis.bootstrap import Floats, Interval, interval
 from lesion.analysis.cells import counts, groups, lesioned_rows, nested, over_prompts, without_limits
@@ -114,7 +114,7 @@ def _jackknife(bare: Interval, without: Floats, n: int, confidence: float) -> In
     error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
     if not error > 1e-12:
         return without_limits(bare, "constant")
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
     return replace(bare, low=bare.mean - reach, high=bare.mean + reach, method="jackknife")
 
 

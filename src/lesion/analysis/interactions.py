@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.integrate import trapezoid
 
 from lesion.analysis.cells import (
     MEASURES,
@@ -102,7 +101,7 @@ def areas(part: pd.DataFrame, x: str, top: float) -> pd.DataFrame:
     values = wide.to_numpy(dtype=np.float64)
     if not len(points) or points[0] > 0:
         points, values = np.insert(points, 0, 0.0), np.insert(values, 0, 0.0, axis=1)
-    return wide.index.to_frame(index=False).assign(area=trapezoid(values, points, axis=1) / top)
+    return wide.index.to_frame(index=False).assign(area=np.trapezoid(values, points, axis=1) / top)
 
 
 def cumulative_curves(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:

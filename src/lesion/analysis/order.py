@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lesion.analysis.bootstrap import REPLICATES, Floats, draws, prompt_means, seed_counts
 from lesion.analysis.cells import MEASURES, cube, groups, images, lesioned_rows, matched, prompt_averages
@@ -35,6 +34,8 @@ def _without_noise(cells: Floats) -> Floats:
 
 def _ranks(means: Floats, method: str) -> Floats:
     """1 = largest. Layers whose values agree to 1e-6 tie. means: (L, ...)"""
+    from scipy import stats
+
     found: Floats = stats.rankdata(-np.round(means, 6), method=method, axis=0)
     return found
 
@@ -151,6 +152,8 @@ def kendalls_w(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
 
 def concordance(values: Floats) -> dict[str, Any]:
     """W, chi2, p, n_layers, n_prompts of values (layers, prompts)."""
+    from scipy import stats
+
     layers, prompts = values.shape
     chi2 = p = np.nan
     if layers >= 3 and prompts >= 2 and bool((values != values[0]).any()):

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from lesion.analysis.bootstrap import FLAT, Floats
 from lesion.analysis.cells import cube, groups, images, lesioned_rows, matched, over_prompts, prompt_averages
@@ -49,6 +48,8 @@ def t_test(differences: ArrayLike) -> tuple[Floats, Floats]:
         return t, p
     varied = values.std(axis=-1, ddof=1) > FLAT * np.abs(values).max(axis=-1)
     if varied.any():
+        from scipy import stats
+
         t[varied], p[varied] = stats.ttest_1samp(values[varied], 0.0, axis=-1)
     return t, p
 

@@ -23,16 +23,8 @@ from lesion import models
 from lesion.cli import one_line
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError
-from lesion.surgery.anatomy import (
-    GRANULARITIES,
-    KINDS,
-    PLACES,
-    WITH_HEADS,
-    AnatomyError,
-    attentions_of,
-    examine,
-    kinds_of,
-)
+from lesion.surgery.anatomy import PLACES, AnatomyError, attentions_of, examine, kinds_of
+from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

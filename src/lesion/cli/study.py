@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lesion.cli import one_line
-from lesion.config.parsing import parse
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed
 from lesion.study.prompts import ENDINGS
@@ -31,6 +30,7 @@ def job(config: DictConfig) -> None:
     """One Hydra job: one study of one model."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lesion.config.parsing import parse
     from lesion.run.job import JobContext, run
 
     details = HydraConfig.get()
@@ -111,6 +111,7 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
 
 def _check_or_exit(configs: Any) -> None:
     """A callback's exceptions are swallowed by Hydra, its SystemExit is not."""
+    from lesion.config.parsing import parse
     from lesion.run.job import survey
 
     try:

@@ -9,20 +9,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lesion import replacements, scoring
-from lesion.analysis.bootstrap import FEWEST
-from lesion.analysis.importance import why_unsuited
 from lesion.errors import RequestError
 from lesion.models import DTYPES, ModelSpec, check_offload
+from lesion.models.devices import cuda_devices
 from lesion.scoring import ScorerSpec
-from lesion.study.budget import Budget
 from lesion.study.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
-from lesion.surgery.anatomy import GRANULARITIES, KINDS, WITH_HEADS
+from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
+
+if TYPE_CHECKING:
+    from lesion.study.budget import Budget
 
 DTYPE_NAMES = ("auto", *DTYPES)
 TASKS = ("txt2img", "img2img")
@@ -231,6 +232,8 @@ def _patterns(key: str, value: Any) -> tuple[str, ...] | None:
 
 
 def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
+    from lesion.analysis.importance import why_unsuited
+
     metrics = _distinct("scorer.metrics", list(value["metrics"]))
     for metric in metrics:
         _one_of("scorer.metrics", metric, scoring.known_metrics())
@@ -253,6 +256,8 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
 
 
 def _budget(value: Mapping[str, Any]) -> Budget | None:
+    from lesion.analysis.bootstrap import FEWEST
+
     most, width = value["max_images"], value["ci_halfwidth"]
     for name, low in (("start", FEWEST), ("round", 1), ("max_images", 1)):
         number = value[name]
@@ -266,6 +271,8 @@ def _budget(value: Mapping[str, Any]) -> Budget | None:
         return None
     if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1:
         raise RequestError("budget.ci_halfwidth", f"must be null or a number in (0, 1); got {width!r}")
+    from lesion.study.budget import Budget
+
     return Budget(float(width), most, value["start"], value["round"])
 
 
@@ -282,14 +289,11 @@ def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _device(value: str) -> str:
     """cpu, cuda or cuda:N as it stands on this machine; `auto` is cuda where there is one."""
-    import torch
-
     kind, _, number = value.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (":" in value and (kind != "cuda" or not number.isdigit())):
         raise RequestError("device", f"got {value!r}; allowed: auto, cpu, cuda, cuda:N")
     if kind == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        number_there = torch.cuda.device_count()
-        raise RequestError("device", f"{value!r} is not here: this machine has {number_there}; allowed: auto, cpu")
+        return "cuda" if cuda_devices() else "cpu"
+    if kind == "cuda" and int(number or 0) >= (there := cuda_devices()):
+        raise RequestError("device", f"{value!r} is not here: this machine has {there}; allowed: auto, cpu")
     return value

@@ -1,9 +1,27 @@
-"""Finding and loading models: a hub name, a local diffusers folder, or one .safetensors file."""
+"""Finding and loading models: a hub name, a local diffusers folder, or one .safetensors file.
 
-from lesion.models.loading import DTYPES, Model, identity_of, load
+Finding imports neither torch nor diffusers; `Model` and `load`, which need them, are imported when first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
-from lesion.models.source import EMBEDDED, ModelSpec, Source, check_offload, pipeline_class, resolve
+from lesion.models.source import (
+    DTYPES,
+    EMBEDDED,
+    ModelSpec,
+    Source,
+    check_offload,
+    identity_of,
+    pipeline_class,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from lesion.models.loading import Model, load
 
 __all__ = [
     "DTYPES",
@@ -19,3 +37,11 @@ __all__ = [
     "pipeline_class",
     "resolve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Model", "load"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lesion.models import loading
+
+    return getattr(loading, name)

@@ -13,7 +13,7 @@ import torch
 
 from lesion.errors import RequestError
 from lesion.models import loras, memory, schedulers
-from lesion.models.source import ModelSpec, Source, check_offload, pipeline_class
+from lesion.models.source import ModelSpec, Source, check_offload, identity_of, pipeline_class, resolve_dtype
 from lesion.models.text_cache import TextMemory
 from lesion.study.grid import ModelIdentity
 from lesion.surgery.anatomy import Anatomy, examine, kinds_of, text_sites
@@ -22,7 +22,6 @@ from lesion.surgery.compiled import Gates
 log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of performance.compile
 COMPILATIONS = 64  # of a block's code, at most
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +56,6 @@ class Model:
         return self.others[task]
 
 
-def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` is float32 on a CPU and float16 on a GPU."""
-    return dtype if dtype != "auto" else ("float32" if device == "cpu" else "float16")
-
-
-def identity_of(source: Source, device: str) -> ModelIdentity:
-    """What of the model can change pixels, known before a weight is loaded."""
-    dtype = resolve_dtype(source.spec.dtype, device)
-    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
-
-
 _kept: dict[tuple[ModelSpec, str, str], Model] = {}  # at most one
 
 
@@ -96,7 +84,7 @@ def forget() -> None:
 def _load(source: Source, device: str) -> Model:
     spec = source.spec
     check_offload(spec.offload, device)
-    pipe = _pipeline(source, DTYPES[resolve_dtype(spec.dtype, device)])
+    pipe = _pipeline(source, getattr(torch, resolve_dtype(spec.dtype, device)))
     if spec.loras:  # before any hook, gate or compiled block
         loras.put_on(pipe, spec.loras, source.adapters)
     denoiser = getattr(pipe, source.denoiser)

@@ -17,9 +17,11 @@ from lesion.models import loras, schedulers
 from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
+from lesion.study.grid import ModelIdentity
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DENOISERS = ("unet", "transformer")
+DTYPES = ("float32", "float16", "bfloat16")  # as torch names them
 OFFLOADS = ("none", "model", "sequential")
 # What the settings of a study say themselves; `model.arguments` may not.
 SETTLED = frozenset(
@@ -225,6 +227,17 @@ class Source:
             f"{self.spec.id!r} ({self.pipeline}) has no denoiser named {' or '.join(DENOISERS)} in model_index.json; "
             f"it has: {_listed(self.components) or 'nothing'}",
         )
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """`auto` is float32 on a CPU and float16 on a GPU."""
+    return dtype if dtype != "auto" else ("float32" if device == "cpu" else "float16")
+
+
+def identity_of(source: Source, device: str) -> ModelIdentity:
+    """What of the model can change pixels, known before a weight is loaded."""
+    dtype = resolve_dtype(source.spec.dtype, device)
+    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
 
 
 def _config(folder: Path) -> dict[str, Any]:

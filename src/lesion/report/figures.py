@@ -21,7 +21,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
-from scipy.cluster.hierarchy import leaves_list, linkage
 
 from lesion.report.text import clean, number
 
@@ -76,6 +75,8 @@ def clustered(table: pd.DataFrame) -> pd.DataFrame:
     """Rows and columns with similar values side by side (average linkage, optimal leaf order); missing cells count as
     their row's mean. The same table where there are fewer than 3 rows and columns.
     """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+
     values = table.to_numpy(dtype="float64")
     held = np.isfinite(values)
     sums, n = np.where(held, values, 0.0).sum(axis=1, keepdims=True), held.sum(axis=1, keepdims=True)

@@ -11,26 +11,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed
-from lesion.generation.generate import make_deterministic
 from lesion.models.calling import has_img2img, takes
-from lesion.run.maker import Made, Maker
-from lesion.run.results import Results
 from lesion.store.images import Store, atomically
-from lesion.study.budget import Budget, Rounds
 from lesion.study.grid import Settings, Study
 from lesion.study.plan import Tally, tally
-from lesion.surgery.anatomy import Anatomy, AnatomyError, examine
 from lesion.tracking import JobInfo, Tracker, make_tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lesion.run.maker import Made
+    from lesion.run.results import Results
+    from lesion.study.budget import Budget, Rounds
+    from lesion.surgery.anatomy import Anatomy
 
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
@@ -50,6 +52,8 @@ class JobContext:
 
 @lru_cache(maxsize=8)
 def _examined(spec: models.ModelSpec, fingerprint: str, by: str, kind: str) -> Anatomy:
+    from lesion.surgery.anatomy import AnatomyError, examine
+
     source = models.resolve(spec)
     try:
         return examine(source.skeleton(source.denoiser), by, kind)
@@ -94,8 +98,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         kind=request.kind,
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
-    if request.budget:
-        Rounds(study, request.budget)
+    _rounds(study, request.budget)
     scoring.check(request.scorer)
     _check_writable(request.store)
     return source, study
@@ -124,6 +127,15 @@ def _check_compiled(source: models.Source) -> None:
         raise RequestError(
             "performance.compile", f"diffusers names no blocks of {name} to compile; allowed here: false"
         )
+
+
+def _rounds(study: Study, budget: Budget | None) -> Rounds | None:
+    """The rounds of a study with a budget. Raises RequestError for a budget that cannot be kept."""
+    if budget is None:
+        return None
+    from lesion.study.budget import Rounds
+
+    return Rounds(study, budget)
 
 
 def _check_writable(folder: Path) -> None:
@@ -159,7 +171,9 @@ def run(request: Request, context: JobContext) -> None:
     if request.dry_run:
         print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request.budget)))
         return
-    rounds = Rounds(study, request.budget) if request.budget else None
+    from lesion.run.results import Results  # with pandas and pyarrow, which a dry run does without
+
+    rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
     counts = tally(study, store.known().lists)
     results = Results(study, store, request.scorer, request.device)
@@ -194,8 +208,10 @@ def run(request: Request, context: JobContext) -> None:
 
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
+    from lesion.run.results import Results
+
     source, study = survey(request)
-    rounds = Rounds(study, request.budget) if request.budget else None
+    rounds = _rounds(study, request.budget)
     found = Results(rounds.part if rounds else study, Store(request.store), request.scorer, request.device)
     absent = found.complete({})
     while rounds and not absent and rounds.look(found.value, found.importance):
@@ -224,12 +240,13 @@ def plan_lines(study: Study, counts: Tally, store: Store, budget: Budget | None 
 
 
 def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
-    if budget is None:
+    rounds = _rounds(study, budget)
+    if budget is None or rounds is None:
         return []
     most = "" if budget.max_images is None else f", or {budget.max_images} images are there"
     return [
         "  with its budget at most that: the first round takes "
-        f"{len(Rounds(study, budget).part)} images, then {budget.round} prompts and seeds a round for each layer until "
+        f"{len(rounds.part)} images, then {budget.round} prompts and seeds a round for each layer until "
         f"its interval is within +-{budget.ci_halfwidth:g}{most}"
     ]
 
@@ -273,6 +290,10 @@ def _generate(
     tracker: Tracker,
 ) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
+    from lesion.generation.generate import make_deterministic
+    from lesion.run.maker import Maker
+    from lesion.surgery.anatomy import examine
+
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))

@@ -10,7 +10,7 @@ and, if it has nothing to say of some prompts (its values there are NaN), a thir
     asks(prompt) -> bool            whether it has a value for images of this prompt
 
 To add a metric, add `scoring/<name>.py` and list `<name>` in the config's `scorer.metrics`; nothing else changes. Its
-module is imported only when a scorer is made, so it may import torch at the top; this file must not.
+module is imported when a study is laid out, so it imports torch, and what brings it, only where it computes.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.scoring import ScorerError, ScorerSpec
-from lesion.scoring._clip_weights import advice, identity, load, resolve
+from lesion.scoring._clip_weights import advice, load, resolve
 from lesion.scoring._embeddings import Memory, Vectors, cosine, digest, unit
 from lesion.scoring._exact import exact
 
-__all__ = ["Embedder", "clip_identity", "cosine", "embedder"]
+__all__ = ["Embedder", "cosine", "embedder"]
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,6 @@ def embedder(spec: ScorerSpec, device: str) -> Embedder:
             f"scorer {spec.name}: cannot load CLIP {spec.clip_model}"
             f"{f' ({spec.clip_pretrained})' if spec.clip_pretrained else ''}: {error} -- {advice(spec.clip_model)}"
         ) from error
-
-
-def clip_identity(spec: ScorerSpec) -> str:
-    """All of its CLIP that can change a value, known without loading it; ValueError, FileNotFoundError from resolve."""
-    return identity(*resolve(spec.clip_model, spec.clip_pretrained))
 
 
 @lru_cache(maxsize=4)

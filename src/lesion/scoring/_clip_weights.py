@@ -10,13 +10,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
-import torch
 from huggingface_hub import constants as hub
 
 from lesion import models
+
+if TYPE_CHECKING:
+    import torch
+
+    from lesion.scoring import ScorerSpec
 
 EMBEDDED = models.EMBEDDED / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -34,6 +37,8 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
         return f"{LOCAL}{folder}", None
     if model.startswith(HUB):
         return model, None
+    import open_clip  # with torch: only for a model of its list
+
     if model not in open_clip.list_models():
         near = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.4))
         raise ValueError(f"open_clip has no such model{f'; it has {near}' if near else ''}")
@@ -58,6 +63,8 @@ def advice(model: str) -> str:
 
 def load(model: str, pretrained: str | None, device: torch.device) -> tuple[Any, Any, Any]:
     """Model (eval, float32), PIL preprocessing and tokenizer."""
+    import open_clip
+
     offline = model.startswith(LOCAL) or not hub_answers()
     with _silent(), _hub_offline(offline):
         network, _, preprocess = open_clip.create_model_and_transforms(
@@ -65,6 +72,11 @@ def load(model: str, pretrained: str | None, device: torch.device) -> tuple[Any,
         )
         tokenizer = open_clip.get_tokenizer(model)
     return network.eval().requires_grad_(False), preprocess, tokenizer
+
+
+def clip_identity(spec: ScorerSpec) -> str:
+    """All of its CLIP that can change a value, known without loading it; ValueError, FileNotFoundError from resolve."""
+    return identity(*resolve(spec.clip_model, spec.clip_pretrained))
 
 
 def identity(model: str, pretrained: str | None) -> str:

@@ -7,18 +7,19 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.scoring import ScorerError, ScorerSpec
 from lesion.scoring._clip_weights import hub_answers
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit
-from lesion.scoring._exact import exact
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 RESIZE, CROP = 256, 224  # pixels: the shorter side, then the middle
@@ -30,6 +31,8 @@ def preprocess(image: NDArray[np.uint8]) -> torch.Tensor:
 
     image: (height, width, 3), 0-255. Returns (3, 224, 224), float32.
     """
+    import torch
+
     height, width = image.shape[:2]
     short = min(height, width)
     height, width = RESIZE * height // short, RESIZE * width // short
@@ -48,6 +51,10 @@ class DinoEmbedder:
         self.images: Memory[NDArray[np.uint8]] = Memory(digest, self._embed)
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> Vectors:
+        import torch
+
+        from lesion.scoring._exact import exact
+
         pixels = torch.stack([preprocess(image) for image in images])  # (n, 3, 224, 224)
         with exact(self.device):
             # The CLS token of the last layer behind the final LayerNorm: Dinov2Model's pooler_output.
@@ -114,6 +121,8 @@ def _digest(*files: tuple[Path, int]) -> str:
 
 def embedder(spec: ScorerSpec, device: str) -> DinoEmbedder:
     """The shared embedder for `spec`, loaded on first use; ScorerError when it cannot be."""
+    import torch
+
     try:
         config, _ = resolve(spec.dino_model)
         return _embedder(config.parent, torch.device(device))
@@ -123,6 +132,7 @@ def embedder(spec: ScorerSpec, device: str) -> DinoEmbedder:
 
 @lru_cache(maxsize=2)
 def _embedder(folder: Path, device: torch.device) -> DinoEmbedder:
+    import torch
     from transformers import Dinov2Model
 
     model, report = Dinov2Model.from_pretrained(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lesion.scoring import Shot
+
+if TYPE_CHECKING:
+    import torch
 
 Item = TypeVar("Item")
 Vectors = NDArray[np.float64]

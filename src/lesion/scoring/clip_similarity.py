@@ -10,7 +10,7 @@ is 1 minus this. Raw values have little headroom, so read them beside the noise 
 from __future__ import annotations
 
 from lesion.scoring import ScorerSpec
-from lesion.scoring._clip import clip_identity, embedder
+from lesion.scoring._clip_weights import clip_identity
 from lesion.scoring._embeddings import BaselineCosine
 
 
@@ -19,4 +19,6 @@ def identity(spec: ScorerSpec) -> str:
 
 
 def build(spec: ScorerSpec, device: str) -> BaselineCosine:
+    from lesion.scoring._clip import embedder
+
     return BaselineCosine("clip_similarity", embedder(spec, device), spec.batch_size)

@@ -9,12 +9,17 @@ a prompt at the model's context length; a warning says so, once for each prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._clip import Embedder, clip_identity, cosine, embedder
+from lesion.scoring._clip_weights import clip_identity
+from lesion.scoring._embeddings import cosine
+
+if TYPE_CHECKING:
+    from lesion.scoring._clip import Embedder
 
 
 class ClipText:
@@ -33,4 +38,6 @@ def identity(spec: ScorerSpec) -> str:
 
 
 def build(spec: ScorerSpec, device: str) -> ClipText:
+    from lesion.scoring._clip import embedder
+
     return ClipText(embedder(spec, device), spec.batch_size)

@@ -12,16 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchvision.models import AlexNet_Weights  # type: ignore[import-untyped]
 
 from lesion.scoring import ScorerError, ScorerSpec, Shot
-from lesion.scoring._exact import exact
-from lesion.scoring._pixels import batches
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Lpips:
@@ -31,6 +30,9 @@ class Lpips:
         self.net, self.device, self.batch_size = net, device, batch_size
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        from lesion.scoring._exact import exact
+        from lesion.scoring._pixels import batches
+
         values = np.empty(len(shots))
         with exact(self.device):
             for rows, images, baselines in batches(shots, self.batch_size):
@@ -42,6 +44,8 @@ class Lpips:
 
 @lru_cache(maxsize=4)
 def _net(device: torch.device) -> torch.nn.Module:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
     net: torch.nn.Module = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
     return net.to(device)
 
@@ -51,6 +55,9 @@ def identity(spec: ScorerSpec) -> str:
 
 
 def build(spec: ScorerSpec, device: str) -> Lpips:
+    import torch
+    from torchvision.models import AlexNet_Weights  # type: ignore[import-untyped]
+
     try:
         net = _net(torch.device(device))
     except Exception as error:  # network, cache and file errors of many types; each means there are no weights

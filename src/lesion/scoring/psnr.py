@@ -12,10 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._pixels import batches
 
 
 class Psnr:
@@ -25,6 +23,10 @@ class Psnr:
         self.batch_size = batch_size
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
+        from lesion.scoring._pixels import batches
+
         values = np.empty(len(shots))
         for rows, images, baselines in batches(shots, self.batch_size):
             found = peak_signal_noise_ratio(

@@ -14,24 +14,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lesion.scoring import ScorerSpec, Shot
-from lesion.scoring._exact import exact
-from lesion.scoring._pixels import batches
 
 
 class Ssim:
     column = "ssim"
 
     def __init__(self, device: str, batch_size: int):
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batch_size = device, batch_size
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        import torch
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        from lesion.scoring._exact import exact
+        from lesion.scoring._pixels import batches
+
         values = np.empty(len(shots))
-        with exact(self.device):
+        with exact(torch.device(self.device)):
             for rows, images, baselines in batches(shots, self.batch_size):
                 x, y = (pixels.to(self.device).float() / 255 for pixels in (images, baselines))
                 found = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")

@@ -17,18 +17,9 @@ from typing import Any
 from torch import nn
 
 from lesion.surgery.hook_points import FromText, Head, HeadTokens, ImageStream, ImageTokens, Port, Update
+from lesion.surgery.kinds import KINDS, WITH_HEADS
 
 PLACES = ("down", "mid", "up")
-KINDS = (
-    "cross_attention",
-    "self_attention",
-    "joint_attention",
-    "text_to_image",
-    "feed_forward",
-    "block",
-)
-GRANULARITIES = ("attention", "transformer_block", "block", "stage", "head")
-WITH_HEADS = ("cross_attention", "self_attention", "joint_attention")  # kinds that `by=head` can take apart
 _SITE = re.compile(
     r"(?P<block>(?:(?P<attention>.*\battentions\.\d+)\.)?[A-Za-z_]\w*\.\d+)\.(?P<leaf>attn[12]?|ff|act_mlp)"
 )

@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from lesion.toy_world.grammar import BACKGROUNDS, COLOURS, SHAPES, Scene, Thing
 from lesion.toy_world.render import SIZE_BORDER, coverage, inside
@@ -74,6 +73,8 @@ def _best_fit(cover: NDArray[np.float64]) -> tuple[str, float, float]:
     shift = (middle - (rows * cover).sum() / total, middle - (cols * cover).sum() / total)
     canvas = np.zeros((max(TEMPLATE, cover.shape[0]), max(TEMPLATE, cover.shape[1])))
     canvas[: cover.shape[0], : cover.shape[1]] = cover
+    from scipy import ndimage
+
     own = ndimage.shift(canvas, shift, order=1)[:TEMPLATE, :TEMPLATE]
     names, masks = _silhouettes()
     fits = np.minimum(masks, own).sum(axis=(1, 2)) / np.maximum(masks, own).sum(axis=(1, 2))
@@ -87,6 +88,8 @@ def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int
 
 def read_image(image: NDArray[np.uint8]) -> Reading:
     """What is in an image: (height, width, 3) uint8, values 0-255."""
+    from scipy import ndimage
+
     pixels = image.astype(np.float64)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
     ground = np.median(border, axis=0)

@@ -4,15 +4,18 @@ A tracker is one module here with `build(options) -> Tracker`, and one `conf/tra
 whatever goes wrong in it, the study goes on.
 """
 
+from __future__ import annotations
+
 import importlib
 import logging
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Guarded", "JobInfo", "Tracker", "make_tracker", "tracker_names"]
 

@@ -1,10 +1,14 @@
 """No tracker: everything a study gives is in its run folder anyway."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import pandas as pd
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lesion.tracking import JobInfo, Tracker
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class NoTracker:

@@ -4,6 +4,8 @@ Without an account or a network the run is logged offline by itself, and `wandb 
 wandb writes for a run stays in `FOLDER/wandb`; nothing is printed but one line that says where the log is.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import secrets
@@ -16,12 +18,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from lesion.tracking import JobInfo, Tracker
 from lesion.tracking._plain import plain, text
 
 if TYPE_CHECKING:
+    import pandas as pd
     import wandb
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class WandbTracker:
             run.finish(exit_code=exit_code)
 
     @contextmanager
-    def _closing_on_error(self) -> Iterator["wandb.Run"]:
+    def _closing_on_error(self) -> Iterator[wandb.Run]:
         assert self.run is not None
         try:
             yield self.run
@@ -131,7 +132,7 @@ class WandbTracker:
                 log.debug("closing the run after a failure", exc_info=True)
             raise
 
-    def _open(self, job: JobInfo, mode: str) -> "wandb.Run":
+    def _open(self, job: JobInfo, mode: str) -> wandb.Run:
         """A new run in `mode` (online or offline). Raises what wandb raises; a failed attempt leaves no folder."""
         import wandb
 
@@ -217,7 +218,7 @@ def _has_account() -> bool:
     return found is not None
 
 
-def _silent_settings() -> "wandb.Settings":
+def _silent_settings() -> wandb.Settings:
     """W&B's process-wide settings, silenced: the login speaks before a run has settings of its own."""
     import wandb
 
@@ -241,7 +242,7 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _picture(path: Path, caption: str | None = None) -> "wandb.Image | None":
+def _picture(path: Path, caption: str | None = None) -> wandb.Image | None:
     """The picture at `path`, or None if it is missing or unreadable. Does not keep the pixels in memory."""
     import wandb
 
@@ -276,6 +277,7 @@ def _named_pictures(folder: Path, key: str) -> dict[str, object]:
 
 def _report_tables(folder: Path) -> dict[str, object]:
     """The CSV of every table of the report as `tables/NAME`; one that cannot be read is left out."""
+    import pandas as pd
     import wandb
 
     found: dict[str, object] = {}
@@ -292,6 +294,8 @@ def _report_tables(folder: Path) -> dict[str, object]:
 
 def _columns(frame: pd.DataFrame) -> dict[str, list[object]]:
     """Numbers stay numbers (missing or infinite: None), everything else becomes text: W&B wants one type a column."""
+    import pandas as pd
+
     columns: dict[str, list[object]] = {}
     for name, column in frame.items():
         if pd.api.types.is_numeric_dtype(column):
@@ -302,7 +306,7 @@ def _columns(frame: pd.DataFrame) -> dict[str, list[object]]:
     return columns
 
 
-def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> "wandb.Table":
+def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> wandb.Table:
     """The frame as a W&B table: a column `picture` (for the first `max_images` images), then the frame's columns."""
     import wandb
 
