@@ -16,6 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
+from lesion.report.merging import merge, read
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0.1"
 RUNS = sorted(path.name for path in (FIXTURE / "runs").iterdir())
 RENAMED = ["prompt_id", "prompt_id_a", "prompt_id_b", "image"]  # ids of prompts became longer; paths hold them
@@ -60,6 +62,11 @@ def test_a_finished_study_opens_without_running_any_network(old, cli, no_report,
     for row in results.itertuples():
         stored = cli.folder / "store" / "cells" / row.cell[:2] / f"{row.cell}.png"
         assert (folder / row.image).read_bytes() == stored.read_bytes()
+    runs = [read(where, folder) for where in (FIXTURE / "runs" / name, folder)]
+    merged, floor = merge(runs)
+    assert set(merged.prompt_id) == set(results.prompt_id)  # a prompt has one name, whichever version made its image
+    assert len(merged) == len(results)
+    assert set(floor.prompt_id_a) <= set(results.prompt_id)
 
 
 def test_means_and_snapshots_serve_an_image_that_is_lost(old, cli, no_report, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lesion.models.calling import arguments
 from lesion.models.text_cache import text_projected_once
 from lesion.study.grid import Cell, Settings
 from lesion.study.lesions import Lesion
-from lesion.study.prompts import Prompt
+from lesion.study.prompts import Prompt, read_init
 from lesion.surgery.operation import Filler, lesioned, replacement_key
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,11 @@ def call(
 def _init(path: str, digest: str, width: int, height: int) -> Image.Image:
     """An init image as RGB at the size of the study, resampled by Lanczos if it has another.
 
-    digest: of the file, so that one that changes between two jobs is not taken from memory.
+    digest: its identity when the study was read. Raises ValueError if the file has changed since.
     """
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture, found = read_init(Path(path))
+    if found != digest:
+        raise ValueError(f"the init image {path} has changed since the study began")
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from lesion.analysis.importance import IMPORTANCE_METRIC
 from lesion.analysis.settings import GENERATION, LESION, slug
 from lesion.report.data import inside
+from lesion.study import prompts
 
 RESULTS, FLOOR = "results.parquet", "floor.parquet"
 NEEDED = (
@@ -77,11 +78,23 @@ def read(run: Path, out: Path) -> Run:
             frame[name] = value
     texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image", "aspects", "init"]
     frame[texts] = frame[texts].astype(object).fillna("")
+    floor = _parquet(run / FLOOR) if (run / FLOOR).is_file() else None
+    new = _ids(frame)
+    frame["prompt_id"] = frame["prompt_id"].replace(new)
+    for name in ("prompt_id_a", "prompt_id_b"):
+        if floor is not None and name in floor:
+            floor[name] = floor[name].replace(new)
     start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
     # A results file may come from anybody: what it names outside its own folder is no image of the run.
     names = frame["image"].map(inside)
     frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
-    return Run(run, frame, _parquet(run / FLOOR) if (run / FLOOR).is_file() else None)
+    return Run(run, frame, floor)
+
+
+def _ids(frame: pd.DataFrame) -> dict[str, str]:
+    """Ids that version 0.1 made of the prompts' texts, and what they are called now."""
+    asked = frame[["prompt_id", "prompt"]].drop_duplicates().itertuples(index=False)
+    return {str(name): prompts.slug(str(text)) for name, text in asked if name == prompts.slug_of_0_1(str(text))}
 
 
 def _parquet(path: Path) -> pd.DataFrame:
