@@ -21,6 +21,12 @@ from lesion import models
 from lesion.models import ModelSpec
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Layer lists are remembered in a folder of this session, not in the user's."""
+    os.environ["LESION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def byte_tokenizer(length: int = 77) -> CLIPTokenizer:
     """A CLIP tokenizer without merges: every text is spelled in bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from lesion.cli import structure as inspect
 from lesion.surgery.anatomy import AnatomyError, attentions_of, examine, kinds_of, text_sites
+from shipped import assert_shipped
 
 LEAVES = ("cross_attention", "self_attention", "feed_forward")  # kinds that are modules of a block
 
@@ -235,6 +236,7 @@ def test_transformers_with_cross_attention(name, config, prefix, number, text_di
     assert [layer.index for layer in examine(denoiser).layers] == list(range(number))
     with pytest.raises(AnatomyError, match="no UNet blocks"):
         examine(denoiser, "stage")
+    assert_shipped(denoiser, config)
 
 
 def test_kinds_and_text_sites():

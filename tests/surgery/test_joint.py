@@ -9,6 +9,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
 from lesion.replacements.resample import FromCompanion
 from lesion.surgery.anatomy import AnatomyError, examine, kinds_of
+from shipped import assert_shipped
 
 LAYERS = {
     "sd3": ["transformer_blocks.0", "transformer_blocks.1"],
@@ -373,6 +374,7 @@ def test_published_architectures(name, config, paths, heads, channels):
     with pytest.raises(AnatomyError, match=f"{name} has no cross-attention module; allowed: joint_attention, ") as end:
         examine(denoiser)
     assert end.value.key == "layers.kind"
+    assert_shipped(denoiser, config)
 
 
 def test_the_second_attention_of_sd35_is_self_attention():
@@ -381,6 +383,7 @@ def test_the_second_attention_of_sd35_is_self_attention():
     assert list(examine(denoiser, kind="self_attention").by_path) == [
         f"transformer_blocks.{i}.attn2" for i in range(13)
     ]
+    assert_shipped(denoiser, SD35)
     assert len(examine(denoiser, kind="joint_attention").layers) == 24
     tiny, calls = build("sd3", dual_attention_layers=(0,), qk_norm="rms_norm"), inputs("sd3", 2)
     for kind, hook in {

@@ -39,7 +39,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -150,6 +149,8 @@ def interval(
     why = "n/a (one prompt)" if count == 1 else "n/a (constant)" if spread <= FLAT * np.nanmax(np.abs(cells)) else ""
     limits = None
     if not why:
+        from scipy.special import stdtrit
+
         error, tail = spread / np.sqrt(count), (1 - confidence) / 2
         reach = float(stdtrit(count - 1, 1 - tail)) * error
         if method != "t" and count >= FEWEST:
@@ -191,6 +192,8 @@ def _student(star: Floats, means: Floats, error: float, tail: float) -> tuple[fl
 
 def _bca(star: Floats, means: Floats, error: float, tail: float) -> tuple[float, float] | None:
     """Bias-corrected and accelerated, with the corrections named above; None where it is not defined."""
+    from scipy.special import ndtr, ndtri, stdtrit
+
     mean, replicated = float(means.mean()), star.mean(axis=1)
     if not replicated.std() > FLAT * error:
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from lesion.analysis.metrics import DISTANCES, UNSUITED
 from lesion.analysis.settings import in_order, layers_in_order, only_setting, rows, settings
 
 LEAVE_ONE_OUT = "leave_one_out"
@@ -19,21 +20,6 @@ NO_EFFECT = 1e-4  # similarities this close to 1 are float32 and batch-size nois
 IMPORTANCE_METRIC = "importance_metric"  # the column that names a study's choice
 DEFAULT_METRIC = "clip_similarity"
 STATUSES = ("ok", "invalid", "failed")
-SIMILARITIES = ("clip_similarity", "dino_similarity", "ssim")  # 1 for identical images
-DISTANCES = ("lpips",)  # 0 for identical images
-UNSUITED = {
-    "psnr": "it has no finite value for identical images",
-    "clip_text": "it compares an image with its prompt, not with the baseline",
-}
-
-
-def why_unsuited(metric: str) -> str | None:
-    """Why a metric cannot be `scorer.importance`; None for a similarity to the baseline, 1 for identical images."""
-    if metric in SIMILARITIES:
-        return None
-    if metric in DISTANCES:
-        return "it is a distance, 0 for identical images"
-    return UNSUITED.get(metric, "it is no similarity to the baseline")
 
 
 def importance_metric(frame: pd.DataFrame) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lesion import replacements, scoring
+from lesion.analysis.bootstrap import FEWEST
+from lesion.analysis.metrics import why_unsuited
 from lesion.errors import RequestError
 from lesion.models import DTYPES, ModelSpec, check_offload
 from lesion.models.devices import cuda_devices
@@ -232,8 +234,6 @@ def _patterns(key: str, value: Any) -> tuple[str, ...] | None:
 
 
 def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
-    from lesion.analysis.importance import why_unsuited
-
     metrics = _distinct("scorer.metrics", list(value["metrics"]))
     for metric in metrics:
         _one_of("scorer.metrics", metric, scoring.known_metrics())
@@ -256,8 +256,6 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
 
 
 def _budget(value: Mapping[str, Any]) -> Budget | None:
-    from lesion.analysis.bootstrap import FEWEST
-
     most, width = value["max_images"], value["ci_halfwidth"]
     for name, low in (("start", FEWEST), ("round", 1), ("max_images", 1)):
         number = value[name]

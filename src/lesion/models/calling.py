@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from lesion.models import facts
+from lesion.models.source import pipeline_class
 from lesion.study.grid import Settings
 
 # Arguments under which a pipeline takes text and size as they are, where it has them.
@@ -27,11 +29,24 @@ def takes(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls.__call__).parameters)
 
 
+def call_arguments(pipeline: str) -> frozenset[str]:
+    """Names of the arguments of a pipeline's call, by its class name. Raises RequestError for what is no pipeline."""
+    known = facts.pipeline(pipeline)
+    return frozenset(known["arguments"]) if known else takes(pipeline_class(pipeline))
+
+
 def has_img2img(pipeline: str) -> bool:
     """Whether diffusers has an img2img pipeline of the same parts as the pipeline of this class name."""
+    if known := facts.pipeline(pipeline):
+        return bool(known["img2img"])
+    return img2img_of(pipeline) is not None
+
+
+def img2img_of(pipeline: str) -> Any:
+    """The class of diffusers that does img2img with the parts of the pipeline of this class name, or None."""
     from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
 
-    return _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False) is not None
+    return _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False)
 
 
 def arguments(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.models import facts
 
 SCHEDULERS = {
     "pndm": "PNDMScheduler",
@@ -28,7 +29,7 @@ SCHEDULERS = {
 }
 FLOW = ("flow_euler", "flow_heun")
 _EITHER = ("dpmpp", "dpmpp_sde", "unipc", "deis")  # of flow too, from a config that says so, as Sana's does
-_OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "pndm": {"skip_prk_steps": True},  # without Runge-Kutta steps, as in Stable Diffusion's own PNDM configs
     "euler_trailing": {"timestep_spacing": "trailing"},  # of few-step models such as SDXL-Lightning
     "dpmpp_karras": {"use_karras_sigmas": True},
@@ -53,10 +54,19 @@ def label(name: str, own: Mapping[str, Any]) -> str:
 
 def _changed(name: str, own: Mapping[str, Any]) -> list[str]:
     """The options that `make` sets otherwise than a scheduler of the same class has them."""
+    options = OPTIONS.get(name, {})
+    if not options:
+        return []
+    usual = facts.scheduler(SCHEDULERS[name]) or defaults_of(SCHEDULERS[name])  # for what the config leaves out
+    return [key for key, value in options.items() if own.get(key, usual[key]) != value]
+
+
+def defaults_of(cls: str) -> dict[str, Any]:
+    """Name -> default of the options of one of diffusers' classes; None where there is none."""
     import diffusers
 
-    usual = inspect.signature(getattr(diffusers, SCHEDULERS[name])).parameters  # for what the config leaves out
-    return [key for key, value in _OPTIONS.get(name, {}).items() if own.get(key, usual[key].default) != value]
+    given = inspect.signature(getattr(diffusers, cls)).parameters.values()
+    return {one.name: None if one.default is inspect.Parameter.empty else one.default for one in given}
 
 
 def check(name: str, own: Mapping[str, Any], pipeline: str) -> None:
@@ -90,7 +100,7 @@ def make(name: str, own: Any) -> Any:
     """The scheduler of this name for a model whose own scheduler is `own`."""
     import diffusers
 
-    options = dict(_OPTIONS.get(name, {}))
+    options = dict(OPTIONS.get(name, {}))
     if name in FLOW and "shift" not in own.config and "flow_shift" in own.config:
         options["shift"] = own.config.flow_shift
     return getattr(diffusers, SCHEDULERS[name]).from_config(own.config, **options)

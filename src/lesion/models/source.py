@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lesion.errors import RequestError
-from lesion.models import loras, schedulers
+from lesion.models import facts, loras, schedulers
 from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
@@ -199,6 +199,9 @@ class Source:
     @property
     def compiles(self) -> bool:
         """Whether the denoiser's class names its repeated blocks, which `compile_repeated_blocks` goes by."""
+        library, name = self.components[self.denoiser]
+        if library == "diffusers" and (known := facts.denoiser(name)):
+            return bool(known["repeated_blocks"])
         return bool(getattr(self._class(self.denoiser), "_repeated_blocks", None))
 
     def _class(self, component: str) -> Any:
@@ -213,8 +216,13 @@ class Source:
     @cached_property
     def embedded_guidance(self) -> bool:
         """Whether guidance is an input of the denoiser (FLUX.1, latent consistency models): it has no CFG branches."""
-        config = _config(self.folder / self.denoiser)
+        config = self.denoiser_config
         return "guidance_embeds" in config or bool(config.get("time_cond_proj_dim"))
+
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The JSON config of the denoiser; empty if it has none."""
+        return _config(self.folder / self.denoiser)
 
     @property
     def denoiser(self) -> str:
@@ -296,11 +304,16 @@ def resolve(spec: ModelSpec) -> Source:
     source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
     if spec.scheduler is not None:
         schedulers.check(spec.scheduler, _config(source.folder / "scheduler"), source.pipeline)
-    cls = pipeline_class(source.pipeline, "model.pipeline" if spec.pipeline else "model.id")
-    takes = set(inspect.signature(cls.__call__).parameters) - SETTLED
+    if known := facts.pipeline(source.pipeline):
+        arguments = set(known["arguments"])
+    else:
+        cls = pipeline_class(source.pipeline, "model.pipeline" if spec.pipeline else "model.id")
+        arguments = set(inspect.signature(cls.__call__).parameters)
+    takes = arguments - SETTLED
     for name, _ in spec.arguments:
         if name not in takes:
-            raise RequestError("model.arguments", f"{cls.__name__} takes no {name!r} here; allowed: {_listed(takes)}")
+            short = source.pipeline.rpartition(".")[2]
+            raise RequestError("model.arguments", f"{short} takes no {name!r} here; allowed: {_listed(takes)}")
     return source
 
 
@@ -341,16 +354,22 @@ def _autoencoder(name: str) -> Path:
     return folder
 
 
-def _single_file(spec: ModelSpec, path: Path) -> Source:
+def _loads_single_files(pipeline: str) -> bool:
+    if known := facts.pipeline(pipeline):
+        return bool(known["single_file"])
     import diffusers
 
+    return hasattr(getattr(diffusers, pipeline, None), "from_single_file")
+
+
+def _single_file(spec: ModelSpec, path: Path) -> Source:
     if not path.is_file():
         raise RequestError("model.id", f"no file {spec.id!r}")
     if not spec.pipeline:
         raise RequestError(
             "model.pipeline", "a single file does not say its class; name it: StableDiffusionPipeline, …"
         )
-    if not hasattr(getattr(diffusers, spec.pipeline, None), "from_single_file"):
+    if not _loads_single_files(spec.pipeline):
         raise RequestError(
             "model.pipeline", f"{spec.pipeline!r} is no diffusers pipeline that loads from a single file"
         )

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, scoring
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed
-from lesion.models.calling import has_img2img, takes
+from lesion.models import layers
+from lesion.models.calling import call_arguments, has_img2img
 from lesion.store.images import Store, atomically
 from lesion.study.grid import Settings, Study
 from lesion.study.plan import Tally, tally
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lesion.run.maker import Made
     from lesion.run.results import Results
     from lesion.study.budget import Budget, Rounds
-    from lesion.surgery.anatomy import Anatomy
 
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
@@ -50,21 +49,6 @@ class JobContext:
     config: dict[str, Any]
 
 
-@lru_cache(maxsize=8)
-def _examined(spec: models.ModelSpec, fingerprint: str, by: str, kind: str) -> Anatomy:
-    from lesion.surgery.anatomy import AnatomyError, examine
-
-    source = models.resolve(spec)
-    try:
-        return examine(source.skeleton(source.denoiser), by, kind)
-    except AnatomyError as error:
-        raise RequestError(error.key, str(error)) from None
-
-
-def _anatomy(request: Request, source: models.Source) -> Anatomy:
-    return _examined(request.model, source.fingerprint, request.by, request.kind)
-
-
 def survey(request: Request) -> tuple[models.Source, Study]:
     """Find the model and lay out the study, without loading a weight.
 
@@ -72,7 +56,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     """
     source = models.resolve(request.model)
     _check_pipeline(request, source)
-    anatomy = _anatomy(request, source)
+    paths = layers.layer_paths(source, request.by, request.kind)
     _check_compiled(source)
     study = Study(
         model=models.identity_of(source, request.device),
@@ -89,7 +73,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         ),
         prompts=request.prompts,
         seeds=request.seeds,
-        layers=_chosen(anatomy.paths, request.include, request.exclude),
+        layers=_chosen(paths, request.include, request.exclude),
         selections=request.selections,
         replacements=request.described_replacements(),
         windows=request.windows,
@@ -109,7 +93,7 @@ def _check_pipeline(request: Request, source: models.Source) -> None:
     name = source.pipeline
     if request.task == "img2img" and not has_img2img(name):
         raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
-    if request.negative_prompt is not None and "negative_prompt" not in takes(models.pipeline_class(name)):
+    if request.negative_prompt is not None and "negative_prompt" not in call_arguments(name):
         raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
     if not source.embedded_guidance:
         return
@@ -190,7 +174,7 @@ def run(request: Request, context: JobContext) -> None:
             counts = tally(study, store.known().lists)
             failures |= _complete(request, source, study, store, results, counts, tracker)
         results.study = rounds.whole if rounds else study
-        paths = _anatomy(request, source).paths
+        paths = layers.layer_paths(source, request.by, request.kind)
         frame = results.frame(paths, failures, context.folder)
         beside = {"floor": results.floor()}
         if rounds:
@@ -218,7 +202,7 @@ def results(request: Request) -> pd.DataFrame:
         found.study = rounds.part
         absent |= found.complete({})
     found.study = rounds.whole if rounds else study
-    frame = found.frame(_anatomy(request, source).paths, dict.fromkeys(absent, "not made yet"))
+    frame = found.frame(layers.layer_paths(source, request.by, request.kind), dict.fromkeys(absent, "not made yet"))
     return rounds.marked(frame) if rounds else frame
 
 
@@ -297,8 +281,7 @@ def _generate(
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))
-    if model.anatomy.paths != _anatomy(request, source).paths:
-        raise RequestError("model.id", "the loaded model has other layers than its config says")
+    layers.check(model.anatomy.paths, source, request.by, request.kind)
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),

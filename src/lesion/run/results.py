@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lesion import scoring
-from lesion.analysis.importance import DISTANCES
+from lesion.analysis.metrics import DISTANCES
 from lesion.analysis.settings import GENERATION
 from lesion.errors import RequestError
 from lesion.scoring import Scorer, ScorerSpec, Shot

@@ -25,7 +25,8 @@ import pandas as pd
 
 from lesion.analysis.bootstrap import FEWEST, Interval
 from lesion.analysis.cells import MEASURES, over_prompts
-from lesion.analysis.importance import DISTANCES, NO_EFFECT
+from lesion.analysis.importance import NO_EFFECT
+from lesion.analysis.metrics import DISTANCES
 from lesion.errors import RequestError
 from lesion.study.grid import NO_LESION, Cell, Study, kind_of
 from lesion.study.lesions import Lesion

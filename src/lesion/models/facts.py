@@ -1,0 +1,45 @@
+"""What is asked of diffusers' classes before a model is loaded, for those that conf/model uses: without importing them.
+
+`facts.json` holds it for one version of diffusers (scripts/known_models.py writes it). Of another installed version, or
+another class, nothing is known here, and the class itself has to be asked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("facts.json")
+
+
+def pipeline(name: str) -> dict[str, Any] | None:
+    """Of a pipeline class: arguments (of its call), img2img (whether it has a counterpart), single_file (whether it
+    loads from one)."""
+    return _known("pipelines", name)
+
+
+def denoiser(name: str) -> dict[str, Any] | None:
+    """Of a denoiser class: repeated_blocks (whether it names them, for `compile_repeated_blocks`)."""
+    return _known("denoisers", name)
+
+
+def scheduler(name: str) -> dict[str, Any] | None:
+    """Of a scheduler class: the defaults of its options, by name."""
+    return _known("schedulers", name)
+
+
+def _known(group: str, name: str) -> dict[str, Any] | None:
+    data = _data()
+    if name not in data[group] or importlib.metadata.version("diffusers") != data["diffusers"]:
+        return None
+    found: dict[str, Any] = data[group][name]
+    return found
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(FILE.read_text())
+    return data
