@@ -17,10 +17,12 @@ import pandas as pd
 from scipy import stats
 
 from lesion.analysis.bootstrap import interval
-from lesion.study.budget import Budget, Rounds
-from lesion.study.grid import Cell, ModelIdentity, Settings, Study
+from lesion.rounds import Rounds
+from lesion.study.budget import Budget
+from lesion.study.grid import Cell, ModelIdentity, Study
 from lesion.study.lesions import Replacement
 from lesion.study.prompts import Prompt
+from lesion.study.settings import Settings
 
 # True importance, standard deviation over prompts, and over seeds within prompts, of each layer: a few layers matter
 # and vary much, most matter little and vary little, as layers of diffusion models tend to.

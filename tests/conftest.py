@@ -123,7 +123,7 @@ def tiny_spec(folder: Path, **changes: object) -> ModelSpec:
 
 
 def settings(**changes: object):  # type: ignore[no-untyped-def]
-    from lesion.study.grid import Settings
+    from lesion.study.settings import Settings
 
     base = {"task": "txt2img", "steps": 4, "guidance": 3.0, "height": 16, "width": 16, "scheduler": "DDIMScheduler"}
     return Settings(**{**base, **changes})  # type: ignore[arg-type]

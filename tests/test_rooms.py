@@ -13,10 +13,22 @@ import lesion
 PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
-    *("errors", "analysis", "tracking", "toy_world", "study", "store", "surgery", "models", "generation", "scoring"),
+    *(
+        "errors",
+        "study",
+        "analysis",
+        "rounds",
+        "tracking",
+        "toy_world",
+        "store",
+        "surgery",
+        "models",
+        "generation",
+        "scoring",
+    ),
     *("replacements", "report", "config", "run", "api", "cli"),
 )
-PURE = ("errors", "analysis", "study")
+PURE = ("errors", "study", "analysis", "rounds")
 
 
 def room_of(path: Path) -> str:

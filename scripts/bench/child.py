@@ -32,10 +32,11 @@ def peak() -> int:
 def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
     """Lay out, count and put in batches a study of leave-one-out and only-one over an empty store."""
     from lesion.store.images import Store
-    from lesion.study.grid import ModelIdentity, Settings, Study
+    from lesion.study.grid import ModelIdentity, Study
     from lesion.study.lesions import Replacement
     from lesion.study.plan import batches, tally
     from lesion.study.prompts import Prompt
+    from lesion.study.settings import Settings
 
     began = time.perf_counter()
     study = Study(

@@ -8,7 +8,8 @@ import pytest
 from conftest import settings
 from lesion.analysis.interactions import cumulative_areas, cumulative_curves
 from lesion.analysis.shapley import shapley_values
-from lesion.study.grid import Cell, ModelIdentity, Study, row
+from lesion.study.columns import row
+from lesion.study.grid import Cell, ModelIdentity, Study
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 

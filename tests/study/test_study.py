@@ -11,7 +11,8 @@ import pytest
 
 from conftest import settings
 from lesion.errors import RequestError
-from lesion.study.grid import Cell, ModelIdentity, Study, row
+from lesion.study.columns import row
+from lesion.study.grid import Cell, ModelIdentity, Study
 from lesion.study.lesions import Lesion, Replacement, choices
 from lesion.study.plan import batches, tally
 from lesion.study.prompts import Prompt, parse_prompts, slug

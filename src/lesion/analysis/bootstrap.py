@@ -40,11 +40,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lesion.study.budget import FEWEST
+
 Floats = NDArray[np.float64]
 
 METHODS = ("bootstrap-t", "bca", "t")
 REPLICATES = 1999  # (replicates + 1) * 0.025 is whole: the limits are order statistics
-FEWEST = 5  # prompts; of fewer, resampling has too few different outcomes, and Student's t is used
 STRETCH = 3.0  # times Student's: studentised limits further from the mean than that are not stable
 FLAT = 1e-9  # spread, as a share of the largest value, that is rounding
 

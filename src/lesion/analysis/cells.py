@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from lesion.analysis.bootstrap import Floats, Interval, interval
 from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, left_out, similarity
-from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
+from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
+from lesion.study.columns import LESION
 
 MEASURES = {LEAVE_ONE_OUT: "importance", ONLY_ONE: "sufficiency"}
 

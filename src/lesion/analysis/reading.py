@@ -18,7 +18,8 @@ from lesion.analysis.bootstrap import Interval, interval
 from lesion.analysis.cells import nested, over_prompts, without_limits
 from lesion.analysis.estimates import FIGURES
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
-from lesion.analysis.settings import BASELINE, LESION, in_order, layers_in_order, rows, settings
+from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
+from lesion.study.columns import LESION
 
 PREFIX = "read_"
 

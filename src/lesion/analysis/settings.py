@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-LESION = ("kind", "replacement", "window_start", "window_end", "branch", "strength")
-GENERATION = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt", "noising")
+from lesion.study.columns import GENERATION, LESION
+from lesion.study.lesions import Lesion
+
 BASELINE = "none"
 
 
@@ -29,11 +30,11 @@ class Setting:
 
     model: str
     replacement: str = ""  # "" when the model has nothing but baselines
-    window_start: float = 0.0
-    window_end: float = 1.0
-    branch: str = "both"
-    strength: float = 1.0
-    kind: str = "cross_attention"
+    window_start: float = Lesion.window[0]
+    window_end: float = Lesion.window[1]
+    branch: str = Lesion.branch
+    strength: float = Lesion.strength
+    kind: str = Lesion.kind
     generation: tuple[tuple[str, Any], ...] = ()
 
     def columns(self) -> dict[str, Any]:
@@ -43,13 +44,13 @@ class Setting:
 
     def _parts(self) -> list[tuple[str, str]]:
         parts = []
-        if self.kind != "cross_attention":
+        if self.kind != Lesion.kind:
             parts.append(("of", self.kind))
-        if (self.window_start, self.window_end) != (0.0, 1.0):
+        if (self.window_start, self.window_end) != Lesion.window:
             parts.append(("window", f"{self.window_start:g}-{self.window_end:g}"))
-        if self.branch != "both":
+        if self.branch != Lesion.branch:
             parts.append(("branch", str(self.branch)))
-        if self.strength != 1.0:
+        if self.strength != Lesion.strength:
             parts.append(("strength", f"{self.strength:g}"))
         return parts + [(name, str(value)) for name, value in self.generation]
 

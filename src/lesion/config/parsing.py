@@ -9,23 +9,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from lesion import replacements, scoring
-from lesion.analysis.bootstrap import FEWEST
 from lesion.analysis.metrics import why_unsuited
 from lesion.errors import RequestError
 from lesion.models import DTYPES, ModelSpec, check_offload
 from lesion.models.devices import cuda_devices
 from lesion.scoring import ScorerSpec
+from lesion.study.budget import Budget
 from lesion.study.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
 from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
-
-if TYPE_CHECKING:
-    from lesion.study.budget import Budget
 
 DTYPE_NAMES = ("auto", *DTYPES)
 TASKS = ("txt2img", "img2img")
@@ -151,7 +148,7 @@ def parse(config: DictConfig) -> Request:
         batch_size=_batch_size(generation["batch_size"]),
         scorer=_scorer(data["scorer"]),
         tracker=_tracker(data["tracker"]),
-        budget=_budget(data["budget"]),
+        budget=Budget.of(data["budget"]),
         store=Path(data["store"]["dir"]).expanduser(),
         device=device,
         dry_run=data["dry_run"],
@@ -253,25 +250,6 @@ def _scorer(value: Mapping[str, Any]) -> ScorerSpec:
         importance=importance,
         dino_model=value["dino_model"],
     )
-
-
-def _budget(value: Mapping[str, Any]) -> Budget | None:
-    most, width = value["max_images"], value["ci_halfwidth"]
-    for name, low in (("start", FEWEST), ("round", 1), ("max_images", 1)):
-        number = value[name]
-        if name == "max_images" and number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < low:
-            raise RequestError(f"budget.{name}", f"must be a whole number >= {low}; got {number!r}")
-    if width is None:
-        if most is not None:
-            raise RequestError("budget.max_images", "needs budget.ci_halfwidth; allowed without it: null")
-        return None
-    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 1:
-        raise RequestError("budget.ci_halfwidth", f"must be null or a number in (0, 1); got {width!r}")
-    from lesion.study.budget import Budget
-
-    return Budget(float(width), most, value["start"], value["round"])
 
 
 def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:

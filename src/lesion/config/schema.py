@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from lesion import replacements
-from lesion.study.lesions import SELECTIONS
+from lesion.study.lesions import SELECTIONS, Lesion
+from lesion.study.settings import DECLARED, Declaration
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ModelConf:
     offload: str = "none"
     vae_slicing: bool = False
     vae_tiling: bool = False
-    kind: str = "cross_attention"
+    kind: str = Lesion.kind
     steps: int = MISSING
     guidance: float = MISSING
     height: int = MISSING
@@ -47,22 +48,22 @@ class PromptsConf:
 @dataclass
 class LayersConf:
     by: str = "attention"
-    kind: str = "cross_attention"
+    kind: str = Lesion.kind
     include: Any = None
     exclude: Any = None
 
 
-@dataclass
-class GenerationConf:
-    task: str = "txt2img"
-    steps: int = MISSING
-    guidance: float = MISSING
-    height: int = MISSING
-    width: int = MISSING
-    negative_prompt: str | None = None
-    init: str | None = None
-    strength: float = MISSING
-    batch_size: Any = MISSING
+def _key(declared: Declaration) -> tuple[str, Any, Any]:
+    """Name, type and default; a value that the schema's type does not have (null for a number) is none."""
+    given = declared.asked is None and declared.default is not ...
+    return str(declared.key), declared.asked or declared.type, field(default=declared.default if given else MISSING)
+
+
+# What is asked of generation beside its settings: where the init images of img2img lie.
+GenerationConf = make_dataclass(
+    "GenerationConf",
+    [*(_key(declared) for declared in DECLARED if declared.key is not None), ("init", str | None, field(default=None))],
+)
 
 
 @dataclass
@@ -110,7 +111,7 @@ class LesionConf:
     window: Any = MISSING
     branch: Any = MISSING
     strength: Any = MISSING
-    generation: GenerationConf = field(default_factory=GenerationConf)
+    generation: GenerationConf = field(default_factory=GenerationConf)  # type: ignore[valid-type]
     performance: PerformanceConf = field(default_factory=PerformanceConf)
     scorer: ScorerConf = field(default_factory=ScorerConf)
     tracker: dict[str, Any] = field(default_factory=dict)

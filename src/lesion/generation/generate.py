@@ -21,9 +21,10 @@ from lesion.generation.snapshots import Enough, OtherCount, Record, State, State
 from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.text_cache import text_projected_once
-from lesion.study.grid import Cell, Settings
+from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt, read_init
+from lesion.study.settings import Settings
 from lesion.surgery.operation import Filler, lesioned, replacement_key
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from lesion.store import tensors as tensorfiles
-from lesion.study.grid import Cell, ModelIdentity, Settings
+from lesion.study.grid import Cell, ModelIdentity
 from lesion.study.lesions import covers
+from lesion.study.settings import Settings
 from lesion.surgery.operation import calls_in, sample_of
 from lesion.surgery.wrapping import forward_replaced, method_replaced
 

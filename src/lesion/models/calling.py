@@ -13,7 +13,7 @@ from typing import Any
 
 from lesion.models import facts
 from lesion.models.source import pipeline_class
-from lesion.study.grid import Settings
+from lesion.study.settings import Settings
 
 # Arguments under which a pipeline takes text and size as they are, where it has them.
 AS_ASKED: Mapping[str, Any] = {
@@ -63,17 +63,12 @@ def arguments(
     found: dict[str, Any] = {
         "prompt": list(texts),
         "generator": list(generators),
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
         "output_type": "np",
+        **settings.arguments(len(texts)),
     }
-    if settings.negative_prompt is not None:
-        found["negative_prompt"] = [settings.negative_prompt] * len(texts)
-    size = {"height": settings.height, "width": settings.width}
-    if inits is None:
-        found |= size
-    else:
-        found |= {"image": list(inits), "strength": settings.noising}
-        found |= {name: value for name, value in size.items() if name in known}  # of others the init images say it
+    if inits is not None:
+        found["image"] = list(inits)
+        for side in {"height", "width"} - known:  # of these pipelines the init images say it
+            del found[side]
     found |= {name: value for name, value in AS_ASKED.items() if name in known}
     return {**found, **(more or {})}

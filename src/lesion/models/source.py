@@ -18,6 +18,7 @@ from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
 from lesion.study.grid import ModelIdentity
+from lesion.study.settings import DECLARED
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DENOISERS = ("unet", "transformer")
@@ -25,17 +26,9 @@ DTYPES = ("float32", "float16", "bfloat16")  # as torch names them
 OFFLOADS = ("none", "model", "sequential")
 # What the settings of a study say themselves; `model.arguments` may not.
 SETTLED = frozenset(
-    {"self", "prompt", "negative_prompt", "generator", "num_inference_steps", "guidance_scale", "output_type"}
-    | {
-        "height",
-        "width",
-        "image",
-        "strength",
-        "return_dict",
-        "num_images_per_prompt",
-        "latents",
-        "callback_on_step_end",
-    }
+    {"self", "prompt", "generator", "output_type", "image", "return_dict", "num_images_per_prompt", "latents"}
+    | {"callback_on_step_end"}
+    | {one.argument for one in DECLARED if one.argument}
 )
 _MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]

@@ -26,7 +26,7 @@ from lesion.study.lesions import Replacement
 
 if TYPE_CHECKING:
     from lesion.models import Model, ModelSpec
-    from lesion.study.grid import Settings
+    from lesion.study.settings import Settings
     from lesion.surgery.operation import Filler
 
 

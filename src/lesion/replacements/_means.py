@@ -42,11 +42,7 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
         "model": identity.name,
         "fingerprint": identity.fingerprint,
         "dtype": identity.dtype,
-        "settings": {
-            name: value
-            for name, value in vars(bench.settings).items()
-            if value or name not in ("noising", "embedded_guidance")  # left out at first, so that keys stay
-        },
+        "settings": bench.settings.provenance(),
         "calibration": name,
         "prompts": [prompt.text for prompt in prompts],
         "seeds": list(seeds),

@@ -16,7 +16,7 @@ from lesion.study.prompts import Prompt
 
 if TYPE_CHECKING:
     from lesion.models import Model
-    from lesion.study.grid import Settings
+    from lesion.study.settings import Settings
 
 Read = tuple[Tensor, Tensor | None]  # text (1, tokens, channels), attention mask or None
 

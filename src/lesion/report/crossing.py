@@ -9,11 +9,12 @@ import pandas as pd
 
 from lesion.analysis.cells import groups
 from lesion.analysis.interactions import by_window
-from lesion.analysis.settings import GENERATION, LESION
+from lesion.analysis.settings import Setting
 from lesion.report.contents import interval_words
 from lesion.report.findings import Findings
 from lesion.report.tables import Column, Table, sizes
 from lesion.report.text import clean
+from lesion.study.columns import GENERATION, LESION
 
 MEANINGS = {
     "measure": "importance under leave-one-out and sufficiency under only-one",
@@ -27,7 +28,7 @@ def telling(table: pd.DataFrame, *besides: str) -> tuple[list[Column], str]:
     keys = [name for name in ("model", *LESION, *GENERATION) if name in table and name not in besides]
     differ = [name for name in keys if table[name].nunique(dropna=False) > 1]
     alike = {name: table[name].iloc[0] for name in keys if name not in differ and len(table)}
-    usual = {"kind": "cross_attention", "window_start": 0.0, "window_end": 1.0, "branch": "both", "strength": 1.0}
+    usual = {name: getattr(Setting, name) for name in LESION if name != "replacement"}
     named = [f"{name} {clean(value, 60)}" for name, value in alike.items() if usual.get(name) != value]
     return [_setting_column(table, name) for name in differ], ", ".join(named)
 

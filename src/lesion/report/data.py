@@ -12,9 +12,10 @@ from urllib.parse import quote
 import matplotlib
 import pandas as pd
 
-from lesion.analysis.settings import BASELINE, GENERATION, in_order, layers_in_order, rows, settings
+from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
 from lesion.report.text import clean
 from lesion.scoring import known_metrics
+from lesion.study.columns import GENERATION
 
 PROMPT_LIMIT = 2000  # characters of a prompt that the page shows
 SHADES = 64  # of the heat map's colour scale

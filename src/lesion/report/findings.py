@@ -25,8 +25,9 @@ from lesion.analysis.interactions import (
 from lesion.analysis.order import kendalls_w, ranks, top_stability
 from lesion.analysis.paired import against_floor, neighbours
 from lesion.analysis.reading import reading_columns, reading_drops, reading_shares
-from lesion.analysis.settings import GENERATION, LESION, Setting, rows, settings
+from lesion.analysis.settings import Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
+from lesion.study.columns import GENERATION, LESION
 
 CERTAIN = 0.05  # p-values up to this count as a difference
 NO_FLOOR = "there are no pairs of baselines to take the noise floor from"

@@ -12,28 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lesion.analysis.importance import IMPORTANCE_METRIC
-from lesion.analysis.settings import GENERATION, LESION, slug
+from lesion.analysis.settings import slug
 from lesion.report.data import inside
 from lesion.study import prompts
+from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL, TEXTS
 
 RESULTS, FLOOR = "results.parquet", "floor.parquet"
-NEEDED = (
-    *("model", "prompt_id", "prompt", "seed", "selection", "layer", "layer_index"),
-    *("replacement", "window_start", "window_end", "branch", "strength"),
-    *("status", "reason", "image", "cell", "clip_similarity"),
-)
-LATER: dict[str, str | float] = {
-    "kind": "cross_attention",
-    "lesioned": "",
-    "aspects": "",
-    "init": "",
-    "noising": 0.0,
-}  # columns that results of earlier versions lack
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
-IDENTITY = ("fingerprint", "dtype", "device", "scorer_identity", IMPORTANCE_METRIC, "protocol")
-MADE = ("fingerprint", "dtype", "device")  # what pixels depend on beside model and generation
-SEVERAL = ("lesioned", "order", "permutation")  # tell lesions of several layers apart; a cell may stand in many orders
 
 
 class Refused(Exception):
@@ -73,10 +58,10 @@ def read(run: Path, out: Path) -> Run:
         frame["clip_similarity"] = frame["clip_similarity"].astype("float64")
     except (TypeError, ValueError) as error:
         raise Refused(f"{run / RESULTS}: column clip_similarity is not a number everywhere") from error
-    for name, value in LATER.items():
+    for name, value in EARLIER.items():
         if name not in frame:
             frame[name] = value
-    texts = ["prompt", "replacement", "layer", "lesioned", "kind", "reason", "image", "aspects", "init"]
+    texts = list(TEXTS)
     frame[texts] = frame[texts].astype(object).fillna("")
     floor = _parquet(run / FLOOR) if (run / FLOOR).is_file() else None
     new = _ids(frame)

@@ -22,16 +22,18 @@ from lesion.errors import RequestError, StudyFailed
 from lesion.models import layers
 from lesion.models.calling import call_arguments, has_img2img
 from lesion.store.images import Store, atomically
-from lesion.study.grid import Settings, Study
+from lesion.study.budget import Budget
+from lesion.study.grid import Study
 from lesion.study.plan import Tally, tally
+from lesion.study.settings import Settings
 from lesion.tracking import JobInfo, Tracker, make_tracker
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lesion.rounds import Rounds
     from lesion.run.maker import Made
     from lesion.run.results import Results
-    from lesion.study.budget import Budget, Rounds
 
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
@@ -117,7 +119,7 @@ def _rounds(study: Study, budget: Budget | None) -> Rounds | None:
     """The rounds of a study with a budget. Raises RequestError for a budget that cannot be kept."""
     if budget is None:
         return None
-    from lesion.study.budget import Rounds
+    from lesion.rounds import Rounds
 
     return Rounds(study, budget)
 

@@ -19,8 +19,9 @@ from lesion.generation.snapshots import States
 from lesion.models import memory
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
-from lesion.study.grid import Cell, Settings, Study
+from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
+from lesion.study.settings import Settings
 from lesion.surgery.operation import Filler, replacement_key
 
 log = logging.getLogger(__name__)

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from lesion import scoring
 from lesion.analysis.metrics import DISTANCES
-from lesion.analysis.settings import GENERATION
 from lesion.errors import RequestError
 from lesion.scoring import Scorer, ScorerSpec, Shot
 from lesion.store.images import Damaged, Store, atomically
 from lesion.store.scores import Picture, Scores
 from lesion.study import pairs as floor
-from lesion.study.grid import Cell, Study, row
+from lesion.study.columns import GENERATION, row
+from lesion.study.grid import Cell, Study
 
 log = logging.getLogger(__name__)
 CHUNK, CHUNK_BYTES = 256, 256 << 20  # images scored at once, and their pixels in memory

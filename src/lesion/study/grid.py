@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any
 
-from lesion.study.lesions import NOWHERE, Choice, Lesion, Replacement, choices, digest_of
+from lesion.study.lesions import Choice, Lesion, Replacement, choices, digest_of
 from lesion.study.prompts import Prompt
+from lesion.study.settings import Settings
 
 FORMAT = 2  # raise it when the same cell would give other pixels or another key
 NO_LESION = digest_of(None)
@@ -30,31 +30,6 @@ class ModelIdentity:
     dtype: str
     device: str = "cpu"
     switches: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of one pipeline call.
-
-    guidance: classifier-free guidance scale, off at <= 1. height, width: pixels. noising: of img2img, the strength in
-    (0, 1] to which the init image is noised. embedded_guidance: True where guidance is an input of the model (FLUX.1),
-    which then has no CFG branches; else None.
-    """
-
-    task: str
-    steps: int
-    guidance: float
-    height: int
-    width: int
-    scheduler: str
-    negative_prompt: str | None = None
-    noising: float | None = None
-    embedded_guidance: bool | None = None
-
-    @property
-    def guided(self) -> bool:
-        """Whether each image has an unconditional row beside its conditional one."""
-        return self.guidance > 1 and not self.embedded_guidance
 
 
 @dataclass(frozen=True)
@@ -77,13 +52,12 @@ class Cell:
             model["device"] = self.model.device
         if self.model.switches:
             model["switches"] = list(self.model.switches)
-        settings = {name: value for name, value in vars(self.settings).items() if value is not None}
         return {
             "format": FORMAT,
             "model": model,
             "prompt": _asked(self.prompt),
             "seed": self.seed,
-            "settings": settings,
+            "settings": self.settings.identity(),
             "lesion": None if self.lesion is None or self.lesion.strength == 0 else self.lesion.identity(),
         }
 
@@ -140,10 +114,10 @@ class Study:
     layers: tuple[str, ...]
     selections: Mapping[str, Mapping[str, Any]]
     replacements: tuple[Replacement, ...]
-    windows: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
-    branches: tuple[str, ...] = ("both",)
-    strengths: tuple[float, ...] = (1.0,)
-    kind: str = "cross_attention"
+    windows: tuple[tuple[float, float], ...] = (Lesion.window,)
+    branches: tuple[str, ...] = (Lesion.branch,)
+    strengths: tuple[float, ...] = (Lesion.strength,)
+    kind: str = Lesion.kind
 
     @cached_property
     def _choices(self) -> dict[str, list[Choice]]:
@@ -242,50 +216,3 @@ def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
     if lesion is None:
         return ()
     return (lesion.selection, lesion.replacement, lesion.window, lesion.branch, lesion.strength)
-
-
-def row(cell: Cell, layers: Sequence[str]) -> dict[str, Any]:
-    """The cell's own columns of the results: what was asked, not what came of it.
-
-    layers: every layer of the model in forward order. `lesioned` names the lesioned layers where `layer` does not, and
-    in every step of a sequence (`order`, `permutation`, `position`; "" or -1 outside of one).
-    """
-    lesion, settings = cell.lesion, cell.settings
-    place = lesion.place if lesion else NOWHERE
-    named = lesion is not None and lesion.layer and not {lesion.layer} < set(lesion.layers)
-    together = lesion.layers if lesion and (place != NOWHERE or not named) else ()
-    layer = lesion.layer if lesion else ""
-    window = lesion.window if lesion else (0.0, 1.0)
-    return {
-        "model": cell.model.name,
-        "prompt_id": cell.prompt.id,
-        "prompt": cell.prompt.text,
-        "aspects": ",".join(cell.prompt.aspects),
-        "seed": cell.seed,
-        "selection": lesion.selection if lesion else "none",
-        "replacement": lesion.replacement.name if lesion else "",
-        "layer": layer,
-        "lesioned": "+".join(together),
-        "order": place.order,
-        "permutation": place.permutation,
-        "position": place.position,
-        "kind": lesion.kind if lesion else "",
-        "layer_index": layers.index(layer) if layer else -1,
-        "window_start": window[0],
-        "window_end": window[1],
-        "branch": lesion.branch if lesion else "both",
-        "strength": lesion.strength if lesion else 0.0,
-        "task": settings.task,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "height": settings.height,
-        "width": settings.width,
-        "scheduler": settings.scheduler,
-        "negative_prompt": settings.negative_prompt or "",
-        "init": PurePath(cell.prompt.image).name,
-        "noising": settings.noising or 0.0,
-        "dtype": cell.model.dtype,
-        "device": cell.model.device,
-        "fingerprint": cell.model.fingerprint,
-        "cell": cell.key,
-    }

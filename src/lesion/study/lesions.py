@@ -58,6 +58,7 @@ class Lesion:
     layers: module paths of the lesioned layers, in forward order. kind: which of their modules are touched. window:
     fraction of the denoising steps [start, end). branch: which half of classifier-free guidance is touched. strength: 0
     leaves the output, 1 replaces it fully.
+    The defaults are those of a request that says nothing, here and wherever one is needed (`Lesion.branch`).
     selection, layer and place only label the lesion (how it was chosen, and for which layer); they do not change
     pixels.
     """
@@ -78,14 +79,9 @@ class Lesion:
             "layers": list(self.layers),
             "replacement": {"name": self.replacement.name, **self.replacement.identity},
         }
-        if self.window != (0.0, 1.0):
-            data["window"] = list(self.window)
-        if self.branch != "both":
-            data["branch"] = self.branch
-        if self.strength != 1.0:
-            data["strength"] = self.strength
-        if self.kind != "cross_attention":
-            data["kind"] = self.kind
+        for name in ("window", "branch", "strength", "kind"):
+            if (value := getattr(self, name)) != getattr(Lesion, name):
+                data[name] = list(value) if isinstance(value, tuple) else value
         return data
 
     @cached_property

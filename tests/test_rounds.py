@@ -14,7 +14,8 @@ from conftest import settings
 from lesion import models, scoring
 from lesion.analysis.bootstrap import interval
 from lesion.errors import RequestError
-from lesion.study.budget import Budget, Part, Rounds
+from lesion.rounds import Part, Rounds
+from lesion.study.budget import Budget
 from lesion.study.grid import ModelIdentity, Study
 from lesion.study.lesions import Replacement
 from lesion.study.plan import batches, tally

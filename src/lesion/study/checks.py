@@ -1,0 +1,39 @@
+"""Checks that several keys of a request share. Each raises RequestError, which names the key and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lesion.errors import RequestError
+
+
+def one_of(key: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of these names."""
+    if value not in allowed:
+        raise RequestError(key, f"got {value!r}; allowed: {', '.join(allowed)}")
+    return str(value)
+
+
+def at_least(key: str, value: float, low: float) -> None:
+    """A finite number from `low` on."""
+    if not low <= value < math.inf:
+        raise RequestError(key, f"must be a number >= {low}; got {value}")
+
+
+def share(key: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RequestError(key, f"must be a number in [0, 1]; got {value!r}")
+    return float(value)
+
+
+def distinct(key: str, value: Any) -> list[Any]:
+    """One value or a list of them, at least one and each once."""
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise RequestError(key, "is an empty list; give at least one value")
+    if twice := [item for item in values if values.count(item) > 1]:
+        raise RequestError(key, f"names {twice[0]!r} twice; give each value once")
+    return values
