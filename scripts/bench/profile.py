@@ -18,7 +18,7 @@ import lesion.report
 from bench.report import Row
 from bench.setup import Options, Setup, fillers, job, loaded, planned, wait
 from lesion.generation.generate import generate
-from lesion.run.results import Results
+from lesion.run.score_queue import ScoreQueue
 
 TOP = 6  # operators that are named
 
@@ -69,7 +69,7 @@ def _stages(this: Setup, options: Options, dtype: str) -> tuple[dict[str, float]
         ("text encoder", model.pipe.text_encoder, "forward"),
         ("denoiser", model.denoiser, "forward"),
         ("decoder", model.pipe.vae, "decode"),
-        ("scores", Results, "complete"),
+        ("scores", ScoreQueue, "complete"),
         ("report", lesion.report, "write_report"),
     ]
     with ExitStack() as stack, tempfile.TemporaryDirectory(dir=options.scratch) as fresh:

@@ -25,18 +25,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from lesion.cli import study as cli
 from lesion.store import scores as parts
-from lesion.run import results
+from lesion.run import publish, score_queue
 from lesion.run import job as runner
 from lesion.store import images as store
 
-results.FLUSH, results.CHUNK = 5, 3
+score_queue.FLUSH, score_queue.CHUNK = 5, 3
 lesion.report.write_report = lambda *args: []
 PLACES = {
     "image": (store.Store, "put"),  # stored, not yet noted
     "rename": (os, "replace"),  # its content is written, its name is not given
-    "score": (results.Results, "_score"),
+    "score": (score_queue.ScoreQueue, "_score"),
     "flush": (parts.Scores, "flush"),
-    "publish": (results._Publisher, "publish"),
+    "publish": (publish.Publisher, "publish"),
     "report": (lesion.report, "write_report"),
 }
 

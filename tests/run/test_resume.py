@@ -11,18 +11,21 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lesion import models, scoring
 from lesion.generation.generate import generate
 from lesion.models import memory
 from lesion.run import job as runner
 from lesion.run import maker as making
-from lesion.run import results
+from lesion.run import table
 from lesion.run.maker import Maker
-from lesion.run.results import Results
+from lesion.run.score_queue import ScoreQueue
 from lesion.store.images import Store
 
 NOTING = """
@@ -300,6 +303,25 @@ def test_damage_that_shows_only_behind_other_damage_is_mended_too(cli):
     pd.testing.assert_series_equal(second.clip_similarity, first.clip_similarity)
 
 
+def test_an_image_saved_again_with_other_pixels_is_not_scored_but_made_again(cli):
+    """Its note still names the cell, and the file is a good PNG: only the digest that was noted tells."""
+    assert cli("scorer.metrics=[clip_similarity]", "selection=only_one")[0] == 0
+    (first,) = cli.frames()
+    altered = [first.cell[0], first.cell[len(first) - 1]]  # a baseline and a lesion
+    paths = [Store(cli.folder / "store").path(key) for key in altered]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        with Image.open(path) as image:
+            notes = PngInfo()
+            notes.add_itxt("lesion", image.text["lesion"])
+            Image.fromarray(255 - np.asarray(image)).save(path, pnginfo=notes)
+    code, out, err = cli("scorer.metrics=[clip_similarity]", "selection=only_one")
+    assert code == 0, err
+    assert out.count("its pixels are not those that were made") == 2
+    assert [path.read_bytes() for path in paths] == whole
+    pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), first)
+
+
 def test_an_image_that_is_damaged_again_is_given_up(cli, monkeypatch):
     """Each is made anew at most once, however often others show damage."""
     assert cli("selection=none", "scorer.metrics=[clip_similarity]")[0] == 0
@@ -324,11 +346,11 @@ def test_an_image_that_is_damaged_again_is_given_up(cli, monkeypatch):
 
 
 def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monkeypatch):
-    make, score, scored = Maker.run, Results._score, []
+    make, score, scored = Maker.run, ScoreQueue._score, []
 
     def and_another_scores(self, progress):
         make(self, progress)
-        Results(self.study, self.store, self.request.scorer, "cpu").complete({})
+        ScoreQueue(self.study.context, self.store, self.request.scorer, "cpu").complete(self.study, {})
         assert sum(scored) == 8
         scored.clear()
 
@@ -337,7 +359,7 @@ def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monk
         score(self, groups)
 
     monkeypatch.setattr(Maker, "run", and_another_scores)
-    monkeypatch.setattr(Results, "_score", counting)
+    monkeypatch.setattr(ScoreQueue, "_score", counting)
     assert cli("selection=leave_one_out")[0] == 0
     assert sum(scored) == 0
     assert cli.frames()[0].clip_similarity.notna().all()
@@ -346,7 +368,7 @@ def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monk
 def test_a_table_made_in_pieces_is_the_table(cli, monkeypatch):
     frames = []
     for rows in (10**6, 3, 14, 1):  # of 14: in one piece, in five, in one that is just full, each alone
-        monkeypatch.setattr(results, "ROWS", rows)
+        monkeypatch.setattr(table, "ROWS", rows)
         assert cli("selection=leave_one_out", "replacement=[zero,mean]")[0] == 0
         frames.append(pd.read_parquet(cli.newest() / "results.parquet"))
     assert len(frames[0]) == 14

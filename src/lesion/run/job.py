@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lesion.rounds import Rounds
     from lesion.run.maker import Made
-    from lesion.run.results import Results
+    from lesion.run.score_queue import ScoreQueue
 
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
@@ -157,28 +157,30 @@ def run(request: Request, context: JobContext) -> None:
     if request.dry_run:
         print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request.budget)))
         return
-    from lesion.run.results import Results  # with pandas and pyarrow, which a dry run does without
+    from lesion.run import table  # with pandas and pyarrow, which a dry run does without
+    from lesion.run.publish import Publisher
+    from lesion.run.score_queue import ScoreQueue
 
     rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
     counts = tally(study, store.known().lists)
-    results = Results(study, store, request.scorer, request.device)
+    scores = ScoreQueue(study.context, store, request.scorer, request.device)
     if counts.missing:
-        _ = results.scorer  # a scorer that cannot be loaded is refused before anything is made
+        _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
     code = 1
     try:
-        failures = _complete(request, source, study, store, results, counts, tracker)
-        while rounds and rounds.look(results.value, results.importance):
-            study = results.study = rounds.part
+        failures = _complete(request, source, study, store, scores, counts, tracker)
+        while rounds and rounds.look(scores.value, scores.spec.importance):
+            study = rounds.part
             log.info("round %d: %d images more", rounds.number, len(study))
             counts = tally(study, store.known().lists)
-            failures |= _complete(request, source, study, store, results, counts, tracker)
-        results.study = rounds.whole if rounds else study
+            failures |= _complete(request, source, study, store, scores, counts, tracker)
+        study = rounds.whole if rounds else study
         paths = layers.layer_paths(source, request.by, request.kind)
-        frame = results.frame(paths, failures, context.folder)
-        beside = {"floor": results.floor()}
+        frame = table.results(study, scores, paths, failures, Publisher(store, context.folder))
+        beside = {"floor": table.floor(study, scores)}
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         code = _write(frame, beside, context.folder, tracker)
@@ -194,17 +196,21 @@ def run(request: Request, context: JobContext) -> None:
 
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
-    from lesion.run.results import Results
+    from lesion.run import table
+    from lesion.run.publish import Publisher
+    from lesion.run.score_queue import ScoreQueue
 
     source, study = survey(request)
+    store = Store(request.store)
     rounds = _rounds(study, request.budget)
-    found = Results(rounds.part if rounds else study, Store(request.store), request.scorer, request.device)
-    absent = found.complete({})
-    while rounds and not absent and rounds.look(found.value, found.importance):
-        found.study = rounds.part
-        absent |= found.complete({})
-    found.study = rounds.whole if rounds else study
-    frame = found.frame(layers.layer_paths(source, request.by, request.kind), dict.fromkeys(absent, "not made yet"))
+    scores = ScoreQueue(study.context, store, request.scorer, request.device)
+    absent = scores.complete(rounds.part if rounds else study, {})
+    while rounds and not absent and rounds.look(scores.value, scores.spec.importance):
+        absent |= scores.complete(rounds.part, {})
+    study = rounds.whole if rounds else study
+    failures = dict.fromkeys(absent, "not made yet")
+    paths = layers.layer_paths(source, request.by, request.kind)
+    frame = table.results(study, scores, paths, failures, Publisher(store, None))
     return rounds.marked(frame) if rounds else frame
 
 
@@ -242,7 +248,7 @@ def _complete(
     source: models.Source,
     study: Study,
     store: Store,
-    results: Results,
+    scores: ScoreQueue,
     counts: Tally,
     tracker: Tracker,
 ) -> dict[str, str]:
@@ -254,10 +260,10 @@ def _complete(
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
             log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, store.folder)
-            failures |= _generate(request, source, study, store, results, missing, failures, tracker)
+            failures |= _generate(request, source, study, store, scores, missing, failures, tracker)
         else:
             log.info("all %d images are in the store %s", counts.unique, store.folder)
-        damaged = results.complete(failures)
+        damaged = scores.complete(study, failures)
         failures |= dict.fromkeys(damaged & remade, "the stored image is damaged, also after it was made anew")
         damaged -= remade  # those of a subject may show only once its baseline is whole again
         if not damaged:
@@ -270,7 +276,7 @@ def _generate(
     source: models.Source,
     study: Study,
     store: Store,
-    results: Results,
+    scores: ScoreQueue,
     missing: int,
     failures: Mapping[str, str],
     tracker: Tracker,
@@ -296,22 +302,22 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, results))
+        maker = Maker(request, model, study, store, _when_made(request, scores))
         maker.failures.update(failures)
         maker.run(progress)
-    results.refresh()
+    scores.refresh()
     return maker.failures
 
 
-def _when_made(request: Request, results: Results) -> Made:
+def _when_made(request: Request, scores: ScoreQueue) -> Made:
     """What is told of each image as it is stored.
 
     Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
     made meanwhile would depend on when it does.
     """
     if request.model.tf32 and request.device.startswith("cuda"):
-        return lambda cell, pixels, picture: results.note(cell.key, picture)
-    return results.made
+        return lambda cell, pixels, picture: scores.note(cell.key, picture)
+    return scores.made
 
 
 def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:

@@ -1,0 +1,205 @@
+"""Scores for the images of a study that have none yet, computed once and remembered in the store."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lesion import scoring
+from lesion.errors import RequestError
+from lesion.scoring import Scorer, ScorerSpec, Shot
+from lesion.store.images import Damaged, Store
+from lesion.store.scores import Picture, Scores
+from lesion.study.grid import Cell, Study
+
+log = logging.getLogger(__name__)
+CHUNK, CHUNK_BYTES = 256, 256 << 20  # images scored at once, and their pixels in memory
+FLUSH = 2048  # records after which a part file is written
+
+
+class ScoreQueue:
+    """Of the images of one model and settings in one store; what it scores is remembered for every later run.
+
+    context: `Study.context` of the studies it is for. device: where metrics compute. While images are made on a GPU,
+    they are scored as they come.
+    """
+
+    def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str):
+        self.store, self.spec, self.device = store, spec, device
+        try:
+            self.identities = scoring.identities(spec)
+        except scoring.ScorerError as error:
+            raise RequestError("scorer", str(error).removeprefix("scorer ")) from None
+        self.scores = Scores(store.scores / context[:16], self.identities)
+        self.scores.load()
+        self._unwritten = 0
+        self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
+        self._scorer: Scorer | None = None
+        self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
+        self._pixels = lru_cache(maxsize=64)(self._read)  # of baselines: a lesion follows its neighbours
+
+    @property
+    def scorer(self) -> Scorer:
+        """Loaded when first asked for. Raises RequestError if it cannot be."""
+        if self._scorer is None:
+            try:
+                self._scorer = scoring.make_scorer(self.spec, self.device)
+            except scoring.ScorerError as error:
+                raise RequestError("scorer", str(error).removeprefix("scorer ")) from None
+        return self._scorer
+
+    def made(self, cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
+        """Note an image that has just been stored; score it at once if that costs the generating side nothing."""
+        self.note(cell.key, picture)
+        if self.device.startswith("cuda") and not picture.reason:
+            baseline = cell.baseline.key
+            facts = self.scores.picture(baseline)
+            if facts and not facts.reason:
+                with suppress(Damaged):
+                    self._enqueue(cell, pixels, pixels if baseline == cell.key else self._pixels(baseline))
+
+    def refresh(self) -> None:
+        """Read what other processes have scored meanwhile, so that it is not scored again."""
+        self.scores.load()
+
+    def complete(self, study: Study, failures: Mapping[str, str]) -> set[str]:
+        """Score every image of the study that lacks one, and write it down.
+
+        Returns the keys of images that turn out not to be there: damaged ones, now removed, or torn ones.
+        """
+        self._score(self._queue.keys())  # what still waits, or it would be read and queued once more
+        damaged: set[str] = set()
+        for cell in tqdm(study.cells(), total=len(study), desc="score", unit="image", disable=None):
+            baseline = cell.baseline.key
+            if cell.key in failures or cell.key in damaged:
+                continue
+            try:
+                facts = self._facts(cell.key)
+                if facts is None:
+                    damaged.add(cell.key)
+                    continue
+                if baseline in damaged:  # it is scored once its baseline is made again
+                    continue
+                against = facts if baseline == cell.key else self.scores.picture(baseline)
+                if facts.reason or against is None or against.reason or baseline in failures:
+                    continue
+                if not self._lacking(cell):
+                    continue
+                pixels = self._pixels(cell.key) if cell.key == baseline else self._read(cell.key)
+                self._enqueue(cell, pixels, self._pixels(baseline))
+            except Damaged as error:
+                key = str(error.args[1]) if len(error.args) > 1 else cell.key
+                log.warning("a stored image is damaged and removed; it is made again (%s)", error.args[0])
+                self.store.discard(key)
+                damaged.add(key)
+        self._score(self._queue.keys())
+        self.scores.flush()
+        self._unwritten = 0
+        return damaged
+
+    def picture(self, key: str) -> Picture | None:
+        """What is known of a stored image; None of one that is not there."""
+        return self.scores.picture(key)
+
+    def values(self, cell: Cell) -> dict[str, float]:
+        """The columns known for an image; none if it has no score or is not valid."""
+        return self.scores.values(cell.key, cell.baseline.key)
+
+    def value(self, cell: Cell) -> float:
+        """What the metric of importance says of an image; NaN if it has no score or is not valid."""
+        return self.values(cell).get(self.spec.importance, float("nan"))
+
+    def pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> list[float]:
+        """What a metric says of pairs of valid images of one size, NaN for a damaged one; scores what has no score."""
+        lacking = [(a, b) for a, b in pairs if self.scores.pair(metric, a.key, b.key) is None]
+        if lacking:
+            settings = lacking[0][0].settings
+            size = max(1, min(CHUNK, CHUNK_BYTES // (6 * settings.height * settings.width)))
+            for start in range(0, len(lacking), size):
+                self._score_pairs(metric, lacking[start : start + size])
+            self.scores.flush()
+        found = (self.scores.pair(metric, a.key, b.key) for a, b in pairs)
+        return [float("nan") if value is None else value for value in found]
+
+    def _score_pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> None:
+        shots = []
+        for a, b in pairs:
+            first, second = sorted((a.key, b.key))  # whichever way round they are asked for
+            try:
+                shots.append(Shot(first, self._pixels(first), second, self._pixels(second), a.prompt.text))
+            except Damaged as error:
+                log.warning("a pair for the noise floor is left out: %s", error.args[0])
+        values = self.scorer.score(shots, only={metric})[metric] if shots else ()
+        for shot, value in zip(shots, values, strict=True):
+            self.scores.add_pair(metric, shot.key, shot.baseline_key, float(value))
+
+    def _facts(self, key: str) -> Picture | None:
+        """Of a stored image: those remembered, if its file is still the same; None if it is not there."""
+        facts = self.scores.picture(key)
+        if facts is not None and self.store.matches(key, facts):
+            return facts
+        if not self.store.has(key):
+            return None
+        self._read(key)
+        return self.scores.picture(key)
+
+    def _read(self, key: str) -> NDArray[np.uint8]:
+        """Pixels of a stored image. Raises Damaged with a message and the key.
+
+        Pixels that are not those noted when the image was made count as damage: scores of them would be of an image
+        that the cell does not describe.
+        """
+        try:
+            stored = self.store.get(key)
+        except Damaged as error:
+            raise Damaged(str(error), key) from None
+        if self._altered(key, stored.picture):
+            self.refresh()  # another process may have made it anew
+            if self._altered(key, stored.picture):
+                raise Damaged(f"{key}.png: its pixels are not those that were made", key)
+        if self.scores.picture(key) != stored.picture:
+            self.note(key, stored.picture)
+        return stored.pixels
+
+    def _altered(self, key: str, picture: Picture) -> bool:
+        noted = self.scores.picture(key)
+        return noted is not None and noted.digest != picture.digest
+
+    def note(self, key: str, picture: Picture) -> None:
+        """Remember the facts of a stored image."""
+        self.scores.add_picture(key, picture)
+        self._written(1)
+
+    def _written(self, records: int) -> None:
+        self._unwritten += records
+        if self._unwritten >= FLUSH:
+            self.scores.flush()
+            self._unwritten = 0
+
+    def _lacking(self, cell: Cell) -> frozenset[str]:
+        return self._asked(cell.prompt.text).difference(self.values(cell))
+
+    def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
+        lacking = self._lacking(cell)
+        queue = self._queue[lacking]
+        queue.append(Shot(cell.key, pixels, cell.baseline.key, baseline, cell.prompt.text))
+        if len(queue) >= CHUNK or len(queue) * pixels.nbytes >= CHUNK_BYTES:
+            self._score([lacking])
+
+    def _score(self, groups: Collection[frozenset[str]]) -> None:
+        for lacking in list(groups):
+            shots = self._queue.pop(lacking, [])
+            if not shots:
+                continue
+            found = self.scorer.score(shots, only=lacking)
+            for number, shot in enumerate(shots):
+                values = {column: float(values[number]) for column, values in found.items()}
+                self.scores.add_values(shot.key, shot.baseline_key, values)
+            self._written(len(shots))

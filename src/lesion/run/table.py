@@ -1,0 +1,104 @@
+"""The tables of a study: results, one row an image, and floor, one row a pair of baselines."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lesion.analysis.metrics import DISTANCES
+from lesion.run.publish import Publisher
+from lesion.run.score_queue import ScoreQueue
+from lesion.study import pairs
+from lesion.study.columns import GENERATION, row
+from lesion.study.grid import Cell, Study
+
+ROWS = 1024  # that wait as Python objects, which take more memory than the table's columns
+
+
+def results(
+    study: Study,
+    scores: ScoreQueue,
+    paths: Sequence[str],
+    failures: Mapping[str, str],
+    publisher: Publisher,
+) -> pd.DataFrame:
+    """One row an image, in the order of `Study.cells`.
+
+    paths: every layer of the model in forward order. failures: reasons for images that could not be made.
+    """
+    columns: defaultdict[str, list[Any]] = defaultdict(list)
+    parts: list[pd.DataFrame] = []
+    protocol = study.protocol
+    scorer = {
+        "scorer": scores.spec.name,
+        "scorer_identity": "; ".join(scores.identities.values()),
+        "importance_metric": scores.spec.importance,
+    }
+    for cell in study.cells():
+        status, reason = status_of(cell, scores, failures)
+        values = scores.values(cell) if status == "ok" else {}
+        record = row(cell, paths) | {
+            "status": status,
+            "reason": reason,
+            "image": "" if status == "failed" else publisher.publish(cell),
+            **{column: values.get(column, float("nan")) for column in scores.identities},
+            **scorer,
+            "protocol": protocol[cell.lesion.replacement.name] if cell.lesion else "",
+        }
+        for name, value in record.items():
+            columns[name].append(value)
+        if len(columns["cell"]) == ROWS:
+            parts.append(pd.DataFrame(columns))
+            columns.clear()
+    if columns or not parts:
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+
+
+def status_of(cell: Cell, scores: ScoreQueue, failures: Mapping[str, str]) -> tuple[str, str]:
+    """Status (ok, invalid, failed) and reason ("" for ok) of an image."""
+    if why := failures.get(cell.key):
+        return "failed", why
+    facts = scores.picture(cell.key)
+    if facts is None:
+        return "failed", "not made yet"
+    if facts.reason:
+        return "invalid", facts.reason
+    baseline = cell.baseline.key
+    against = scores.picture(baseline)
+    why = failures.get(baseline) or ("not made yet" if against is None else against.reason)
+    return ("invalid", f"its baseline cannot be compared with: {why}") if why else ("ok", "")
+
+
+def floor(study: Study, scores: ScoreQueue) -> pd.DataFrame:
+    """How similar baselines are to each other: what `lesion.analysis.floor` reads, one row a pair of
+    `lesion.study.pairs`. Scores what has no score yet; a pair with an image that is not valid has no row.
+    """
+    metric = scores.spec.importance
+    baselines = takewhile(lambda cell: cell.lesion is None, study.cells())  # they come first
+    valid = {cell.key for cell in baselines if (facts := scores.picture(cell.key)) and not facts.reason}
+    compared = [(a, b) for a, b in pairs.pairs(study) if a.key != b.key and {a.key, b.key} <= valid]
+    records = []
+    for (a, b), value in zip(compared, scores.pairs(metric, compared), strict=True):
+        if not np.isfinite(value):
+            continue
+        records.append(
+            {
+                "model": study.model.name,
+                "prompt_id_a": a.prompt.id,
+                "seed_a": a.seed,
+                "prompt_id_b": b.prompt.id,
+                "seed_b": b.seed,
+                "similarity": 1.0 - value if metric in DISTANCES else value,
+                **{name: value for name, value in row(a, ()).items() if name in GENERATION},
+                "metric": metric,
+                "scorer_identity": scores.identities[metric],
+            }
+        )
+    columns = ["model", *pairs.COLUMNS, *GENERATION, "metric", "scorer_identity"]
+    return pd.DataFrame(records, columns=columns)
