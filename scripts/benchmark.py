@@ -23,7 +23,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench import batching, engine, profile, scale, speed, switches
+from bench import batching, engine, profile, scale, speed, start, switches
 from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
@@ -52,6 +52,7 @@ PARTS: dict[str, tuple[str, str, Part]] = {
     ),
     "planning": ("Planning a large study", "time and memory to lay out and count a million cells", scale.planning),
     "reopening": ("Re-opening a finished study", "from 10,000 finished cells to their table", scale.reopening),
+    "start": ("Starts", "processes that make no image, against importing torch and diffusers", start.start),
     "memory": ("Memory of small and large studies", "a job, and one four times as large", scale.memory),
     "share": ("Share of the matrix peak", "operations a second over those of bf16 matrix products", engine.share),
     "switches": (

@@ -26,6 +26,8 @@ from lesion.cli import study
 way("help", study, "--help")
 way("unknown_key", study, "colour=red")
 way("refused", study, "seeds=-1")
+from lesion.cli import report
+way("report_help", report, "--help")
 way("dry_run", study, "dry_run=true", "hydra.run.dir=run", "store.dir=store")
 print("pandas" in sys.modules)
 """.replace("{slow}", repr(SLOW))
@@ -33,4 +35,5 @@ print("pandas" in sys.modules)
 
 def test_help_and_refusals_import_nothing_slow(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WAYS], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.splitlines() == ["import 0", "help 0", "unknown_key 2", "refused 2", "dry_run 0", "False"]
+    ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "dry_run 0"]
+    assert done.stdout.splitlines() == [*ways, "False"]

@@ -6,18 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesion.analysis.bootstrap import METHODS
-from lesion.report import ranking_lines, write_report
-from lesion.report.merging import Refused, alike, apart, check, gather, merge, read, run_folders
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _WrongUsage(Exception):
+    """The command line is wrong."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refused(message)
+        raise _WrongUsage(message)
 
 
 def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -> tuple[pd.DataFrame, list[Path]]:
@@ -26,6 +29,9 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
     mix: runs that cannot be compared stand side by side, never averaged together; else Refused. options: those of
     `write_report`.
     """
+    from lesion.report import write_report
+    from lesion.report.merging import Refused, alike, apart, check, gather, merge, read
+
     found = [read(run, out) for run in runs]
     notes: list[str] = []
     if mix:
@@ -72,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--siunitx", action="store_true", help="LaTeX tables with the S columns of siunitx")
     try:
         arguments = parser.parse_args(argv)
+    except _WrongUsage as error:
+        return _refuse(error)
+    from lesion.report import ranking_lines  # with pandas and matplotlib, which --help does without
+    from lesion.report.merging import Refused, run_folders
+
+    try:
         runs = run_folders(arguments.folders)
         out = arguments.out or (runs[0] if len(runs) == 1 else Path("lesion-report"))
         if out.exists() and not out.is_dir():
@@ -79,11 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval")}
         frame, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
-        print(f"lesion-report: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     print("\n".join([*ranking_lines(frame), "", f"runs: {len(runs)}, images: {len(frame)}, files: {len(written)}"]))
     print(written[-1])
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"lesion-report: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
