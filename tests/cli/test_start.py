@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 SLOW = ("torch", "diffusers", "open_clip", "transformers", "wandb", "scipy.stats", "matplotlib")
+FINISHED = Path(__file__).parents[1] / "fixtures" / "v0.1"
 # One process takes several ways in turn; a way that imports something slow is named with it.
 WAYS = """
-import contextlib, io, sys
-from pathlib import Path
-import lesion
+import contextlib, io, json, sys
+slow, finished = json.loads(sys.argv[1])
+def say(name, code):
+    print(name, code, *(module for module in slow if module in sys.modules))
 def way(name, module, *arguments):
     sys.argv = ["lesion", *arguments]
     code = 0
@@ -20,20 +26,37 @@ def way(name, module, *arguments):
             module.main()
         except SystemExit as end:
             code = end.code or 0
-    print(name, code, *(slow for slow in {slow} if slow in sys.modules))
-print("import", 0, *(slow for slow in {slow} if slow in sys.modules))
+    say(name, code)
+import lesion
+say("import", 0)
 from lesion.cli import study
 way("help", study, "--help")
 way("unknown_key", study, "colour=red")
 way("refused", study, "seeds=-1")
 from lesion.cli import report
 way("report_help", report, "--help")
-way("dry_run", study, "dry_run=true", "hydra.run.dir=run", "store.dir=store")
+way("dry_run", study, "dry_run=true", "hydra.run.dir=run", "store.dir=other")
 print("pandas" in sys.modules)
-""".replace("{slow}", repr(SLOW))
+from hydra import compose, initialize_config_dir
+from lesion.config.parsing import parse
+from lesion.config.schema import conf_dir
+from lesion.run.job import results
+with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    frame = results(parse(compose("lesion", finished)))
+say("reopened", len(frame) * (frame["status"] == "ok").all())
+"""
 
 
-def test_help_and_refusals_import_nothing_slow(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", WAYS], capture_output=True, text=True, check=True, cwd=tmp_path)
-    ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "dry_run 0"]
-    assert done.stdout.splitlines() == [*ways, "False"]
+def test_starts_import_nothing_slow(tmp_path: Path) -> None:
+    shutil.copytree(FINISHED / "store", tmp_path / "store")
+    run = yaml.safe_load((FINISHED / "runs" / "grid" / "overrides.yaml").read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", WAYS, json.dumps([SLOW, run])],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "dry_run 0", "False"]
+    *lines, reopened = done.stdout.splitlines()
+    assert lines == ways
+    name, rows, *imported = reopened.split()
+    assert (name, imported) == ("reopened", [])
+    assert int(rows) > 10
