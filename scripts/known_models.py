@@ -19,6 +19,7 @@ import diffusers
 import torch
 
 from lesion.models import EMBEDDED, calling, facts, layers, schedulers
+from lesion.models.defaults import OF_CALL, default_of_class
 from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
 
 SD = {"sample_size": 64, "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -66,6 +67,7 @@ DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
 PIPELINES = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"),
     *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "HunyuanDiTPipeline", "SanaPipeline"),
+    "LatentConsistencyModelPipeline",
 )
 
 
@@ -118,6 +120,7 @@ def class_facts() -> dict[str, Any]:
         cls = getattr(diffusers, name)
         pipelines[name] = {
             "arguments": sorted(calling.takes(cls)),
+            "defaults": {name: default_of_class(cls, name) for name in OF_CALL.values()},
             "img2img": calling.img2img_of(name) is not None,
             "single_file": hasattr(cls, "from_single_file"),
         }

@@ -110,7 +110,7 @@ class Setup:
 
 def setup(model: str, options: Options) -> Setup:
     """The model with its settings from conf/model, made smaller by `quick` and as the command line says."""
-    values = OmegaConf.load(conf_dir() / "model" / f"{model}.yaml")
+    values = OmegaConf.merge(*(OmegaConf.load(conf_dir() / "model" / f"{name}.yaml") for name in ("_base", model)))
     folder = EMBEDDED
     if model != "embedded":
         folder = options.kept / (f"{model}-small" if options.quick else model)

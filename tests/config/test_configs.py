@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from lesion import replacements, scoring
 from lesion.config.parsing import parse
-from lesion.config.schema import conf_dir, register
+from lesion.config.schema import ModelConf, conf_dir, register
 from lesion.models import EMBEDDED
 from lesion.study.lesions import SELECTIONS
 from lesion.study.prompts import parse_prompts
@@ -20,10 +20,15 @@ from lesion.tracking import tracker_names
 
 CONF = conf_dir()
 GROUPS = ("model", "prompts", "selection", "replacement", "scorer", "tracker", "experiment", "debug")
-FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+BASES = [CONF / "model" / "_base.yaml"]  # what the files of a group share
 NEEDS = {
     "local": [f"model.id={EMBEDDED}"],
-    "single_file": ["model.id=x.safetensors", "model.pipeline=StableDiffusionPipeline", f"model.config={EMBEDDED}"],
+    "single_file": [
+        "model.id=@FILE@.safetensors",
+        "model.pipeline=StableDiffusionPipeline",
+        f"model.config={EMBEDDED}",
+    ],
     "file": ["prompts.path=@FILE@"],
     "inline": ["prompts.items=[a red circle]"],
     "donor_prompt": ["replacement.donor_prompt.prompt=a blue square"],
@@ -40,12 +45,13 @@ def composed(*overrides):
 
 def test_there_is_no_folder_or_file_that_these_tests_do_not_know():
     assert {path.name for path in CONF.iterdir()} == {*GROUPS, "lesion.yaml"}
-    assert len(FILES) == len(list(CONF.rglob("*.yaml"))) - 1
+    assert len(FILES) + len(BASES) == len(list(CONF.rglob("*.yaml"))) - 1
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))
 def test_every_file_composes_and_is_accepted(group, name, tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n")
+    (tmp_path / "p.txt.safetensors").touch()  # of which no byte is read
     needs = [need.replace("@FILE@", str(tmp_path / "p.txt")) for need in NEEDS.get(name, [])]
     request = parse(composed(f"{group}={name}", *needs))
     if group == "model":
@@ -62,8 +68,24 @@ def test_every_knob_has_a_comment(group, name):
     lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("#")
     if group == "model":
-        bare = {"name", "id", "variant", "width", "steps", "guidance", "batch_size", "height"}
+        bare = {"defaults", "name", "id", "variant", "width", "steps", "guidance", "batch_size", "height"}
         assert [line for line in lines if ":" in line and "#" not in line and line.split(":")[0] not in bare] == []
+
+
+def test_a_model_says_what_is_different_from_the_base():
+    """Every knob of a model stands in the base with its comment; a model's file repeats one only to say more of it."""
+    (base,) = BASES
+    lines = base.read_text().splitlines()
+    assert lines[0].startswith("#") and all(" # " in line for line in lines[1:])
+    shared = yaml.safe_load(base.read_text())
+    assert {*shared, "name", "id", "config"} == set(ModelConf.__dataclass_fields__)
+    comments = {line.split(":")[0]: line.partition(" # ")[2] for line in lines[1:]}
+    for path in [CONF / "model" / f"{name}.yaml" for group, name in FILES if group == "model"]:
+        own = yaml.safe_load(path.read_text())
+        assert own.pop("defaults") == ["_base", "_self_"]
+        said = {line.split(":")[0]: line.partition(" # ")[2] for line in path.read_text().splitlines()}
+        for key in [key for key in own if key in shared and own[key] == shared[key]]:
+            assert said[key] not in ("", comments[key]), f"{path.name} repeats {key}"
 
 
 def test_names_in_code_and_in_conf_agree():

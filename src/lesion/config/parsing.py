@@ -17,6 +17,7 @@ from lesion import replacements, scoring
 from lesion.analysis.metrics import why_unsuited
 from lesion.errors import RequestError
 from lesion.models import DTYPES, ModelSpec, check_offload
+from lesion.models.defaults import filled
 from lesion.models.devices import cuda_devices
 from lesion.scoring import ScorerSpec
 from lesion.study.budget import Budget
@@ -34,6 +35,7 @@ class Request:
 
     height, width: pixels. device: cpu, cuda or cuda:N. by, kind, include, exclude: what the layers under study are, see
     `lesion.anatomy`. batch_size: None for as many as memory allows. budget: None for the whole grid.
+    derived: which settings the model said, and where, in words; "" if the request said all.
     """
 
     model: ModelSpec
@@ -63,6 +65,7 @@ class Request:
     store: Path
     device: str
     dry_run: bool
+    derived: str = ""
 
     def described_replacements(self) -> tuple[Replacement, ...]:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
@@ -74,6 +77,7 @@ def parse(config: DictConfig) -> Request:
         raise RequestError(key, "has no value; give one")
     data = OmegaConf.to_container(config, resolve=True)
     assert isinstance(data, dict)
+    data["generation"], derived = filled(data["generation"], lambda: ModelSpec.of(data["model"], data["performance"]))
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
     _one_of("performance.dtype", data["performance"]["dtype"], DTYPE_NAMES)
@@ -152,6 +156,7 @@ def parse(config: DictConfig) -> Request:
         store=Path(data["store"]["dir"]).expanduser(),
         device=device,
         dry_run=data["dry_run"],
+        derived=derived,
     )
 
 

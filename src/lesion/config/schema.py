@@ -31,10 +31,10 @@ class ModelConf:
     vae_slicing: bool = False
     vae_tiling: bool = False
     kind: str = Lesion.kind
-    steps: int = MISSING
-    guidance: float = MISSING
-    height: int = MISSING
-    width: int = MISSING
+    steps: int | None = MISSING
+    guidance: float | None = MISSING
+    height: int | None = MISSING
+    width: int | None = MISSING
     batch_size: Any = MISSING
 
 

@@ -217,6 +217,11 @@ class Source:
         """The JSON config of the denoiser; empty if it has none."""
         return _config(self.folder / self.denoiser)
 
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The JSON config of the autoencoder that decodes; empty if there is none."""
+        return _config(self.vae or self.folder / "vae")
+
     @property
     def denoiser(self) -> str:
         """Name of the component that denoises."""

@@ -21,6 +21,7 @@ from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed
 from lesion.models import layers
 from lesion.models.calling import call_arguments, has_img2img
+from lesion.models.defaults import check_size
 from lesion.store.images import Store, atomically
 from lesion.study.budget import Budget
 from lesion.study.grid import Study
@@ -97,6 +98,7 @@ def _check_pipeline(request: Request, source: models.Source) -> None:
         raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
     if request.negative_prompt is not None and "negative_prompt" not in call_arguments(name):
         raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
+    check_size(source, request.height, request.width)
     if not source.embedded_guidance:
         return
     why = f"{name} takes guidance as an input and has one branch"
@@ -155,7 +157,7 @@ def run(request: Request, context: JobContext) -> None:
     source, study = survey(request)
     store = Store(request.store)
     if request.dry_run:
-        print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request.budget)))
+        print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request)))
         return
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
     from lesion.run.publish import Publisher
@@ -214,19 +216,23 @@ def results(request: Request) -> pd.DataFrame:
     return rounds.marked(frame) if rounds else frame
 
 
-def plan_lines(study: Study, counts: Tally, store: Store, budget: Budget | None = None) -> list[str]:
+def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
     """What a study would make, for `dry_run=true`."""
+    settings = study.settings
     size = counts.missing * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL
     each = (counts.rows - counts.baselines) // counts.baselines
     return [
         f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
         f"{len(study.layers)} layers",
+        f"  each of {settings.height} x {settings.width} pixels (height x width), {settings.steps} steps, guidance "
+        f"{settings.guidance:g}, {settings.scheduler}",
+        *([f"  not given: {request.derived}"] if request.derived else []),
         *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {store.folder}: {counts.stored}",
         f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
-        *_budget_lines(study, budget),
+        *_budget_lines(study, request.budget),
         "dry run: nothing was generated",
     ]
 

@@ -109,10 +109,10 @@ class Settings:
     """
 
     task: str = setting(always=True)
-    steps: int = setting(always=True, allowed=number(1), argument="num_inference_steps")
-    guidance: float = setting(always=True, allowed=number(0), argument="guidance_scale")
-    height: int = setting(always=True, allowed=SIDE, unit="pixels", argument="height")
-    width: int = setting(always=True, allowed=SIDE, unit="pixels", argument="width")
+    steps: int = setting(always=True, asked=int | None, allowed=number(1), argument="num_inference_steps")
+    guidance: float = setting(always=True, asked=float | None, allowed=number(0), argument="guidance_scale")
+    height: int = setting(always=True, asked=int | None, allowed=SIDE, unit="pixels", argument="height")
+    width: int = setting(always=True, asked=int | None, allowed=SIDE, unit="pixels", argument="width")
     scheduler: str = setting("", key=None, always=True)
     negative_prompt: str | None = setting(None, blank="", argument="negative_prompt", each=True)
     noising: float | None = setting(
