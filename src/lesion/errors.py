@@ -1,6 +1,36 @@
-"""The two ways a study can end badly."""
+"""The two ways a study can end badly, and how errors are shown."""
 
 from __future__ import annotations
+
+import traceback
+import unicodedata
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+_REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they turn what follows
+_SHOWN = 1000  # characters of a line
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text for a terminal or a table: characters that control it are spelled out, as \\x1b, but those of `keep`."""
+    return "".join(
+        letter
+        if letter in keep or not (unicodedata.category(letter) in ("Cc", "Cs") or letter in _REORDER)
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def place_of(error: BaseException) -> str:
+    """Kind and message of an error, and the module and line of ours in which it arose, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    where = ""
+    if ours:
+        module = ".".join(Path(ours[-1].filename).relative_to(PACKAGE.parent).with_suffix("").parts)
+        where = f" at {module}:{ours[-1].lineno}"
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}{where}{': ' if message else ''}{message[:_SHOWN]}"
 
 
 class RequestError(Exception):
@@ -8,7 +38,7 @@ class RequestError(Exception):
 
     def __init__(self, key: str, message: str):
         self.key = key
-        super().__init__(f"{key}: {' '.join(message.split())}")
+        super().__init__(visible(f"{key}: {' '.join(message.split())}"))
 
     def __reduce__(self) -> tuple[object, ...]:  # jobs may run in other processes
         return _rebuild, (str(self),)

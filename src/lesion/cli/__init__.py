@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+from pathlib import Path
+
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.errors import RequestError
+from lesion.errors import RequestError, place_of, visible
+
+TRACEBACK = "LESION_TRACEBACK"  # environment variable: the file for the traceback of an error that nobody foresaw
 
 
 def one_line(error: BaseException) -> str:
@@ -27,3 +34,26 @@ def one_line(error: BaseException) -> str:
                 break
         cause = cause.__cause__
     return text
+
+
+def say(program: str, text: str) -> None:
+    """Print one line on standard error."""
+    print(visible(f"{program}: {text}"), file=sys.stderr)
+
+
+def unforeseen(program: str, error: Exception, code: int) -> int:
+    """Say in one line that an error was not foreseen and where it arose; its traceback goes to a file if asked for."""
+    say(program, f"unforeseen {place_of(error)} ({keep_traceback(error)})")
+    return code
+
+
+def keep_traceback(error: BaseException) -> str:
+    """Write the traceback to the file that `LESION_TRACEBACK` names; says where it is, or how to get it."""
+    where = os.environ.get(TRACEBACK)
+    if not where:
+        return f"{TRACEBACK}=FILE keeps the traceback"
+    try:
+        Path(where).write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except OSError as why:
+        return f"{where} cannot be written: {why.strerror}"
+    return f"the traceback is in {where}"

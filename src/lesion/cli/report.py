@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesion.analysis.bootstrap import METHODS
+from lesion.cli import say, unforeseen
+from lesion.errors import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +45,7 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
         raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
     if again := alike(frame):
         message = f"{again} images repeat others of another run in all that the results name; they are averaged"
-        print(f"lesion-report: {message}", file=sys.stderr)
+        say("lesion-report", message)
     out.mkdir(parents=True, exist_ok=True)
     return frame, write_report(out, gather(frame, out), floor, notes=notes, **options)
 
@@ -92,13 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         frame, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
         return _refuse(error)
+    except Exception as error:
+        return unforeseen("lesion-report", error, 2)
     print("\n".join([*ranking_lines(frame), "", f"runs: {len(runs)}, images: {len(frame)}, files: {len(written)}"]))
-    print(written[-1])
+    print(visible(str(written[-1])))
     return 0
 
 
 def _refuse(error: Exception) -> int:
-    print(f"lesion-report: {' '.join(str(error).split())}", file=sys.stderr)
+    say("lesion-report", " ".join(str(error).split()))
     return 2
 
 

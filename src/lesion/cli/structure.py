@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from lesion import models
-from lesion.cli import one_line
+from lesion.cli import one_line, say, unforeseen
 from lesion.config.schema import conf_dir, register
-from lesion.errors import RequestError
+from lesion.errors import RequestError, visible
 from lesion.surgery.anatomy import PLACES, AnatomyError, attentions_of, examine, kinds_of
 from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
 
@@ -144,10 +144,12 @@ def main() -> None:
         print(__doc__)
         return
     try:
-        print("\n".join(report(sys.argv[1:])))
+        print("\n".join(map(visible, report(sys.argv[1:]))))
     except (RequestError, AnatomyError, HydraException, OmegaConfBaseException) as error:
-        print(f"lesion-inspect: {one_line(error)}", file=sys.stderr)
+        say("lesion-inspect", one_line(error))
         sys.exit(2)
+    except Exception as error:
+        sys.exit(unforeseen("lesion-inspect", error, 2))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The console script `lesion`: a Hydra application whose refusals are one line and exit code 2.
 
-Exit codes: 0 all fine; 1 some image failed; 2 the request is wrong; 130 interrupted.
+Exit codes: 0 all fine; 1 some image failed, or something unforeseen stopped the study; 2 the request is wrong; 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.cli import one_line
+from lesion.cli import keep_traceback, one_line, say, unforeseen
 from lesion.config.schema import conf_dir, register
-from lesion.errors import RequestError, StudyFailed
+from lesion.errors import RequestError, StudyFailed, visible
 from lesion.study.prompts import ENDINGS
 
 
@@ -31,7 +33,8 @@ def job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lesion.config.parsing import parse
-    from lesion.run.job import JobContext, run
+    from lesion.run import folder
+    from lesion.run.job import JobContext, run, survey
 
     details = HydraConfig.get()
     multirun = details.mode is not None and details.mode.name == "MULTIRUN"
@@ -41,7 +44,14 @@ def job(config: DictConfig) -> None:
         group=Path(details.sweep.dir).as_posix() if multirun else None,
         config=_plain(config),
     )
-    run(parse(config), context)
+    request = parse(config, Path(details.runtime.cwd))
+    if not request.dry_run:
+        folder.claim(context.folder, folder.asked(context.config, survey(request)[1]), "hydra.run.dir")
+    _started.append(context.folder)
+    run(request, context)
+
+
+_started: list[Path] = []  # folders of the jobs of this process that began: from then on what is there is written
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -51,13 +61,17 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 class CheckFirst(Callback):
-    """Checks every job of a run or sweep before Hydra writes a file, so that a wrong request leaves no trace."""
+    """Checks every job of a run or sweep before Hydra writes a file, so that a wrong request leaves no trace; and takes
+    the run folder: one that was not there where its name has the time in it, else the one that is asked for.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _check_or_exit([config])
+        with _exiting():
+            _take([config], config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _check_or_exit(_jobs(config))
+        with _exiting():
+            _take(_jobs(config), config, "sweep")
 
 
 class SweepReport(Callback):
@@ -85,13 +99,13 @@ def report_sweep() -> None:
         from lesion.report.merging import run_folders
 
         _, written = report(run_folders([folder]), folder, mix=True)
-        print(f"\nreport over all jobs: {written[-1]}")
+        print(visible(f"\nreport over all jobs: {written[-1]}", keep="\n"))
     except Exception as error:  # whatever it is, the jobs are done and their results on disk
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(
-            f"lesion: the report over all jobs could not be written ({reason}); their results are complete, "
+        say(
+            "lesion",
+            f"the report over all jobs could not be written ({reason}); their results are complete, "
             f"`lesion-report --mix {folder}` tries again",
-            file=sys.stderr,
         )
 
 
@@ -104,27 +118,69 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
     loader = GlobalHydra.instance().config_loader()
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *config.hydra.overrides.task])
+    for override in overrides:
+        if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
+            key, _, value = str(override.input_line).partition("=")
+            raise RequestError(key, f"{value} names no job")
     for batch in BasicSweeper.split_arguments(overrides, None):
         for job_overrides in batch:
             yield loader.load_sweep_config(config, list(job_overrides))
 
 
-def _check_or_exit(configs: Any) -> None:
-    """A callback's exceptions are swallowed by Hydra, its SystemExit is not."""
+def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
+    """Check each job, then take the folder that `hydra.run.dir` or `hydra.sweep.dir` names."""
     from lesion.config.parsing import parse
+    from lesion.run import folder
     from lesion.run.job import survey
 
+    key = f"hydra.{mode}.dir"
+    place = Path(config.hydra[mode].dir).absolute()
+    timed = "${now:" in OmegaConf.to_container(config.hydra[mode], resolve=False)["dir"]  # type: ignore[operator,index,call-overload]
+    wanted: dict[Path, dict[str, Any]] = {}
+    for number, given in enumerate(jobs):
+        with_hydra_off = OmegaConf.masked_copy(given, [str(name) for name in given if name != "hydra"])
+        request = parse(with_hydra_off)
+        _, study = survey(request)
+        if mode == "sweep":
+            with read_write(given), open_dict(given):
+                given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
+        own = place / given.hydra.sweep.subdir if mode == "sweep" else place
+        asked = folder.asked(_plain(with_hydra_off), study)
+        if wanted.setdefault(own, asked) != asked:
+            raise RequestError("hydra.sweep.subdir", f"several jobs would write to {str(own)!r}; give each its own")
+        if not timed:
+            folder.check(own, asked, key)
+        if request.dry_run:
+            wanted.pop(own)
+    if not timed:
+        for own, asked in wanted.items():
+            folder.claim(own, asked, key)
+        return
     try:
-        for config in configs:
-            with_hydra_off = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            survey(parse(with_hydra_off))
+        place = folder.fresh(place)
+    except OSError as error:
+        raise RequestError(key, f"{str(place)!r} cannot be made: {error.strerror}") from None
+    with read_write(config), open_dict(config):
+        config.hydra[mode].dir = str(place)
+        if mode == "sweep":  # each job's config is composed from these anew
+            quoted = str(place).replace("\\", "\\\\").replace("'", "\\'")
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+
+
+@contextmanager
+def _exiting() -> Iterator[None]:
+    """A callback's exceptions are swallowed by Hydra, its SystemExit is not."""
+    try:
+        yield
     except (RequestError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(error))
+    except Exception as error:
+        sys.exit(unforeseen("lesion", error, 2))
 
 
 def _refuse(error: Exception) -> int:
     """Print why the request is wrong in one line; 2."""
-    print(f"lesion: {one_line(error)}", file=sys.stderr)
+    say("lesion", one_line(error))
     return 2
 
 
@@ -142,19 +198,25 @@ def _with_prompt_files(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
+    _started.clear()
     register(conf_dir())
     sys.argv[1:] = _with_prompt_files(sys.argv[1:])
     try:
         job()
     except StudyFailed as failure:
         report_sweep()
-        print(f"lesion: {failure}", file=sys.stderr)
+        say("lesion", f"{failure} ({keep_traceback(failure)})" if failure.__cause__ else str(failure))
         sys.exit(1)
     except (RequestError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(error))
     except KeyboardInterrupt:
-        print("lesion: interrupted; finished images are kept, run the same command again to go on", file=sys.stderr)
+        say("lesion", "interrupted; finished images are kept, run the same command again to go on")
         sys.exit(130)
+    except BrokenPipeError:  # who read our output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        sys.exit(unforeseen("lesion", error, 1 if _started else 2))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,22 @@ No DictConfig goes past this file.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lesion import replacements, scoring
 from lesion.analysis.metrics import why_unsuited
+from lesion.config.reading import first_read
 from lesion.errors import RequestError
 from lesion.models import DTYPES, ModelSpec, check_offload
 from lesion.models.defaults import filled
 from lesion.models.devices import cuda_devices
 from lesion.scoring import ScorerSpec
+from lesion.study import layer_patterns
 from lesion.study.budget import Budget
 from lesion.study.lesions import BRANCHES, SELECTIONS, Replacement, check_selection, covers
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
@@ -71,12 +72,12 @@ class Request:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
 
 
-def parse(config: DictConfig) -> Request:
-    """Check a composed config. Raises RequestError naming the key and what is allowed; loads nothing."""
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise RequestError(key, "has no value; give one")
-    data = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(data, dict)
+def parse(config: DictConfig, start: Path | None = None) -> Request:
+    """Check a composed config. Raises RequestError naming the key and what is allowed; loads nothing.
+
+    start: the folder that relative paths are relative to; None: the one in which the process is.
+    """
+    data = first_read(config, start)
     data["generation"], derived = filled(data["generation"], lambda: ModelSpec.of(data["model"], data["performance"]))
     model, generation, layers = data["model"], data["generation"], data["layers"]
     _one_of("model.dtype", model["dtype"], DTYPE_NAMES)
@@ -228,10 +229,7 @@ def _patterns(key: str, value: Any) -> tuple[str, ...] | None:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise RequestError(key, f"must be null or layer paths with * and ?, or re:REGEX; got {value!r}")
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise RequestError(key, f"{pattern!r} is no regular expression: {error}") from None
+        layer_patterns.check(pattern, key)
     return tuple(patterns)
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig
 
 from lesion import replacements
 from lesion.study.lesions import SELECTIONS, Lesion
 from lesion.study.settings import DECLARED, Declaration
+
+
+def _free() -> Any:
+    """An empty mapping that takes any key from the command line; elsewhere Hydra refuses keys that are not there."""
+    return DictConfig({}, key_type=str, element_type=Any, flags={"struct": False})
 
 
 @dataclass
@@ -26,7 +31,7 @@ class ModelConf:
     scheduler: str | None = None
     loras: list[Any] = field(default_factory=list)
     vae: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=_free)
     offload: str = "none"
     vae_slicing: bool = False
     vae_tiling: bool = False

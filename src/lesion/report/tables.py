@@ -17,6 +17,7 @@ import pandas as pd
 
 from lesion.analysis.importance import NO_EFFECT
 from lesion.analysis.settings import Setting
+from lesion.errors import visible
 from lesion.report.text import clean, code, latex, markdown, number
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
@@ -298,11 +299,18 @@ def _format(texts: Sequence[str]) -> str:
     return f"{sign}{before}.{after}"
 
 
+def _inert(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets a ' before it; control characters are spelled out."""
+    if not isinstance(value, str):
+        return value
+    return visible(f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value, keep="\n")
+
+
 def write(folder: Path, table: Table, siunitx: bool = False) -> list[Path]:
     """stem.csv, .md and .tex."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "csv": table.raw.to_csv(index=False, lineterminator="\n"),
+        "csv": table.raw.map(_inert).to_csv(index=False, lineterminator="\n"),
         "md": to_markdown(table),
         "tex": to_latex(table, siunitx),
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring
 from lesion.config.parsing import Request
-from lesion.errors import RequestError, StudyFailed
+from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers
 from lesion.models.calling import call_arguments, has_img2img
 from lesion.models.defaults import check_size
+from lesion.run.folder import prune
 from lesion.store.images import Store, atomically
+from lesion.study import layer_patterns
 from lesion.study.budget import Budget
 from lesion.study.grid import Study
 from lesion.study.plan import Tally, tally
@@ -136,20 +137,17 @@ def _chosen(paths: Sequence[str], include: tuple[str, ...] | None, exclude: tupl
     """The layers under study: those that an include pattern matches (all without any) and no exclude pattern."""
     for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
         for pattern in patterns or ():
-            if not any(_matches(path, pattern) for path in paths):
+            if not any(layer_patterns.matches(path, pattern, key) for path in paths):
                 raise RequestError(key, f"{pattern!r} matches no layer; allowed: {', '.join(paths)}")
-    kept = [path for path in paths if include is None or any(_matches(path, pattern) for pattern in include)]
-    kept = [path for path in kept if not any(_matches(path, pattern) for pattern in exclude or ())]
+
+    def named(path: str, key: str, patterns: Sequence[str]) -> bool:
+        return any(layer_patterns.matches(path, pattern, key) for pattern in patterns)
+
+    kept = [path for path in paths if include is None or named(path, "layers.include", include)]
+    kept = [path for path in kept if not named(path, "layers.exclude", exclude or ())]
     if not kept:
         raise RequestError("layers.exclude", "leaves no layer to study")
     return tuple(kept)
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """A glob of the whole path, or `re:` and a regular expression that is found in it."""
-    if pattern.startswith("re:"):
-        return re.search(pattern.removeprefix("re:"), path) is not None
-    return fnmatch.fnmatchcase(path, pattern)
 
 
 def run(request: Request, context: JobContext) -> None:
@@ -157,7 +155,7 @@ def run(request: Request, context: JobContext) -> None:
     source, study = survey(request)
     store = Store(request.store)
     if request.dry_run:
-        print("\n".join(plan_lines(study, tally(study, store.known().lists), store, request)))
+        print("\n".join(map(visible, plan_lines(study, tally(study, store.known().lists), store, request))))
         return
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
     from lesion.run.publish import Publisher
@@ -172,22 +170,38 @@ def run(request: Request, context: JobContext) -> None:
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
     code = 1
+    stopped: Exception | None = None
+    failures: dict[str, str] = {}
     try:
-        failures = _complete(request, source, study, store, scores, counts, tracker)
-        while rounds and rounds.look(scores.value, scores.spec.importance):
-            study = rounds.part
-            log.info("round %d: %d images more", rounds.number, len(study))
-            counts = tally(study, store.known().lists)
+        try:
             failures |= _complete(request, source, study, store, scores, counts, tracker)
+            while rounds and rounds.look(scores.value, scores.spec.importance):
+                study = rounds.part
+                log.info("round %d: %d images more", rounds.number, len(study))
+                counts = tally(study, store.known().lists)
+                failures |= _complete(request, source, study, store, scores, counts, tracker)
+        except RequestError:
+            raise
+        except Exception as error:  # whatever it is, the results of what is there are written
+            stopped = error
+            with suppress(Exception):
+                scores.complete(study, failures)
         study = rounds.whole if rounds else study
         paths = layers.layer_paths(source, request.by, request.kind)
         frame = table.results(study, scores, paths, failures, Publisher(store, context.folder))
-        beside = {"floor": table.floor(study, scores)}
+        beside = {}
+        with suppress(Exception) if stopped else nullcontext():
+            beside["floor"] = table.floor(study, scores)
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         code = _write(frame, beside, context.folder, tracker)
     finally:
         tracker.close(code)
+    if stopped:
+        raise StudyFailed(
+            f"stopped by an unforeseen {place_of(stopped)}; results of what is there are in "
+            f"{context.folder / 'results.parquet'}, the same command goes on"
+        ) from stopped
     if code:
         bad = frame[frame["status"] != "ok"]
         raise StudyFailed(
@@ -230,11 +244,16 @@ def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> l
         *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
-        f"  already in the store {store.folder}: {counts.stored}",
+        f"  already in the store {_shown(store.folder)}: {counts.stored}",
         f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
         *_budget_lines(study, request.budget),
         "dry run: nothing was generated",
     ]
+
+
+def _shown(folder: Path) -> str:
+    """A folder below the one in which the process is by its path from there."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
@@ -265,10 +284,12 @@ def _complete(
     while True:
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
-            log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, store.folder)
+            log.info(
+                "%d images to make, %d already in the store %s", missing, counts.unique - missing, _shown(store.folder)
+            )
             failures |= _generate(request, source, study, store, scores, missing, failures, tracker)
         else:
-            log.info("all %d images are in the store %s", counts.unique, store.folder)
+            log.info("all %d images are in the store %s", counts.unique, _shown(store.folder))
         damaged = scores.complete(study, failures)
         failures |= dict.fromkeys(damaged & remade, "the stored image is damaged, also after it was made anew")
         damaged -= remade  # those of a subject may show only once its baseline is whole again
@@ -340,7 +361,14 @@ def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path
         written.append(folder / f"{name}.parquet")
         with atomically(written[-1]) as temporary:
             table.to_parquet(temporary, index=False)
-    written += write_report(folder, frame, beside.get("floor"))
+    try:
+        written += write_report(folder, frame, beside.get("floor"))
+    except Exception as error:  # the results are there
+        raise StudyFailed(
+            f"the report could not be made: {place_of(error)}; the results are in {written[0]}, "
+            f"`lesion-report {folder}` tries again"
+        ) from error
+    prune(folder, [*written, *(folder / image for image in frame["image"] if image)])
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):
@@ -350,7 +378,7 @@ def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path
                     summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
     tracker.finish(frame, folder, summary)
     print("\n".join(ranking_lines(frame)))
-    print(f"\nwritten to {folder}:")
+    print(f"\nwritten to {visible(str(folder))}:")
     for name in dict.fromkeys(path.relative_to(folder).parts[0] for path in written):
-        print(f"  {folder / name}")
+        print(visible(f"  {folder / name}"))
     return int((frame["status"] != "ok").any())

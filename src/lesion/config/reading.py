@@ -1,0 +1,127 @@
+"""The first look at a composed config: no unknown key, no value that cannot be written; paths are made absolute."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lesion.config.schema import LesionConf
+from lesion.errors import RequestError
+
+FREE = ("selection", "replacement", "tracker", "model.arguments")  # what their keys mean is checked where they are used
+CALIBRATION = ("prompts", "seeds")
+WHOLE = 2**63  # tables hold whole numbers of 64 bits
+PATHS = ("store.dir", "generation.init", "prompts.path", "calibration.prompts.path")
+MAYBE_PATHS = ("model.id", "model.config", "model.vae", "scorer.clip_pretrained", "scorer.dino_model")  # or hub names
+LOCAL = "local-dir:"
+
+
+def first_read(config: DictConfig, start: Path | None = None) -> dict[str, Any]:
+    """The config as plain data, its paths absolute.
+
+    start: the folder that relative paths are relative to; None: the one in which the process is. Raises RequestError
+    for a key that there is not, one that is taken out or without a value, and text or a number that no table can hold.
+    """
+    _check_keys(config, OmegaConf.structured(LesionConf), "")
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise RequestError(key, "has no value; give one")
+    data: Any = OmegaConf.to_container(config, resolve=True)
+    for key, value in _leaves(data, ""):
+        _check_value(key, value)
+    return _absolute(data, start or Path.cwd())
+
+
+def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
+    known, given = (list(map(str, mapping.keys())) for mapping in (schema, config))
+    if absent := [key for key in known if key not in given]:
+        raise RequestError(f"{above}{absent[0]}", "is taken out; it is needed")
+    for key in given:
+        name = f"{above}{key}"
+        if key not in known:
+            near = difflib.get_close_matches(name, list(_names(schema, above)), n=3, cutoff=0.5)
+            allowed = near or sorted(f"{above}{one}" for one in known)
+            raise RequestError(name, f"there is no such key; {'near' if near else 'allowed'}: {', '.join(allowed)}")
+        inner = None if OmegaConf.is_missing(schema, key) else schema[key]
+        if not isinstance(inner, DictConfig):
+            continue
+        value = config[key]
+        if not isinstance(value, DictConfig):
+            raise RequestError(name, f"must be a mapping; got {value!r}")
+        if name == "calibration":
+            if unknown := set(value) - set(CALIBRATION):
+                raise RequestError(f"{name}.{min(unknown)}", f"there is no such key; allowed: {', '.join(CALIBRATION)}")
+        elif name not in FREE:
+            _check_keys(value, inner, f"{name}.")
+
+
+def _names(schema: DictConfig, above: str) -> Iterator[str]:
+    for key in map(str, schema.keys()):
+        yield f"{above}{key}"
+        if not OmegaConf.is_missing(schema, key) and isinstance(schema[key], DictConfig):
+            yield from _names(schema[key], f"{above}{key}.")
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            below = f"{key}.{name}" if key else str(name)
+            yield below, name
+            yield from _leaves(inner, below)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, key)
+    else:
+        yield key, value
+
+
+def _check_value(key: str, value: Any) -> None:
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise RequestError(key, f"{value[:40]!r} has a lone surrogate, which is no text")
+        if "\0" in value:
+            raise RequestError(key, f"{value[:40]!r} has a NUL character")
+    elif isinstance(value, bytes):
+        raise RequestError(key, f"must be text or a number; got {value[:40]!r}")
+    elif isinstance(value, int) and not -WHOLE <= value < WHOLE and key != "seeds":  # seeds have a line of their own
+        raise RequestError(key, f"is a whole number beyond 64 bits; allowed: below 2^63; got {str(value)[:40]}")
+
+
+def _absolute(data: dict[str, Any], start: Path) -> dict[str, Any]:
+    """Changes `data`: paths that are relative become absolute, names on the hub stay."""
+    for key in (*PATHS, *MAYBE_PATHS):
+        *above, last = key.split(".")
+        inner: Any = data
+        for name in above:
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and isinstance(value := inner.get(last), str) and value:
+            inner[last] = _path(value, start, always=key in PATHS)
+    for lora in data["model"].get("loras") or []:
+        if isinstance(lora, dict) and isinstance(lora.get("path"), str):
+            lora["path"] = _path(lora["path"], start)
+    data["model"]["loras"] = [
+        _path(lora, start) if isinstance(lora, str) else lora for lora in data["model"].get("loras") or []
+    ]
+    clip = data["scorer"].get("clip_model")
+    if isinstance(clip, str) and clip.startswith(LOCAL):
+        data["scorer"]["clip_model"] = LOCAL + _path(clip.removeprefix(LOCAL), start, always=True)
+    sets = [data["prompts"], data["calibration"].get("prompts")]
+    for options in data["replacement"].values():
+        calibration = options.get("calibration") if isinstance(options, dict) else None
+        if isinstance(calibration, dict) and isinstance(prompts := calibration.get("prompts"), dict):
+            sets.append(prompts)
+            if isinstance(prompts.get("path"), str):
+                prompts["path"] = _path(prompts["path"], start, always=True)
+    for given in sets:
+        for item in (given.get("items") or []) if isinstance(given, dict) else []:
+            if isinstance(item, dict) and isinstance(item.get("image"), str) and item["image"]:
+                item["image"] = _path(item["image"], start, always=True)
+    return data
+
+
+def _path(value: str, start: Path, always: bool = False) -> str:
+    path = start / Path(value).expanduser()
+    return str(path) if always or (value != "embedded" and path.exists()) else value

@@ -1,0 +1,118 @@
+"""The run folder: it holds the results of one request, and no other request's run writes over them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lesion.errors import RequestError
+from lesion.study.grid import Study
+from lesion.study.lesions import digest_of
+
+RECORD = Path(".hydra") / "request.json"
+MADE = ("images", "grids", "figures", "tables", "thumbs")  # folders whose every file a run writes
+ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
+# What says how, where or whether images are made, not which.
+NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))
+
+
+def asked(config: Mapping[str, Any], study: Study) -> dict[str, Any]:
+    """What a request asks for, by key: `config`, and what lies in the files that it names, by digest."""
+    contents = {
+        "prompts": digest_of([[p.text, p.id, list(p.aspects), p.digest] for p in study.prompts]),
+        "model.id": study.model.fingerprint,
+        "calibration": dict(study.protocol),
+    }
+    found = {f"{key} (content)": value for key, value in contents.items()} | _by_key(config)
+    data: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return data
+
+
+def _by_key(config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = value.items() if isinstance(value, Mapping) and key not in ALONE else ()
+        found |= {f"{key}.{name}": one for name, one in inner} or {key: value}
+    return {key: value for key, value in found.items() if not {key, key.partition(".")[0]} & NEUTRAL}
+
+
+def fresh(folder: Path) -> Path:
+    """Make a folder that was not there: `folder`, or with -2, -3, … behind its name. No two processes get one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        name = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            name.mkdir()
+        except FileExistsError:
+            continue
+        return name
+    raise AssertionError
+
+
+def check(folder: Path, request: Mapping[str, Any], key: str) -> None:
+    """Raises RequestError naming `key` where the folder holds results of another request."""
+    record = _recorded(folder)
+    if record is None:
+        return
+    other = sorted(name for name in record.keys() & request.keys() if record[name] != request[name])
+    if other or not record:
+        why = f"{', '.join(other[:5])} differ" if other else "it is not said which"
+        raise RequestError(
+            key, f"{str(folder)!r} holds the results of another request ({why}); take another folder, or remove it"
+        )
+
+
+def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
+    """Make the folder this request's. Raises RequestError naming `key` where it is another's, or cannot be made."""
+    check(folder, request, key)
+    record = folder / RECORD
+    temporary = record.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(request, indent=1, sort_keys=True), encoding="utf-8")
+        try:
+            os.link(temporary, record)  # one of several processes gets it
+        except FileExistsError:
+            check(folder, request, key)
+        except OSError:  # a disk without links
+            if not record.exists():
+                os.replace(temporary, record)
+            time.sleep(0.05)
+            check(folder, request, key)
+    except OSError as error:
+        raise RequestError(key, f"{str(folder)!r} cannot be written to: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """What the results in a folder were asked by; None where it holds none, empty where nothing says it."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        pass
+    if not (folder / "results.parquet").exists() and not (folder / "images").exists():
+        return None
+    from omegaconf import OmegaConf
+
+    try:  # of version 0.1, which left no record
+        config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
+    except Exception:  # whatever is wrong with the file, it says nothing
+        return {}
+    return _by_key({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}
+
+
+def prune(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what an earlier state of the same request left in the folders that a run fills."""
+    paths = {path.absolute() for path in kept}
+    for name in MADE:
+        for path in (folder / name).rglob("*"):
+            if path.is_file() and path.absolute() not in paths:
+                path.unlink()
