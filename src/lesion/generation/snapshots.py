@@ -241,6 +241,9 @@ def going_on(
 class States:
     """Kept states on disk, one file an image and step: folder/ab/<key of the baseline>-<step>.safetensors.
 
+    A file names its image and step in its metadata (`state`), so that one in another's place is noticed. Files of
+    version 0.1 do not, and hold nothing else to tell it by: they are taken under the name they have.
+
     How many steps an image takes is the pipeline's affair (`model.arguments` may change it, some schedulers need more
     than a number to tell), so it is never computed here: each state says how many there were when it was recorded.
     """
@@ -272,9 +275,10 @@ class States:
 
     def put(self, key: str, step: int, state: State) -> None:
         """Keep a state; where that cannot be, one warning: it costs the late lesions time, and nothing else."""
-        metadata = {"plain": json.dumps(state.plain), "calls": str(state.calls)}
+        path = self.path(key, step)
+        metadata = {"plain": json.dumps(state.plain), "calls": str(state.calls), "state": path.stem}
         try:
-            tensorfiles.write(self.path(key, step), state.tensors, metadata)
+            tensorfiles.write(path, state.tensors, metadata)
         except OSError as error:
             if not self._warned:
                 log.warning("half-made images cannot be kept, so late windows take longer (%s)", error)
@@ -288,7 +292,7 @@ class States:
 
 def _read(path: Path) -> State | None:
     try:
-        if (kept := tensorfiles.read(path)) is None:
+        if (kept := tensorfiles.read(path, lambda carried: carried.get("state", path.stem) == path.stem)) is None:
             return None
         tensors, metadata = kept
         plain = json.loads(metadata["plain"])

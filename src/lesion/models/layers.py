@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import lesion
 from lesion.errors import RequestError
-from lesion.store.images import atomically
+from lesion.store.files import atomically
 
 if TYPE_CHECKING:
     from lesion.models.source import Source

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     """Means of every site, (calls, 2, channels) float32, unconditional branch first (NaN there without guidance).
 
     By `Site.part`: a block with a text stream has means of each stream; a head's last channel is the 1 of its bias.
-    Kept as safetensors with their provenance in the bench's folder, and read back if they are there.
+    Kept as safetensors with their provenance in the bench's folder, and read back if they are there. The provenance
+    is compared with what is asked, so means of another calibration under this name are noticed, also of version 0.1.
     """
     identity = bench.model.identity
     provenance = {
@@ -59,16 +60,25 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
         provenance["kind"] = anatomy.kind
     if anatomy.by == "head" or anatomy.kind == "block":  # then sites depend on how they are grouped
         provenance["by"] = anatomy.by
-    labels = ("model", "calibration")  # names only: they change no value
-    key = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
-    path = bench.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    kept = tensorfiles.read(path)
-    if kept is None:
-        log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
-        found = measure(bench, list(itertools.product(prompts, seeds)))
+    key = _key(provenance)
+    path = bench.folder / f"{key}.safetensors"
+    kept = tensorfiles.read(path, lambda carried: _key(json.loads(carried["provenance"])) == key)
+    if kept is not None:
+        return kept[0]
+    log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
+    found = measure(bench, list(itertools.product(prompts, seeds)))
+    try:
         tensorfiles.write(path, found, {"provenance": json.dumps(provenance)})
-        return found
-    return kept[0]
+    except OSError as error:
+        log.warning("calibration means cannot be kept, so the next run measures them again (%s)", error)
+    return found
+
+
+def _key(provenance: Mapping[str, Any]) -> str:
+    """Digest of all that decides the means: model, sites and calibration; 32 hex digits, the name of their file."""
+    labels = ("model", "calibration")  # names only: they change no value
+    text = json.dumps({field: value for field, value in provenance.items() if field not in labels}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from lesion.models import layers
 from lesion.models.calling import call_arguments, has_img2img
 from lesion.models.defaults import check_size
 from lesion.run.folder import prune
-from lesion.store.images import Store, atomically
+from lesion.store.files import atomically
+from lesion.store.images import Store
 from lesion.study import layer_patterns
 from lesion.study.budget import Budget
 from lesion.study.grid import Study

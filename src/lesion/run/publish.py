@@ -6,7 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from lesion.store.images import Store, atomically
+from lesion.store.files import atomically
+from lesion.store.images import Store
 from lesion.study.grid import Cell
 
 

@@ -40,6 +40,7 @@ class ScoreQueue:
         self.scores = Scores(store.scores / context[:16], self.identities)
         self.scores.load()
         self._unwritten = 0
+        self._size: tuple[int, int] | None = None  # height and width of the images
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
         self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
@@ -58,6 +59,7 @@ class ScoreQueue:
     def made(self, cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
         """Note an image that has just been stored; score it at once if that costs the generating side nothing."""
         self.note(cell.key, picture)
+        self._size = pixels.shape[:2]
         if self.device.startswith("cuda") and not picture.reason:
             baseline = cell.baseline.key
             facts = self.scores.picture(baseline)
@@ -74,6 +76,7 @@ class ScoreQueue:
 
         Returns the keys of images that turn out not to be there: damaged ones, now removed, or torn ones.
         """
+        self._size = study.settings.height, study.settings.width
         self._score(self._queue.keys())  # what still waits, or it would be read and queued once more
         damaged: set[str] = set()
         for cell in tqdm(study.cells(), total=len(study), desc="score", unit="image", disable=None):
@@ -97,7 +100,8 @@ class ScoreQueue:
             except Damaged as error:
                 key = str(error.args[1]) if len(error.args) > 1 else cell.key
                 log.warning("a stored image is damaged and removed; it is made again (%s)", error.args[0])
-                self.store.discard(key)
+                with suppress(OSError):  # where it cannot be removed it is written over, or fails
+                    self.store.discard(key)
                 damaged.add(key)
         self._score(self._queue.keys())
         self.scores.flush()
@@ -156,21 +160,14 @@ class ScoreQueue:
         Pixels that are not those noted when the image was made count as damage: scores of them would be of an image
         that the cell does not describe.
         """
+        noted = self.scores.picture(key)
         try:
-            stored = self.store.get(key)
+            stored = self.store.get(key, self._size, noted.digest if noted else None)
         except Damaged as error:
             raise Damaged(str(error), key) from None
-        if self._altered(key, stored.picture):
-            self.refresh()  # another process may have made it anew
-            if self._altered(key, stored.picture):
-                raise Damaged(f"{key}.png: its pixels are not those that were made", key)
-        if self.scores.picture(key) != stored.picture:
+        if noted != stored.picture:
             self.note(key, stored.picture)
         return stored.pixels
-
-    def _altered(self, key: str, picture: Picture) -> bool:
-        noted = self.scores.picture(key)
-        return noted is not None and noted.digest != picture.digest
 
     def note(self, key: str, picture: Picture) -> None:
         """Remember the facts of a stored image."""

@@ -1,7 +1,10 @@
 """Claims: who is making which image now, so that processes on one shared file system do not make the same one twice.
 
-A claim is a small file that its owner keeps touching. It stops counting when it grows old or its process is dead, so a
-killed process blocks nobody. Claims only save work: two owners of one key would both store the same image.
+Format: claims/<first 2 digits>/<key>, a JSON object of an `_Owner`; its owner keeps the modification time young.
+A claim stops counting when it grows old or its process is dead, so a killed process blocks nobody. Nor does anything
+else that has a claim's name: a folder, pipe or link is void at once, a file that names no owner after some seconds, a
+claim dated in the future when that is further away than claims last. Claims only save work: two owners of one key
+would both store the same image.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,9 +26,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lesion.store.images import gone
+from lesion.store.files import clear, gone
 
 log = logging.getLogger(__name__)
+_LONGEST = 4096  # bytes of a claim that are read
 _EMPTY_EXPIRES = 5.0  # seconds: a claim without content is one whose process was killed between making and writing it
 
 
@@ -71,37 +77,49 @@ class _Owner:
 
 @dataclass(frozen=True)
 class _Claim:
-    """A claim found on disk. owner: None if it names none. modified: seconds, by the file system's clock."""
+    """What has a claim's name. owner: None if it names none. modified: seconds, by the file system's clock.
+
+    file: False for what no claimant makes: a folder, pipe, device or link.
+    """
 
     owner: _Owner | None
     modified: float
+    file: bool = True
 
 
 def _read(path: str) -> _Claim | None:
-    """None if there is no claim."""
+    """None if there is no claim. Never waits."""
     try:
-        with open(path, "rb") as file:
-            modified, text = os.fstat(file.fileno()).st_mtime, file.read()
+        facts = os.lstat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            return _Claim(None, facts.st_mtime, file=False)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            modified, text = os.fstat(file.fileno()).st_mtime, file.read(_LONGEST)
     except OSError as error:
         if gone(error):
             return None
         raise
     try:
-        return _Claim(_Owner(**json.loads(text)), modified)
-    except (ValueError, TypeError):
+        owner = _Owner(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
         return _Claim(None, modified)
+    texts = (owner.machine, owner.start, owner.token)
+    sound = all(isinstance(text, str) for text in texts) and type(owner.pid) is int and 0 < owner.pid < 2**31
+    return _Claim(owner if sound else None, modified)
 
 
 class Claims:
     """Claims on keys, one file a key: folder/ab/abcdef…. For use as a context, which gives them all back at its end.
 
-    expires: seconds without a sign of life after which a claim is void. Methods raise OSError if the file system does.
+    expires: seconds without a sign of life after which a claim is void. required: whether methods raise OSError if the
+    file system does. Otherwise keys that cannot be claimed are worked on without, after one warning.
     """
 
-    def __init__(self, folder: Path, expires: float = 120.0):
+    def __init__(self, folder: Path, expires: float = 120.0, required: bool = True):
         if expires <= 0:
             raise ValueError(f"expires must be above 0 s, not {expires}")
-        self.folder, self.expires = folder, expires
+        self.folder, self.expires, self.required = folder, expires, required
+        self._warned = False
         self._owner = _Owner(machine(), os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
         self._content = json.dumps(vars(self._owner)).encode()
         self._mine: set[str] = set()
@@ -127,12 +145,16 @@ class Claims:
 
     def take(self, keys: Iterable[str]) -> set[str]:
         """Claim what nobody living holds; returns those of `keys` that are ours now."""
-        now = _Clock(self.folder)
+        now = _Clock(self.folder, self.required)
         taken: set[str] = set()
         with self._lock:
             for key in keys:
-                if key in self._mine or self._take(key, now):
-                    self._mine.add(key)
+                try:
+                    if key in self._mine or self._take(key, now):
+                        self._mine.add(key)
+                        taken.add(key)
+                except OSError as error:
+                    self._raise_or_warn(error)
                     taken.add(key)
         if taken and self._beating is None:
             self._beating = threading.Thread(target=self._beat, name="lesion-claims", daemon=True)
@@ -144,13 +166,23 @@ class Claims:
         with self._lock:
             for key in self._mine.intersection(keys):
                 self._mine.discard(key)
-                if self._is_mine(key):
-                    with suppress(FileNotFoundError):
-                        os.unlink(self._path(key))
+                try:
+                    if self._is_mine(key):
+                        with suppress(FileNotFoundError):
+                            os.unlink(self._path(key))
+                except OSError as error:
+                    self._raise_or_warn(error)
+
+    def _raise_or_warn(self, error: OSError) -> None:
+        if self.required:
+            raise error
+        if not self._warned:
+            log.warning("images cannot be claimed; other processes may make the same ones meanwhile (%s)", error)
+        self._warned = True
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Those of `keys` that living others hold."""
-        now = _Clock(self.folder)
+        now = _Clock(self.folder, self.required)
         found = ((key, _read(self._path(key))) for key in keys)
         return {key for key, claim in found if claim and not self._void(claim, now) and claim.owner != self._owner}
 
@@ -189,9 +221,10 @@ class Claims:
             os.close(file)
 
     def _void(self, claim: _Claim, now: _Clock) -> bool:
-        if claim.owner is None:
-            return now.seconds - claim.modified > min(self.expires, _EMPTY_EXPIRES)
-        return claim.owner.dead or now.seconds - claim.modified > self.expires
+        if not claim.file or (claim.owner is not None and claim.owner.dead):
+            return True
+        lasts = self.expires if claim.owner is not None else min(self.expires, _EMPTY_EXPIRES)
+        return abs(now.seconds - claim.modified) > lasts
 
     def _steal(self, key: str, judged: _Owner | None, now: _Clock) -> bool:
         """Take the place of a void claim.
@@ -201,6 +234,8 @@ class Claims:
         """
         path = self._path(key)
         aside = f"{path}.{uuid.uuid4().hex}"
+        if judged is None:
+            log.warning("a claim that names no owner is void and removed (%s)", path)
         with _alone_with(path) as alone:
             claim = _read(path) if alone else None
             if claim is None or claim.owner != judged or not self._void(claim, now):
@@ -218,8 +253,7 @@ class Claims:
             except FileExistsError:
                 return False
             finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(aside)
+                clear(Path(aside))
         return True
 
     def _beat(self) -> None:
@@ -256,9 +290,14 @@ def _put_back(aside: str, path: str) -> None:
 def _alone_with(path: str) -> Iterator[bool]:
     """Whether no other process is at this file now; the kernel ends the lock with the process. True without locks."""
     try:
-        file = os.open(path, os.O_RDWR)
+        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield False
+        return
+    except OSError:
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            raise
+        yield True  # a folder or link, which nobody locks
         return
     try:
         alone = True
@@ -274,19 +313,27 @@ def _alone_with(path: str) -> Iterator[bool]:
 
 
 class _Clock:
-    """The file system's own time, in seconds, looked up when first asked for: other hosts' clocks may differ."""
+    """The file system's own time, in seconds, looked up when first asked for: other hosts' clocks may differ.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    required: whether to raise OSError where it does not tell, instead of taking this host's.
+    """
+
+    def __init__(self, folder: Path, required: bool):
+        self._folder, self._required = folder, required
         self._seconds: float | None = None
 
     @property
     def seconds(self) -> float:
         if self._seconds is None:
             path = self._folder / f".clock.{uuid.uuid4().hex}"
-            path.touch(exist_ok=False)
             try:
-                self._seconds = path.stat().st_mtime
-            finally:
-                path.unlink(missing_ok=True)
+                path.touch(exist_ok=False)
+                try:
+                    self._seconds = path.stat().st_mtime
+                finally:
+                    path.unlink(missing_ok=True)
+            except OSError:
+                if self._required:
+                    raise
+                self._seconds = time.time()
         return self._seconds

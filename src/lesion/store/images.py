@@ -1,21 +1,24 @@
 """Cells on disk: one PNG a cell, named by its hash, written atomically; safe for many processes.
 
-A PNG carries its cell's identity and status in its metadata, so a file explains itself wherever it is copied.
-Nothing is flushed to the platter: a file torn by a power cut is noticed by its tail and made again.
+Format: cells/<first 2 digits>/<key, 32 hex digits>.png, RGB of 8 bits, with one iTXt chunk `lesion` of JSON: `cell`
+(the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), and the
+fields of `Cell.identity`. So a file explains itself, and shows changed pixels, wherever it is copied.
+
+A file torn by a power cut is noticed by its missing end and made again. Pixels are compared whenever they are read:
+with the digest in the file, or, where it has none, with the one remembered in scores/ (`lesion.store.scores`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
+import stat
+import struct
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from lesion.store.files import atomically, clear, gone, opened
 from lesion.study.grid import Cell
 
 log = logging.getLogger(__name__)
@@ -69,30 +73,14 @@ def digest_of(pixels: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def gone(error: OSError) -> bool:
-    """Whether a file is not there, or (on NFS) another host removed it while it was read."""
-    return error.errno in (errno.ENOENT, errno.ESTALE)
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and vanishes otherwise."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _facts_if_whole(path: str) -> os.stat_result | None:
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     except OSError:
         return None
     try:
         facts = os.fstat(file)
-        if facts.st_size < len(_END):
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size < len(_END):
             return None
         os.lseek(file, -len(_END), os.SEEK_END)
         return facts if os.read(file, len(_END)) == _END else None
@@ -124,7 +112,7 @@ class Known:
                 self._checked[raw] = True
             else:
                 self._checked.pop(raw, None)
-                if self._store.path(key).exists():  # not one that was discarded meanwhile
+                if os.path.lexists(self._store.path(key)):  # not one that was discarded meanwhile
                     log.warning("a stored image is torn and made again (%s.png)", key)
         return bool(checked)
 
@@ -137,7 +125,13 @@ class Known:
         return len(self._checked)
 
     def _list(self, folder: Path) -> None:
-        for name in os.listdir(folder):
+        try:
+            names = os.listdir(folder)
+        except OSError as error:
+            if gone(error):
+                return
+            raise
+        for name in names:
             if _IMAGE.fullmatch(name):
                 self._checked[bytes.fromhex(name[:32])] = False
             elif name.endswith(".tmp"):
@@ -195,7 +189,7 @@ class Store:
         try:
             with os.scandir(self._cells) as folders:
                 paths = [Path(entry.path) for entry in folders if len(entry.name) == 2 and entry.is_dir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return known
         for path in paths:
             known._list(path)
@@ -209,30 +203,47 @@ class Store:
         path = self.path(cell.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         notes = PngImagePlugin.PngInfo()
-        record = {"cell": cell.key, "status": "invalid" if reason else "ok", "reason": reason, **cell.identity()}
+        digest, status = digest_of(pixels), "invalid" if reason else "ok"
+        record = {"cell": cell.key, "status": status, "reason": reason, "pixels": digest, **cell.identity()}
         notes.add_itxt("lesion", json.dumps(record, ensure_ascii=False))
         with atomically(path) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
             facts = temporary.stat()
-        return Picture(facts.st_size, facts.st_mtime_ns, digest_of(pixels), reason)
+        return Picture(facts.st_size, facts.st_mtime_ns, digest, reason)
 
-    def get(self, key: str) -> Stored:
-        """Raises Damaged if the image cannot be read or carries another cell's hash."""
+    def get(self, key: str, size: tuple[int, int] | None = None, digest: str | None = None) -> Stored:
+        """Read an image and check whose it is and that its pixels are those that were stored.
+
+        size: height and width that the cell asks for, compared with the header before anything is decoded. digest: of
+        its pixels as remembered; it decides for files without a digest of their own (version 0.1). A file that is
+        true to its own digest counts, also if another was remembered: another process made the image again.
+
+        Raises Damaged.
+        """
         path = self.path(key)
         try:
-            with path.open("rb") as file, Image.open(file, formats=["PNG"]) as image:
-                facts = os.fstat(file.fileno())
-                image.load()
-                record = json.loads(image.text["lesion"])  # type: ignore[attr-defined]
-                pixels = np.asarray(image.convert("RGB"))
-            carried, reason = record.get("cell"), record.get("reason", "")
+            with opened(path) as file:
+                facts, header = os.fstat(file.fileno()), file.read(24)
+                if size is not None and header[16:] != struct.pack(">II", size[1], size[0]):
+                    raise ValueError(f"not of {size[1]} x {size[0]} pixels")
+                file.seek(0)
+                with Image.open(file, formats=["PNG"]) as image:
+                    image.load()
+                    record = json.loads(image.text["lesion"])  # type: ignore[attr-defined]
+                    pixels = np.asarray(image.convert("RGB"))
+            if not isinstance(record, dict) or not isinstance(reason := record.get("reason", ""), str):
+                raise ValueError("its record is of another form")
+            if record.get("cell") != key:
+                raise ValueError("carries the hash of another cell")
+            found = digest_of(pixels)
+            if found != (record.get("pixels") or digest or found):
+                raise ValueError("its pixels are not those that were made")
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder can raise on broken bytes
             raise Damaged(f"{path.name}: {error}") from None
-        if carried != key:
-            raise Damaged(f"{path.name}: carries the hash of another cell")
-        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, digest_of(pixels), reason))
+        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason))
 
     def discard(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+        """Remove an image, or whatever else has its name. Raises OSError."""
+        clear(self.path(key))

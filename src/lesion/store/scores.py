@@ -1,13 +1,17 @@
 """What is known of stored images: their facts and scores, in part files that many processes append side by side.
 
-A part is written once, in one step, and never changed; its name is the time and a digest of its bytes, so that later
-records win and any damage is noticed. folder/pictures/ holds facts, folder/COLUMN-IDENTITY/ one metric's values of
-images against their baselines, folder/pairs-COLUMN-IDENTITY/ its values of two baselines.
+Format: folder/pictures/ holds facts, folder/COLUMN-IDENTITY/ one metric's values of images against their baselines,
+folder/pairs-COLUMN-IDENTITY/ its values of two baselines. In each, parts: Parquet files named <time, 20 digits of
+nanoseconds>-<blake2b-64 of the file's bytes>.parquet, written once, in one step, and never changed. So later records
+win, and any damage is noticed. The schema's metadata `owner` says what a part holds (`_owner`): one in another folder
+is noticed. Parts of version 0.1 have no owner; they are taken where they lie, unless the same part lies in a second
+folder too: then nobody can say whose it is, and both are removed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -23,12 +27,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lesion.store.images import Picture, atomically, gone
+from lesion.store.files import atomically, clear, gone
+from lesion.store.images import Picture
 
 __all__ = ["Picture", "Scores"]
 log = logging.getLogger(__name__)
 MANY = 64  # parts of a folder that are merged when they are read
 _PART = re.compile(r"(\d{20})-([0-9a-f]{16})\.parquet")
+_OWNER = b"owner"
 _HASH = pa.binary(16)
 _PICTURES = pa.schema(
     [("key", _HASH), ("size", pa.int64()), ("modified", pa.int64()), ("digest", _HASH), ("reason", pa.string())]
@@ -40,10 +46,10 @@ _Row = tuple[Any, ...]  # as in the schemas, the key first
 
 
 class _Parts:
-    """One folder of parts with the same columns."""
+    """One folder of parts with the same columns. owner: what its parts hold."""
 
-    def __init__(self, folder: Path, schema: pa.Schema):
-        self.folder, self.schema = folder, schema
+    def __init__(self, folder: Path, schema: pa.Schema, owner: str):
+        self.folder, self.schema, self.owner = folder, schema, owner
 
     def read(self) -> pa.Table:
         """Every row of every part, the latest last. Damaged parts are removed, many small ones merged."""
@@ -68,6 +74,10 @@ class _Parts:
         """None if it is gone or damaged."""
         path = self.folder / name
         try:
+            if not path.is_file():  # a pipe would be waited for
+                if os.path.lexists(path):
+                    _remove(path, "it is no file")
+                return None
             content = path.read_bytes()
         except OSError as error:
             if gone(error):
@@ -76,17 +86,31 @@ class _Parts:
         try:
             if _digest(content) != name[21:37]:
                 raise ValueError("its content has changed")
-            return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False).cast(self.schema)
+            file = pq.ParquetFile(pa.BufferReader(content))
+            owner = (file.schema_arrow.metadata or {}).get(_OWNER)
+            if owner is None:
+                self._check_alone(name)
+            elif owner.decode() != self.owner:
+                raise ValueError(f"it holds {owner.decode()}")
+            return file.read(use_threads=False).cast(self.schema)
         except (pa.ArrowException, ValueError, OSError) as error:
-            log.warning("%s is damaged and removed; what it told is worked out anew (%s)", path, error)
-            with suppress(OSError):
-                path.unlink()
+            _remove(path, str(error))
             return None
 
+    def _check_alone(self, name: str) -> None:
+        """Raise ValueError where another folder holds the same part, and remove it there."""
+        others = [path for path in self.folder.parent.glob(f"*/{name}") if path.parent != self.folder]
+        for path in others:
+            _remove(path, f"the same part lies in {self.folder.name}")
+        if others:
+            raise ValueError(f"the same part lies in {others[0].parent.name}")
+
     def write(self, table: pa.Table, stamp: str | None = None, durable: bool = False) -> str:
-        """Add a part and return its name. stamp: the time in its name. durable: on the platter when this returns."""
+        """Add a part and return its name. stamp: the time in its name. durable: flushed to the device."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_statistics=False)
+        pq.write_table(
+            table.replace_schema_metadata({_OWNER: self.owner}), sink, compression="zstd", write_statistics=False
+        )
         content = sink.getvalue().to_pybytes()
         name = f"{stamp or f'{time.time_ns():020d}'}-{_digest(content)}.parquet"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +131,12 @@ class _Parts:
                     (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             log.warning("the parts in %s could not be merged: %s", self.folder, error)
+
+
+def _remove(path: Path, why: str) -> None:
+    log.warning("%s is damaged and removed; what it told is worked out anew (%s)", path, why)
+    with suppress(OSError):
+        clear(path)
 
 
 def _digest(content: bytes) -> str:
@@ -156,8 +186,8 @@ class _Columns:
 class _Records:
     """The rows of one folder of parts by key: those on disk in columns, those that are not yet in a dict."""
 
-    def __init__(self, folder: Path, schema: pa.Schema):
-        self._parts = _Parts(folder, schema)
+    def __init__(self, folder: Path, schema: pa.Schema, owner: str):
+        self._parts = _Parts(folder, schema, owner)
         self._columns = _Columns()  # of what is on disk, less the key
         self._places = np.empty(0, np.int32)  # key number -> row in the columns, or -1
         self._pending: dict[bytes, _Row] = {}  # on no disk yet
@@ -210,14 +240,16 @@ class Scores:
 
     def __init__(self, folder: Path, metrics: Mapping[str, str]):
         self._numbers: dict[bytes, int] = {}
-        self._pictures = _Records(folder / "pictures", _PICTURES)
-        self._values = {
-            column: _Records(folder / _folder_name(column, identity), _VALUES) for column, identity in metrics.items()
-        }
-        self._pairs = {
-            column: _Records(folder / f"pairs-{_folder_name(column, identity)}", _VALUES)
-            for column, identity in metrics.items()
-        }
+        self._pictures = _Records(folder / "pictures", _PICTURES, "pictures")
+        self._values, self._pairs = (
+            {
+                column: _Records(
+                    folder / f"{prefix}{_folder_name(column, identity)}", _VALUES, _owner(holds, column, identity)
+                )
+                for column, identity in metrics.items()
+            }
+            for prefix, holds in (("", "values"), ("pairs-", "pairs"))
+        )
 
     def load(self) -> None:
         """Read what any process has flushed. Damaged parts are reported and removed. Raises OSError."""
@@ -302,6 +334,11 @@ class Scores:
 
 def _pair_key(first: bytes, second: bytes) -> bytes:
     return hashlib.blake2b(first + second, digest_size=16).digest()
+
+
+def _owner(holds: str, column: str, identity: str) -> str:
+    """What a part says it holds: values or pairs, of which column, made how."""
+    return f"{holds} of {json.dumps([column, identity])}"
 
 
 def _folder_name(column: str, identity: str) -> str:

@@ -1,7 +1,8 @@
-"""Safetensors files that notice when a bit of them has changed: calibration means and half-made images.
+"""Safetensors files that show a changed bit and whose they are: calibration means and half-made images.
 
-What they hold decides pixels, so each carries a digest of its tensors and metadata. A file whose digest is missing (an
-earlier version's) or wrong counts as not there: it is removed with a warning, and its owner makes it again.
+Format: the caller's tensors and metadata (texts), and in the metadata `digest`, of both (`digest_of`). What they hold
+decides pixels, so a file counts as not there if its digest is missing or wrong, or if its metadata names another owner
+than the one that asks: it is removed with a warning, and its owner makes it again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lesion.store.images import atomically
+from lesion.store.files import atomically, clear
 
 log = logging.getLogger(__name__)
 _DIGEST = "digest"
@@ -45,12 +48,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise OSError(str(error)) from error
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and metadata; None where there is no file, or a damaged one, which is reported and removed.
+def read(path: Path, belongs: Callable[[Mapping[str, str]], bool]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata; None where there is no file, or a damaged or foreign one, which is reported and removed.
+
+    belongs: whether the metadata is that of the owner who asks; KeyError, TypeError and ValueError mean no.
 
     Raises OSError if a file that is there cannot be read.
     """
-    if not path.exists():
+    if not path.is_file():
+        if os.path.lexists(path):
+            _remove(path, "it is no file")
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -65,9 +72,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     if carried != digest_of(tensors, metadata):
         _remove(path, "its content has changed" if carried else "it carries no digest")
         return None
+    try:
+        ours = belongs(metadata)
+    except (KeyError, TypeError, ValueError):
+        ours = False
+    if not ours:
+        _remove(path, "its content is of another owner")
+        return None
     return tensors, metadata
 
 
 def _remove(path: Path, why: str) -> None:
     log.warning("%s is damaged and removed; it is made again (%s)", path, why)
-    path.unlink(missing_ok=True)
+    with suppress(OSError):  # where it cannot be removed it is written over, or told of again
+        clear(path)
