@@ -18,9 +18,10 @@ from typing import Any
 import diffusers
 import torch
 
+from lesion import tasks
 from lesion.models import EMBEDDED, calling, facts, layers, schedulers
 from lesion.models.defaults import OF_CALL, default_of_class
-from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
+from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
 
 SD = {"sample_size": 64, "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL = {
@@ -121,7 +122,7 @@ def class_facts() -> dict[str, Any]:
         pipelines[name] = {
             "arguments": sorted(calling.takes(cls)),
             "defaults": {name: default_of_class(cls, name) for name in OF_CALL.values()},
-            "img2img": calling.img2img_of(name) is not None,
+            **{task: bool(tasks.of(task).counterpart(name)) for task in tasks.known() if not tasks.of(task).own},
             "single_file": hasattr(cls, "from_single_file"),
         }
     classes = sorted({cls for cls, _ in DENOISERS.values()})

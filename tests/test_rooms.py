@@ -13,22 +13,10 @@ import lesion
 PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
-    *(
-        "errors",
-        "study",
-        "analysis",
-        "rounds",
-        "tracking",
-        "toy_world",
-        "store",
-        "surgery",
-        "models",
-        "generation",
-        "scoring",
-    ),
-    *("replacements", "report", "config", "run", "api", "cli"),
+    *("errors", "study", "tasks", "analysis", "rounds", "tracking", "toy_world", "store", "surgery", "models"),
+    *("generation", "scoring", "replacements", "report", "config", "run", "api", "cli"),
 )
-PURE = ("errors", "study", "analysis", "rounds")
+PURE = ("errors", "study", "tasks", "analysis", "rounds")
 
 
 def room_of(path: Path) -> str:

@@ -166,7 +166,7 @@ def loaded(overrides: Sequence[str]) -> tuple[Request, Study, Model]:
 
 def fillers(study: Study, model: Model, asked: Request) -> dict[str, Filler]:
     """The replacements that the study's lesions use."""
-    bench = replacements.Bench(model, study.settings, asked.store / "means", asked.batch_size)
+    bench = replacements.Bench(model, study.settings, asked.store / "means", study.settings.batch_size)
     keys = {replacement_key(lesion): lesion.replacement.name for lesion in study.lesions()}
     return {key: replacements.build(name, asked.replacements[name], bench) for key, name in keys.items()}
 

@@ -57,7 +57,7 @@ def test_every_file_composes_and_is_accepted(group, name, tmp_path):
     if group == "model":
         assert request.model.name == name
     if group == "selection":
-        assert list(request.selections) == [name]
+        assert list(request.axes.selections) == [name]
     if group == "replacement":
         assert list(request.replacements) == [name]
 
@@ -117,7 +117,7 @@ def test_the_calibration_set_shares_no_caption_with_a_study():
 def test_the_demo_is_as_large_as_it_says():
     request = parse(composed("experiment=demo"))
     assert (len(request.prompts), request.seeds, request.model.id) == (4, (0, 1), "embedded")
-    assert list(request.selections) == ["leave_one_out", "only_one"]
+    assert list(request.axes.selections) == ["leave_one_out", "only_one"]
     assert {aspect for prompt in request.prompts for aspect in prompt.aspects} >= {
         "colour", "shape", "size", "count", "relation", "background"
     }  # fmt: skip
@@ -177,7 +177,7 @@ def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
     model = request.model.name
     folder = tiny_folder if model == "embedded" else stand_in(model, tmp_path / "stand_in")
     dino = write_dino(tmp_path / "dino")
-    steps = 10 if len(request.windows) > 1 else 2
+    steps = 10 if len(request.axes.windows) > 1 else 2
     code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip, dino, steps))
     assert code == 0, err
     (frame,) = cli.frames()

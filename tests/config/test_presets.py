@@ -12,7 +12,6 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from lesion.analysis.importance import importance_metric, layer_table
 from lesion.config.parsing import parse
-from lesion.run.job import _chosen
 from lesion.study.lesions import choices, covers
 from lesion.surgery.anatomy import examine
 from test_configs import CONF, FILES, composed
@@ -64,30 +63,30 @@ def test_windows_are_prospects_stages_and_then_switches_for_good():
     """ProSpect's sampler takes prompt int(t * 10 / 1000) at timestep t: computed here from diffusers' own timesteps."""
     request = parse(composed("experiment=prompt_swap_windows"))
     scheduler = DDIMScheduler(steps_offset=1)
-    scheduler.set_timesteps(request.steps)
+    scheduler.set_timesteps(request.settings.steps)
     stages = [9 - int(t * 10 / 1000) for t in scheduler.timesteps.tolist()]
-    ours = [[covers(window, step, 50) for window in request.windows[:10]] for step in range(50)]
+    ours = [[covers(window, step, 50) for window in request.axes.windows[:10]] for step in range(50)]
     assert [row.index(True) for row in ours] == stages
     assert all(sum(row) == 1 for row in ours)
-    assert all(end == 1.0 for _, end in request.windows[10:])
-    assert (request.branches, request.guidance, request.model.scheduler) == (("cond",), 10.0, "ddim")
+    assert all(end == 1.0 for _, end in request.axes.windows[10:])
+    assert (request.axes.branches, request.settings.guidance, request.model.scheduler) == (("cond",), 10.0, "ddim")
 
 
 def test_style_and_layout_layers_are_the_six_inner_ones_of_sdxl():
     request = parse(composed("experiment=sdxl_style_layout"))
     anatomy = anatomy_of(SDXL)
-    chosen = _chosen(anatomy.paths, request.include, request.exclude)
+    chosen = request.layers.chosen(anatomy.paths)
     assert len(anatomy.paths) == 11
     assert set(chosen) == {path for path, sites in anatomy.sites.items() if len(sites) == 10}  # B-LoRA's W1 to W6
     content, style = chosen.index("up_blocks.0.attentions.0"), chosen.index("up_blocks.0.attentions.1")
     assert (content, style, chosen[1]) == (3, 4, "down_blocks.2.attentions.1")
-    assert request.branches == ("cond",)
+    assert request.axes.branches == ("cond",)
 
 
 def test_groups_of_per_layer_prompts_divide_the_layers_by_resolution():
     request = parse(composed("experiment=sd15_per_layer_prompts"))
     anatomy = anatomy_of(SD15)
-    inner, outer = (choice.lesioned for choice in choices("custom", request.selections["custom"], anatomy.paths))
+    inner, outer = (choice.lesioned for choice in choices("custom", request.axes.selections["custom"], anatomy.paths))
     sides = {layer.path: layer.resolution for layer in anatomy.layers}
     assert {sides[path] for path in inner} == {16, 8}
     assert {sides[path] for path in outer} == {64, 32}

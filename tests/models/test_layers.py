@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from lesion import tasks
 from lesion.errors import RequestError
 from lesion.models import EMBEDDED, ModelSpec, calling, facts, layers, loading, resolve, schedulers
 from lesion.models.source import Source, pipeline_class
@@ -123,8 +124,8 @@ def test_facts_are_those_of_the_installed_diffusers() -> None:
         pytest.skip("made for another diffusers: run scripts/known_models.py")
     for name, known in data["pipelines"].items():
         cls = pipeline_class(name)
-        assert calling.call_arguments(name) == calling.takes(cls) == set(known["arguments"])
-        assert calling.has_img2img(name) == (calling.img2img_of(name) is not None)
+        assert calling.call_arguments(name, tasks.of("txt2img")) == calling.takes(cls) == set(known["arguments"])
+        assert calling.can(name, "img2img") == bool(tasks.of("img2img").counterpart(name))
         assert known["single_file"] == hasattr(cls, "from_single_file")
     for name, known in data["denoisers"].items():
         assert known["repeated_blocks"] == bool(getattr(getattr(diffusers, name), "_repeated_blocks", None))

@@ -26,9 +26,9 @@ IDENTITY = ModelIdentity("tiny", "f00d", "float32")
 def maker(tmp_path):
     """Of a study of nothing but mean lesions, at a batch size of 8 that was asked for."""
     lesion = Lesion("leave_one_out", "a", ("a",), Replacement("mean"))
-    request = SimpleNamespace(model="spec", batch_size=8, device="cpu", replacements={"mean": {}})
+    request = SimpleNamespace(model="spec", device="cpu", replacements={"mean": {}})
     study = SimpleNamespace(
-        model=IDENTITY, settings=settings(), prompts=(Prompt("a"),), windows=(), lesions=lambda: [lesion]
+        model=IDENTITY, settings=settings(batch_size=8), prompts=(Prompt("a"),), windows=(), lesions=lambda: [lesion]
     )
     return Maker(request, SimpleNamespace(identity=IDENTITY), study, Store(tmp_path), lambda *args: None)
 
@@ -123,7 +123,7 @@ def test_auto_is_found_once_for_models_that_are_the_same(maker, monkeypatch):
 
     probed, model = [], Loaded(identity=IDENTITY)
     monkeypatch.setattr(memory, "fitting", lambda make, device: probed.append(device) or 8)
-    request = SimpleNamespace(model="spec", batch_size=None, device="cuda:1")
+    request = SimpleNamespace(model="spec", device="cuda:1")
     assert making._fitting(request, model, maker.study) == 8
     assert making._fitting(request, Loaded(identity=IDENTITY), maker.study) == 8
     assert probed == ["cuda:1"]  # that very one, not the first
@@ -137,7 +137,7 @@ def test_auto_is_found_once_for_models_that_are_the_same(maker, monkeypatch):
 
 def test_auto_remembers_what_did_not_fit(maker, monkeypatch):
     monkeypatch.setattr(memory, "fitting", lambda make, device: 8)
-    maker.request.batch_size = None
+    maker.study.settings = settings()  # batch_size=auto
     assert making._size(maker.request, maker.model, maker.study) == 8
     maker._shrink(8)
     assert making._size(maker.request, maker.model, maker.study) == 4

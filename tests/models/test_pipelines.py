@@ -20,7 +20,7 @@ from lesion.models import loading
 from lesion.replacements import Bench, build
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, Replacement
-from lesion.study.prompts import Prompt
+from lesion.study.prompts import Prompt, with_inits
 from lesion.surgery.anatomy import AnatomyError, examine
 from lesion.surgery.operation import replacement_key
 from pipelines import BUILDERS, side
@@ -58,7 +58,9 @@ def asked(name: str, model, **changes):
 
 def cells(name, model, lesion=None, texts=TEXTS, seeds=SEEDS, inits=None, **changes):
     given = asked(name, model, **changes)
-    prompts = [Prompt(text, image=init) for text, init in zip(texts, inits or [""] * len(texts), strict=True)]
+    prompts = [Prompt(text) for text in texts]
+    if inits:
+        prompts = [with_inits([prompt], init, "key")[0] for prompt, init in zip(prompts, inits, strict=True)]
     return [Cell(model.identity, prompt, seed, given, lesion) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 

@@ -18,9 +18,9 @@ from lesion import replacements
 from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.models import loading
+from lesion.study.layers import KINDS
 from lesion.study.lesions import Lesion, Replacement
 from lesion.surgery.anatomy import examine
-from lesion.surgery.kinds import KINDS
 from lesion.surgery.operation import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, plain
 

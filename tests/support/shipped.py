@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lesion.models import layers
-from lesion.surgery.kinds import GRANULARITIES, KINDS
+from lesion.study.layers import GRANULARITIES, KINDS
 
 
 def assert_shipped(denoiser: Any, config: Mapping[str, Any]) -> None:

@@ -15,11 +15,11 @@ from lesion import models, replacements
 from lesion.generation.generate import call, generate, generators, to_pixels
 from lesion.models import loading
 from lesion.study.grid import Cell
+from lesion.study.layers import KINDS
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
 from lesion.surgery.hook_points import Share, blend
-from lesion.surgery.kinds import KINDS
 from lesion.surgery.operation import branches_of, lesioned, replacement_key
 
 ZERO = Replacement("zero")

@@ -23,8 +23,8 @@ from lesion import models
 from lesion.cli import one_line, say, unforeseen
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, visible
+from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.surgery.anatomy import PLACES, AnatomyError, attentions_of, examine, kinds_of
-from lesion.surgery.kinds import GRANULARITIES, KINDS, WITH_HEADS
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

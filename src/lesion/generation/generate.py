@@ -8,22 +8,20 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from lesion import tasks
 from lesion.generation.snapshots import Enough, OtherCount, Record, State, States, first_step, going_on, recording
 from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.text_cache import text_projected_once
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
-from lesion.study.prompts import Prompt, read_init
+from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
 from lesion.surgery.operation import Filler, lesioned, replacement_key
 
@@ -65,27 +63,13 @@ def call(
     model: Model, prompts: Sequence[Prompt], noise: Sequence[torch.Generator], settings: Settings
 ) -> NDArray[np.float32]:
     """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
-    pipe, inits = model.pipeline(settings.task), None
-    if settings.task == "img2img":
-        inits = [_init(prompt.image, prompt.digest, settings.width, settings.height) for prompt in prompts]
-    asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inits, model.arguments)
+    pipe, inputs = model.pipeline(settings.task), tasks.of(settings.task).inputs(prompts, settings)
+    asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inputs, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
     with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
         images = pipe(**asked).images
     return np.asarray(images)
-
-
-@lru_cache(maxsize=64)
-def _init(path: str, digest: str, width: int, height: int) -> Image.Image:
-    """An init image as RGB at the size of the study, resampled by Lanczos if it has another.
-
-    digest: its identity when the study was read. Raises ValueError if the file has changed since.
-    """
-    picture, found = read_init(Path(path))
-    if found != digest:
-        raise ValueError(f"the init image {path} has changed since the study began")
-    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def generate(

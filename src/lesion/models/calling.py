@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
+from lesion import tasks
 from lesion.models import facts
 from lesion.models.source import pipeline_class
 from lesion.study.settings import Settings
+from lesion.tasks import Task
 
 # Arguments under which a pipeline takes text and size as they are, where it has them.
 AS_ASKED: Mapping[str, Any] = {
@@ -29,24 +32,21 @@ def takes(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls.__call__).parameters)
 
 
-def call_arguments(pipeline: str) -> frozenset[str]:
-    """Names of the arguments of a pipeline's call, by its class name. Raises RequestError for what is no pipeline."""
+def call_arguments(pipeline: str, task: Task) -> frozenset[str]:
+    """Names of the arguments of the call that does a task with a pipeline of this class name.
+
+    Raises RequestError for what is no pipeline.
+    """
+    if not task.own:
+        return takes(task.counterpart(pipeline))
     known = facts.pipeline(pipeline)
     return frozenset(known["arguments"]) if known else takes(pipeline_class(pipeline))
 
 
-def has_img2img(pipeline: str) -> bool:
-    """Whether diffusers has an img2img pipeline of the same parts as the pipeline of this class name."""
-    if known := facts.pipeline(pipeline):
-        return bool(known["img2img"])
-    return img2img_of(pipeline) is not None
-
-
-def img2img_of(pipeline: str) -> Any:
-    """The class of diffusers that does img2img with the parts of the pipeline of this class name, or None."""
-    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
-
-    return _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False)
+def can(pipeline: str, name: str) -> bool:
+    """Whether the task of this name can be done with the parts of a pipeline of this class name."""
+    task, known = tasks.of(name), facts.pipeline(pipeline) or {}
+    return task.own or bool(known[name] if name in known else task.counterpart(pipeline))
 
 
 def arguments(
@@ -54,10 +54,10 @@ def arguments(
     settings: Settings,
     texts: Sequence[str],
     generators: Sequence[Any],
-    inits: Sequence[Any] | None = None,
+    inputs: Mapping[str, Any] = MappingProxyType({}),
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of `pipe(...)` for a batch. inits: of img2img, a picture each. more: from `model.arguments`."""
+    """Keyword arguments of `pipe(...)` for a batch. inputs: `Task.inputs`. more: from `model.arguments`."""
     cls: Any = type(pipe)
     known = takes(cls)
     found: dict[str, Any] = {
@@ -65,10 +65,9 @@ def arguments(
         "generator": list(generators),
         "output_type": "np",
         **settings.arguments(len(texts)),
+        **inputs,
     }
-    if inits is not None:
-        found["image"] = list(inits)
-        for side in {"height", "width"} - known:  # of these pipelines the init images say it
-            del found[side]
+    for name in tasks.of(settings.task).implied - known:
+        del found[name]
     found |= {name: value for name, value in AS_ASKED.items() if name in known}
     return {**found, **(more or {})}

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
+from lesion import tasks
 from lesion.errors import RequestError
 from lesion.models import loras, memory, schedulers
 from lesion.models.source import ModelSpec, Source, check_offload, identity_of, pipeline_class, resolve_dtype
@@ -46,10 +47,10 @@ class Model:
 
     def pipeline(self, task: str) -> Any:
         """The pipeline for a task, made of the same parts. Raises ValueError if diffusers has none for this model."""
-        if task == "txt2img":
+        if tasks.of(task).own:
             return self.pipe
         if task not in self.others:
-            other = diffusers.AutoPipelineForImage2Image.from_pipe(self.pipe)
+            other = tasks.of(task).made_from(self.pipe)
             other.set_progress_bar_config(disable=True)
             self.settle(other)
             self.others[task] = other

@@ -17,6 +17,7 @@ from lesion.models import facts, loras, schedulers
 from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
+from lesion.study.checks import one_of
 from lesion.study.grid import ModelIdentity
 from lesion.study.settings import DECLARED
 
@@ -69,8 +70,10 @@ class ModelSpec:
     def of(cls, config: Mapping[str, Any], performance: Mapping[str, Any]) -> ModelSpec:
         """From the `model` group of a config, which has the recommended settings besides, and from `performance`.
 
-        Raises RequestError for adapters that are not well described.
+        Raises RequestError naming the key: an unknown dtype, adapters that are not well described.
         """
+        for key, group in (("model.dtype", config), ("performance.dtype", performance)):
+            one_of(key, group.get("dtype", "auto"), ("auto", *DTYPES))
         both = {**config, **performance}
         both["loras"] = loras.parse(config.get("loras") or [])
         both["arguments"] = tuple(sorted((k, json.dumps(v)) for k, v in (config.get("arguments") or {}).items()))

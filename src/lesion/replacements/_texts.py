@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lesion.generation.generate import call, generators
 from lesion.generation.snapshots import Enough
 from lesion.study.prompts import Prompt
+from lesion.tasks import text_alone
 
 if TYPE_CHECKING:
     from lesion.models import Model
@@ -45,7 +45,7 @@ def read_by_sites(model: Model, prompt: str, settings: Settings) -> Mapping[str,
             module = model.denoiser.get_submodule(site)
             stack.callback(module.register_forward_pre_hook(noting(site), with_kwargs=True).remove)
         stack.callback(model.denoiser.register_forward_hook(stop).remove)
-        call(model, [Prompt(prompt)], generators([0]), replace(settings, task="txt2img", noising=None))
+        call(model, [Prompt(prompt)], generators([0]), text_alone(settings))
     return found
 
 

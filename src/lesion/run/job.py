@@ -15,18 +15,18 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lesion import models, scoring
+from lesion import models, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers
-from lesion.models.calling import call_arguments, has_img2img
+from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run.folder import prune
 from lesion.store.files import atomically
 from lesion.store.images import Store
-from lesion.study import layer_patterns
 from lesion.study.budget import Budget
 from lesion.study.grid import Study
+from lesion.study.lesions import Lesion
 from lesion.study.plan import Tally, tally
 from lesion.study.settings import Settings
 from lesion.tracking import JobInfo, Tracker, make_tracker
@@ -60,31 +60,19 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     Raises RequestError for a model that is not there, unknown layers, or a selection that makes no sense on them.
     """
     source = models.resolve(request.model)
-    _check_pipeline(request, source)
-    paths = layers.layer_paths(source, request.by, request.kind)
+    settings = replace(request.settings, scheduler=source.scheduler, embedded_guidance=source.embedded_guidance or None)
+    _check_pipeline(settings, request.axes.branches, source)
+    paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
     _check_compiled(source)
     study = Study(
         model=models.identity_of(source, request.device),
-        settings=Settings(
-            task=request.task,
-            steps=request.steps,
-            guidance=request.guidance,
-            height=request.height,
-            width=request.width,
-            scheduler=source.scheduler,
-            negative_prompt=request.negative_prompt,
-            noising=request.noising,
-            embedded_guidance=source.embedded_guidance or None,
-        ),
+        settings=settings,
         prompts=request.prompts,
         seeds=request.seeds,
-        layers=_chosen(paths, request.include, request.exclude),
-        selections=request.selections,
+        layers=request.layers.chosen(paths),
         replacements=request.described_replacements(),
-        windows=request.windows,
-        branches=request.branches,
-        strengths=request.strengths,
-        kind=request.kind,
+        kind=request.layers.kind,
+        **vars(request.axes),
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
     _rounds(study, request.budget)
@@ -93,20 +81,20 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     return source, study
 
 
-def _check_pipeline(request: Request, source: models.Source) -> None:
+def _check_pipeline(settings: Settings, branches: Sequence[str], source: models.Source) -> None:
     """Refuse what the model's pipeline cannot do."""
-    name = source.pipeline
-    if request.task == "img2img" and not has_img2img(name):
-        raise RequestError("generation.task", f"diffusers has no img2img for {name}; allowed: txt2img")
-    if request.negative_prompt is not None and "negative_prompt" not in call_arguments(name):
-        raise RequestError("generation.negative_prompt", f"{name} takes none; allowed: null")
-    check_size(source, request.height, request.width)
+    name, task = source.pipeline, settings.task
+    if not can(name, task):
+        others = ", ".join(other for other in tasks.known() if can(name, other))
+        raise RequestError("generation.task", f"diffusers has no {task} for {name}; allowed: {others}")
+    settings.check_taken(name, lambda: call_arguments(name, tasks.of(task)))
+    check_size(source, settings.height, settings.width)
     if not source.embedded_guidance:
         return
     why = f"{name} takes guidance as an input and has one branch"
-    if any(branch != "both" for branch in request.branches):
-        raise RequestError("branch", f"{why}; allowed: both")
-    if request.negative_prompt is not None:
+    if any(branch != Lesion.branch for branch in branches):
+        raise RequestError("branch", f"{why}; allowed: {Lesion.branch}")
+    if settings.negative_prompt is not None:
         raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
 
 
@@ -132,23 +120,6 @@ def _check_writable(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RequestError("store.dir", f"{str(folder)!r} cannot be made: {str(there)!r} is no folder one can write to")
-
-
-def _chosen(paths: Sequence[str], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The layers under study: those that an include pattern matches (all without any) and no exclude pattern."""
-    for key, patterns in (("layers.include", include), ("layers.exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(layer_patterns.matches(path, pattern, key) for path in paths):
-                raise RequestError(key, f"{pattern!r} matches no layer; allowed: {', '.join(paths)}")
-
-    def named(path: str, key: str, patterns: Sequence[str]) -> bool:
-        return any(layer_patterns.matches(path, pattern, key) for pattern in patterns)
-
-    kept = [path for path in paths if include is None or named(path, "layers.include", include)]
-    kept = [path for path in kept if not named(path, "layers.exclude", exclude or ())]
-    if not kept:
-        raise RequestError("layers.exclude", "leaves no layer to study")
-    return tuple(kept)
 
 
 def run(request: Request, context: JobContext) -> None:
@@ -188,7 +159,7 @@ def run(request: Request, context: JobContext) -> None:
             with suppress(Exception):
                 scores.complete(study, failures)
         study = rounds.whole if rounds else study
-        paths = layers.layer_paths(source, request.by, request.kind)
+        paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
         frame = table.results(study, scores, paths, failures, Publisher(store, context.folder))
         beside = {}
         with suppress(Exception) if stopped else nullcontext():
@@ -226,7 +197,7 @@ def results(request: Request) -> pd.DataFrame:
         absent |= scores.complete(rounds.part, {})
     study = rounds.whole if rounds else study
     failures = dict.fromkeys(absent, "not made yet")
-    paths = layers.layer_paths(source, request.by, request.kind)
+    paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
     frame = table.results(study, scores, paths, failures, Publisher(store, None))
     return rounds.marked(frame) if rounds else frame
 
@@ -316,8 +287,8 @@ def _generate(
 
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
-    model = replace(model, anatomy=examine(model.denoiser, request.by, request.kind))
-    layers.check(model.anatomy.paths, source, request.by, request.kind)
+    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
+    layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),

@@ -6,13 +6,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion import models, replacements
+from lesion import models, replacements, tasks
 from lesion.config.parsing import Request
 from lesion.generation.generate import generate, to_pixels
 from lesion.generation.snapshots import States
@@ -55,7 +54,7 @@ class Maker:
         self.request, self.model, self.study, self.store, self.made = request, model, study, store, made
         self.states = States(store.states)
         self.failures: dict[str, str] = {}
-        self.size = request.batch_size or 0
+        self.size = study.settings.batch_size or 0
         self.fillers: dict[str, Filler] = {}
         self.broken: dict[str, str] = {}
 
@@ -209,7 +208,7 @@ class _Shelf:
 
 def _probed(settings: Settings) -> Settings:
     """Of the images that are made to see what memory they take: two steps need as much as many."""
-    return replace(settings, steps=min(settings.steps, 2), noising=1.0 if settings.noising else None)
+    return tasks.of(settings.task).shortest(settings)
 
 
 def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
@@ -219,7 +218,7 @@ def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
 
 def _size(request: Request, model: models.Model, study: Study) -> int:
     """Images in a batch: as asked or as memory allows, and no more than memory has taught so far."""
-    size = request.batch_size or _fitting(request, model, study)
+    size = study.settings.batch_size or _fitting(request, model, study)
     most = _cut.get(_kind(request, model, study), size)
     if most < size:
         log.info("batches of %d instead of %d: memory ran out earlier in this process", most, size)

@@ -18,16 +18,18 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lesion.analysis.metrics import why_unsuited
 from lesion.errors import RequestError
+from lesion.study.checks import at_least, distinct, one_of
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,21 @@ class ScorerSpec:
     batch_size: int = 64  # images a forward pass
     importance: str = "clip_similarity"  # the one of the metrics that importance and sufficiency are computed from
     dino_model: str = "facebook/dinov2-base"  # of dino_similarity: a name on the hub, or a folder
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ScorerSpec:
+        """From the `scorer` group of a request. Raises RequestError naming the key and what is allowed."""
+        metrics = distinct("scorer.metrics", list(config["metrics"]))
+        for metric in metrics:
+            one_of("scorer.metrics", metric, known_metrics())
+        if "clip_similarity" not in metrics:
+            raise RequestError("scorer.metrics", "must name clip_similarity: every table of results has it")
+        importance = one_of("scorer.importance", config["importance"], metrics)
+        if why := why_unsuited(importance):
+            suited = ", ".join(metric for metric in metrics if not why_unsuited(metric))
+            raise RequestError("scorer.importance", f"cannot be {importance}: {why}; allowed: {suited}")
+        at_least("scorer.batch_size", config["batch_size"], 1)
+        return cls(**{**config, "metrics": tuple(metrics)})
 
 
 class Scorer:

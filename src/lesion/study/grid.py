@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lesion.study.lesions import Choice, Lesion, Replacement, choices, digest_of
+from lesion.study.lesions import Axes, Choice, Lesion, Replacement, choices, digest_of
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
 
@@ -114,9 +114,9 @@ class Study:
     layers: tuple[str, ...]
     selections: Mapping[str, Mapping[str, Any]]
     replacements: tuple[Replacement, ...]
-    windows: tuple[tuple[float, float], ...] = (Lesion.window,)
-    branches: tuple[str, ...] = (Lesion.branch,)
-    strengths: tuple[float, ...] = (Lesion.strength,)
+    windows: tuple[tuple[float, float], ...] = Axes.windows
+    branches: tuple[str, ...] = Axes.branches
+    strengths: tuple[float, ...] = Axes.strengths
     kind: str = Lesion.kind
 
     @cached_property

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.study.checks import distinct, one_of, share
 
 BRANCHES = ("both", "cond", "uncond")
 
@@ -226,6 +227,53 @@ def check_selection(name: str, options: Mapping[str, Any]) -> None:
         raise RequestError(
             f"selection.{name}", f"unknown option {unknown[0]!r}; allowed: {', '.join(allowed) or 'none'}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """Along what the lesions of a study vary: every selection is made in every window, on every branch, at every
+    strength. selections: name -> options.
+    """
+
+    selections: Mapping[str, Mapping[str, Any]]
+    windows: tuple[tuple[float, float], ...] = (Lesion.window,)
+    branches: tuple[str, ...] = (Lesion.branch,)
+    strengths: tuple[float, ...] = (Lesion.strength,)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], steps: int) -> Axes:
+        """From a request's `selection`, `window`, `branch` and `strength`. steps: denoising steps of an image.
+
+        Raises RequestError naming the key and what is allowed.
+        """
+        selections = {name: dict(options or {}) for name, options in config["selection"].items()}
+        if not selections:
+            raise RequestError("selection", f"is empty; allowed: one or more of {', '.join(sorted(SELECTIONS))}")
+        for name, options in selections.items():
+            check_selection(name, options)
+        return cls(
+            selections=selections,
+            windows=_windows(config["window"], steps),
+            branches=tuple(one_of("branch", branch, BRANCHES) for branch in distinct("branch", config["branch"])),
+            strengths=tuple(share("strength", value) for value in distinct("strength", config["strength"])),
+        )
+
+
+def _windows(value: Any, steps: int) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, list) or not value:
+        raise RequestError("window", f"must be [start, end], or a list of such; got {value!r}")
+    windows = distinct("window", value) if isinstance(value[0], list) else [value]
+    found = []
+    for window in windows:
+        if not isinstance(window, list) or len(window) != 2:
+            raise RequestError("window", f"must be [start, end] in fractions of the steps; got {window!r}")
+        start, end = (share("window", side) for side in window)
+        if start >= end:
+            raise RequestError("window", f"must have start < end; got {window!r}")
+        if not any(covers((start, end), step, steps) for step in range(steps)):
+            raise RequestError("window", f"{window!r} covers none of the {steps} steps; make it wider")
+        found.append((start, end))
+    return tuple(found)
 
 
 def choices(name: str, options: Mapping[str, Any], layers: Sequence[str]) -> list[Choice]:

@@ -169,13 +169,13 @@ class Settings:
             one.argument: [value] * images if one.each else value for one, value in self._declared() if one.argument
         }
 
-    def check_taken(self, name: str, takes: Collection[str]) -> None:
-        """Refuse what a pipeline of this name does not take. takes: names of its call's arguments.
+    def check_taken(self, name: str, takes: Callable[[], Collection[str]]) -> None:
+        """Refuse what a pipeline of this name does not take. takes: tells its call's arguments; asked only if needed.
 
         Raises RequestError naming the key.
         """
         for one, _ in self._declared():
-            if one.argument and not one.always and not one.of_task and one.argument not in takes:
+            if one.argument and not one.always and not one.of_task and one.argument not in takes():
                 allowed = "null" if one.default is None else one.default
                 raise RequestError(one.path, f"{name} takes none; allowed: {allowed}")
 
@@ -194,3 +194,8 @@ def _declarations() -> Iterator[Declaration]:
 
 
 DECLARED: tuple[Declaration, ...] = tuple(_declarations())
+
+
+def without_task() -> dict[str, Any]:
+    """The settings that only some tasks have, at their defaults."""
+    return {one.name: one.default for one in DECLARED if one.of_task}

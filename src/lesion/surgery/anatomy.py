@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lesion.study.layers import KINDS, WITH_HEADS
 from lesion.surgery.hook_points import FromText, Head, HeadTokens, ImageStream, ImageTokens, Port, Update
-from lesion.surgery.kinds import KINDS, WITH_HEADS
 
 PLACES = ("down", "mid", "up")
 _SITE = re.compile(

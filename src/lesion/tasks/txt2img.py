@@ -1,0 +1,7 @@
+"""Images of text alone."""
+
+from __future__ import annotations
+
+from lesion.tasks import Task
+
+TASK = Task()
