@@ -13,8 +13,8 @@ import lesion
 PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
-    *("errors", "study", "tasks", "analysis", "rounds", "tracking", "toy_world", "store", "surgery", "models"),
-    *("generation", "scoring", "replacements", "report", "config", "run", "api", "cli"),
+    *("errors", "study", "denoising", "tasks", "analysis", "rounds", "tracking", "toy_world", "store", "surgery"),
+    *("models", "generation", "scoring", "replacements", "report", "config", "run", "api", "cli"),
 )
 PURE = ("errors", "study", "tasks", "analysis", "rounds")
 

@@ -30,7 +30,8 @@ from lesion.scoring import _clip
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.surgery.anatomy import examine
-from lesion.surgery.operation import Filler, replacement_key
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import replacement_key
 
 MODELS = {"embedded": "the embedded model", "sd15": "SD 1.5-size", "sdxl": "SDXL-size"}
 
@@ -164,14 +165,14 @@ def loaded(overrides: Sequence[str]) -> tuple[Request, Study, Model]:
     return asked, study, models.load(source, asked.device)
 
 
-def fillers(study: Study, model: Model, asked: Request) -> dict[str, Filler]:
+def fillers(study: Study, model: Model, asked: Request) -> dict[str, Intervention]:
     """The replacements that the study's lesions use."""
     bench = replacements.Bench(model, study.settings, asked.store / "means", study.settings.batch_size)
     keys = {replacement_key(lesion): lesion.replacement.name for lesion in study.lesions()}
     return {key: replacements.build(name, asked.replacements[name], bench) for key, name in keys.items()}
 
 
-def generating(model: Model, cells: Sequence[Cell], batch: int, using: dict[str, Filler]) -> float:
+def generating(model: Model, cells: Sequence[Cell], batch: int, using: dict[str, Intervention]) -> float:
     """Seconds to make the images of these cells, in batches as they come; the images are thrown away."""
     began = time.perf_counter()
     for start in range(0, len(cells), batch):

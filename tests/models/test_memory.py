@@ -67,7 +67,7 @@ def test_calibration_halves_the_batch_and_images_go_on_with_it(maker, monkeypatc
     maker._prepare()
     assert device.tried == [8, 4, 2]
     assert device.alive == [0, 0, 0]
-    assert list(maker.fillers.values()) == [2]
+    assert list(maker.interventions.values()) == [2]
     assert not maker.broken
     assert maker.size == 2
 
@@ -77,7 +77,7 @@ def test_calibration_that_does_not_fit_one_image_costs_its_own_cells(maker, monk
     monkeypatch.setattr(replacements, "build", lambda name, options, bench: device(bench.batch_size))
     maker._prepare()
     assert device.tried == [8, 4, 2, 1]
-    assert not maker.fillers
+    assert not maker.interventions
     assert "mean could not be made ready: OutOfMemoryError: CUDA out of memory" in next(iter(maker.broken.values()))
 
 

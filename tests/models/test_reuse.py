@@ -23,6 +23,7 @@ from lesion.replacements.zero import Zero
 from lesion.study.lesions import Lesion, Replacement
 from lesion.surgery.anatomy import examine
 from lesion.surgery.hook_points import keeps_shape
+from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, fillers, plain, run, zero
 
@@ -120,12 +121,12 @@ def test_sparing_changes_no_bit(tiny_model, tiny_folder, monkeypatch):
     layers = tiny_model.anatomy.paths
     cells = [cell(tiny_model, subject, zero(*layers[1:])) for subject in SUBJECTS]
     spared = run(tiny_model, cells)
-    monkeypatch.setattr("lesion.surgery.hook_points.Port.placeholder", lambda port, call: None)
+    monkeypatch.setattr("lesion.surgery.hook_points.HookPoint.placeholder", lambda hook, call: None)
     assert np.array_equal(spared, run(tiny_model, cells))
 
 
 def test_a_filler_that_reads_the_output_gets_it(tiny_model):
-    class Halved:
+    class Halved(Intervention):
         reads_output = True
 
         def fill(self, site, call, branches, output):

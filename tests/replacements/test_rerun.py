@@ -11,12 +11,15 @@ from diffusers import StableDiffusionPipeline
 
 from lesion.generation.generate import generate
 from lesion.study.lesions import Lesion, Replacement
+from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
 from test_surgery import SUBJECTS, cell, drawn, plain, run
 
 
-class Louder:
+class Louder(Intervention):
     """The site's key and value projections doubled: a stand-in for any change of weights."""
+
+    changes = "condition"
 
     def __init__(self):
         self.sites = []

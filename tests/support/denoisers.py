@@ -14,9 +14,10 @@ from diffusers import (
 )
 
 from conftest import small_unet
+from lesion.denoising.run import Denoising
 from lesion.replacements.zero import Zero
 from lesion.study.lesions import Lesion, Replacement
-from lesion.surgery.operation import lesioned, replacement_key
+from lesion.surgery.operation import Lesions, replacement_key
 
 STEPS, TEXT = 4, 5  # denoiser calls; text tokens of the joint models
 
@@ -148,11 +149,11 @@ def lesion(*layers, replacement="zero", **changes):
     return Lesion("custom", "", tuple(layers), Replacement(replacement), **changes)
 
 
-def under(denoiser, anatomy, lesions, calls, filler=None):
+def under(denoiser, anatomy, lesions, calls, intervention=None):
     """The denoiser's outputs, a tensor a call, with image i of the rows under lesions[i]."""
-    fillers = {replacement_key(one): filler or Zero() for one in lesions if one}
+    interventions = {replacement_key(one): intervention or Zero() for one in lesions if one}
     pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(timesteps=range(len(calls))))
-    with torch.inference_mode(), lesioned(denoiser, pipe, anatomy, lesions, fillers):
+    with Denoising(pipe, denoiser, len(lesions), [Lesions(anatomy, lesions, interventions)]).running():
         return [denoiser(**call).sample for call in calls]
 
 

@@ -13,7 +13,7 @@ from denoisers import apart, build, hooked, inputs, lesion, same, under
 from lesion.replacements import Bench
 from lesion.replacements import _means as means
 from lesion.replacements.mean import Mean
-from lesion.replacements.resample import FromCompanion
+from lesion.replacements.resample import Resample
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
 from test_anatomy import SD15, SD15_PATHS, SDXL, on_meta
@@ -117,7 +117,7 @@ def test_resample_takes_the_donors_update(by):
     denoiser, calls = build("unet"), inputs("unet", 2)
     layer, sites = LAYERS[by]
     anatomy = examine(denoiser, by, "block")
-    ours = under(denoiser, anatomy, [lesion(layer, kind="block"), None], calls, FromCompanion("x", guided=False))
+    ours = under(denoiser, anatomy, [lesion(layer, kind="block"), None], calls, Resample("x", guided=False))
     swapped = dict.fromkeys(sites, updated(lambda update: update[[1, 1]]))
     assert apart(ours, hooked(denoiser, swapped, calls)) < 1e-5
     assert apart(ours, hooked(denoiser, {}, calls)) > 1e-3
@@ -143,7 +143,7 @@ def test_means_of_updates_and_heads(tiny_model, tmp_path, by, kind):
         update = update.flatten(2).mT if update.dim() == 4 else update
         seen.append(update.unflatten(0, (2, 2)).mean(dim=(1, 2)))
 
-    handle = model.denoiser.get_submodule(site.port.module).register_forward_hook(note, with_kwargs=True)
+    handle = model.denoiser.get_submodule(site.hook.module).register_forward_hook(note, with_kwargs=True)
     model.pipe(["a red circle", "x"], generator=[torch.Generator().manual_seed(3) for _ in range(2)],
                num_inference_steps=4, guidance_scale=3.0, height=16, width=16)  # fmt: skip
     handle.remove()

@@ -20,6 +20,7 @@ from lesion.replacements import _means as means
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
+from lesion.surgery.intervention import Intervention
 from pipelines import build
 from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
 
@@ -160,7 +161,7 @@ def test_a_denoiser_without_blocks_to_compile_is_refused(cli, tmp_path):
 
 
 def test_means_pass_through_gates(tiny_model, compiled):
-    class Ramp:
+    class Ramp(Intervention):
         """Another value for each step, branch and channel."""
 
         def fill(self, site, call, branches, output):

@@ -7,8 +7,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
-from lesion.replacements.resample import FromCompanion
+from lesion.replacements.resample import Resample
 from lesion.surgery.anatomy import examine
+from lesion.surgery.intervention import Intervention
 from test_anatomy import SD15, SDXL, on_meta
 
 CASES = [
@@ -106,12 +107,12 @@ def test_other_values_keep_the_bias(name, kind, path):
     """Half strength by zero, and a companion's values: of what the head puts into the projection."""
     denoiser, calls = build(name), inputs(name, 2)
     anatomy, head = examine(denoiser, "head", kind), f"{path}.heads.1"
-    ours = under(denoiser, anatomy, [lesion(head, kind=kind), None], calls, FromCompanion("a donor", guided=False))
+    ours = under(denoiser, anatomy, [lesion(head, kind=kind), None], calls, Resample("a donor", guided=False))
     hooks = head_hooks(denoiser, path, [1], lambda x: x[[1, 1]], keeps_bias=True)
     assert apart(ours, hooked(denoiser, hooks, calls)) < 1e-5
     assert apart(ours, hooked(denoiser, {}, calls)) > 1e-4
 
-    class Mean:
+    class Mean(Intervention):
         def fill(self, site, call, branches, output):
             return output.mean(dim=(0, 1), keepdim=True)
 

@@ -7,8 +7,9 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
-from lesion.replacements.resample import FromCompanion
+from lesion.replacements.resample import Resample
 from lesion.surgery.anatomy import AnatomyError, examine, kinds_of
+from lesion.surgery.intervention import Intervention
 from shipped import assert_shipped
 
 LAYERS = {
@@ -172,7 +173,7 @@ def _rows(call, chosen):
     return {name: value if name.endswith("ids") else value[chosen] for name, value in call.items()}
 
 
-class Ramp:
+class Ramp(Intervention):
     """Another value for each step, branch and channel, and for the text's half."""
 
     def fill(self, site, call, branches, output):
@@ -211,7 +212,7 @@ def test_resample_takes_the_companions_values(name, layer, kind):
     """One branch (FLUX's guidance is distilled): an image and its companion, whose values it gets."""
     denoiser, calls = build(name), inputs(name, 2)
     anatomy = examine(denoiser, kind=kind)
-    ours = under(denoiser, anatomy, [lesion(layer, kind=kind), None], calls, FromCompanion("a donor", guided=False))
+    ours = under(denoiser, anatomy, [lesion(layer, kind=kind), None], calls, Resample("a donor", guided=False))
     swap = site_hooks(name, layer, kind, lambda values: values[[1, 1]])
     assert apart(ours, hooked(denoiser, swap, calls)) < 1e-5
     assert apart(ours, hooked(denoiser, {}, calls)) > 1e-3
@@ -225,7 +226,9 @@ def test_blocks_run_again_under_another_condition(name, layer):
     denoiser, calls = build(name), inputs(name, 2)
     anatomy = examine(denoiser, kind="block")
 
-    class Unbiased:
+    class Unbiased(Intervention):
+        changes = "condition"
+
         @contextmanager
         def rerun(self, site, module):
             projection = module.attn.to_q
@@ -252,7 +255,9 @@ def test_only_the_lesioned_half_is_taken_from_a_rerun(name, layer, kind):
     denoiser, calls, halves = build(name), inputs(name, 2), []
     path = f"{layer}.attn" if kind == "joint_attention" else layer
 
-    class Scaled:
+    class Scaled(Intervention):
+        changes = "condition"
+
         @contextmanager
         def rerun(self, site, module):
             attention = denoiser.get_submodule(f"{layer}.attn")
@@ -286,16 +291,16 @@ def test_a_guidance_in_calls_of_its_own_is_refused():
     """Two calls a step, as `true_cfg_scale` makes them, cannot be told apart."""
     from types import SimpleNamespace
 
+    from lesion.denoising.run import Denoising
     from lesion.replacements.zero import Zero
-    from lesion.surgery.operation import lesioned, replacement_key
+    from lesion.surgery.operation import Lesions, replacement_key
 
     denoiser, calls = build("flux"), inputs("flux", 1)
     pipe = SimpleNamespace(_num_timesteps=2, scheduler=SimpleNamespace(timesteps=range(2)))
-    one = lesion("transformer_blocks.0", kind="block")
+    anatomy, one = examine(denoiser, kind="block"), lesion("transformer_blocks.0", kind="block")
     with (
         pytest.raises(RuntimeError, match="called more often than the 2 timesteps"),
-        torch.inference_mode(),
-        lesioned(denoiser, pipe, examine(denoiser, kind="block"), [one], {replacement_key(one): Zero()}),
+        Denoising(pipe, denoiser, 1, [Lesions(anatomy, [one], {replacement_key(one): Zero()})]).running(),
     ):
         for call in calls:
             denoiser(**call)

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from conftest import settings, small_pipeline, tiny_spec
 from lesion import models, replacements
+from lesion.denoising.run import branches_of
 from lesion.generation.generate import call, generate, generators, to_pixels
 from lesion.models import loading
 from lesion.study.grid import Cell
@@ -20,7 +21,7 @@ from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
 from lesion.surgery.hook_points import Share, blend
-from lesion.surgery.operation import branches_of, lesioned, replacement_key
+from lesion.surgery.operation import Lesions, replacement_key
 
 ZERO = Replacement("zero")
 SUBJECTS = [("a red circle", 0), ("a blue square", 1), ("two stars", 7)]
@@ -117,14 +118,11 @@ def test_windows_branches_and_strength(tiny_model):
         site = tiny_model.anatomy.sites[layers[0]][0]
         seen = calls.setdefault(name, [])
         maps = fillers(tiny_model, lesion)
-        with (
-            torch.inference_mode(),
-            lesioned(tiny_model.denoiser, tiny_model.pipe, tiny_model.anatomy, [lesion], maps),
-        ):
-            handle = tiny_model.denoiser.get_submodule(site).register_forward_hook(
-                lambda module, args, output: seen.append((output == 0).all(dim=(1, 2)).tolist())
-            )
-            call(tiny_model, [Prompt(subject[0])], generators([subject[1]]), settings())
+        handle = tiny_model.denoiser.get_submodule(site).register_forward_hook(
+            lambda module, args, output: seen.append((output == 0).all(dim=(1, 2)).tolist())
+        )
+        clients = [Lesions(tiny_model.anatomy, [lesion], maps)]
+        call(tiny_model, [Prompt(subject[0])], generators([subject[1]]), settings(), clients)
         handle.remove()
         return seen
 

@@ -6,16 +6,16 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lesion import tasks
-from lesion.generation.snapshots import Enough, OtherCount, Record, State, States, first_step, going_on, recording
+from lesion.denoising.run import Client, Denoising, Enough
+from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.text_cache import text_projected_once
@@ -23,7 +23,8 @@ from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
-from lesion.surgery.operation import Filler, lesioned, replacement_key
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import Lesions, replacement_key
 
 log = logging.getLogger(__name__)
 
@@ -50,24 +51,33 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def under(
-    model: Model, pipe: Any, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
-) -> AbstractContextManager[None]:
-    """For one `call`, and around each: by the gates of a compiled denoiser, by `surgery.lesioned` otherwise."""
+def under_lesions(
+    model: Model, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]
+) -> list[Client]:
+    """Return the clients of a run in which image i is made under lesions[i]; none where there is nothing to do.
+
+    On a compiled denoiser lesions are put on its gates.
+    """
     if model.gates:
-        return model.gates.lesioned(pipe, model.anatomy, lesions, fillers)
-    return lesioned(model.denoiser, pipe, model.anatomy, lesions, fillers)
+        return [model.gates.lesions(model.anatomy, lesions, interventions)]
+    client = Lesions(model.anatomy, lesions, interventions)
+    return [client] if client.sites else []
 
 
 def call(
-    model: Model, prompts: Sequence[Prompt], noise: Sequence[torch.Generator], settings: Settings
+    model: Model,
+    prompts: Sequence[Prompt],
+    noise: Sequence[torch.Generator],
+    settings: Settings,
+    clients: Sequence[Client] = (),
 ) -> NDArray[np.float32]:
-    """The plain pipeline call: (n, height, width, 3) float in [0, 1]."""
+    """Call the pipeline with these clients taking part: (n, height, width, 3) float in [0, 1]."""
     pipe, inputs = model.pipeline(settings.task), tasks.of(settings.task).inputs(prompts, settings)
     asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inputs, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
-    with model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
+    run = Denoising(pipe, model.denoiser, len(prompts), clients)
+    with run.running(), model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
         images = pipe(**asked).images
     return np.asarray(images)
 
@@ -75,65 +85,65 @@ def call(
 def generate(
     model: Model,
     cells: Sequence[Cell],
-    fillers: Mapping[str, Filler],
+    interventions: Mapping[str, Intervention],
     states: States | None = None,
     windows: Sequence[tuple[float, float]] = (),
 ) -> NDArray[np.float32]:
-    """The images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
+    """Make the images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
 
-    fillers: the replacements at work, by `surgery.replacement_key`. states: where half-made baselines are kept, from
-    which lesions that begin late go on; None: every image is made from its noise. windows: those of the study, for
-    which a baseline leaves its state.
+    interventions: the replacements at work, by `operation.replacement_key`.
+    states: where snapshots of baselines are kept, from which late lesions are resumed; None: every image is made from
+        its noise.
+    windows: those of the study, for which a baseline leaves its snapshot.
     """
     try:
-        return _generate(model, cells, fillers, states, windows)
+        return _generate(model, cells, interventions, states, windows)
     except OtherCount as error:
         log.warning("late windows are made from noise: %s", error)
         assert states is not None
         states.usable = False
-        return _generate(model, cells, fillers, states, windows)
+        return _generate(model, cells, interventions, states, windows)
 
 
 def _generate(
     model: Model,
     cells: Sequence[Cell],
-    fillers: Mapping[str, Filler],
+    interventions: Mapping[str, Intervention],
     states: States | None,
     windows: Sequence[tuple[float, float]],
 ) -> NDArray[np.float32]:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
-    companions = [_companion(lesion, fillers) for lesion in lesions]
-    together = any(companions)
-    if together:  # beside every image one of the donor prompt, un-ablated, with the same noise
+    sources = [_source(lesion, interventions) for lesion in lesions]
+    together = any(sources)
+    if together:  # beside every image one of the source prompt, un-lesioned, with the same noise
         prompts += [
-            replace(prompt, text=donor or prompt.text) for donor, prompt in zip(companions, prompts, strict=True)
+            replace(prompt, text=source or prompt.text) for source, prompt in zip(sources, prompts, strict=True)
         ]
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
-    pipe, late = model.pipeline(settings.task), any(start > 0 for start, _ in windows)
-    record = Record()
-    with torch.inference_mode(), ExitStack() as stack:
-        if late and states and states.usable and not together:  # a companion leaves no state
-            if not any(lesions):
-                record = stack.enter_context(recording(pipe, noise, windows))
-            elif all(lesions) and (kept := _states(model, cells, states)):
-                stack.enter_context(going_on(pipe, model.denoiser, noise, *kept))
-        stack.enter_context(under(model, pipe, lesions, fillers))
-        images = call(model, prompts, noise, settings)[: len(cells)]
-    if states and record.calls:
-        states.note(cells[0], record.calls)
-        for step, batch in record.states.items():
+    clients = under_lesions(model, lesions, interventions)
+    recording = None
+    if states and states.usable and not together and any(start > 0 for start, _ in windows):
+        if not any(lesions):  # an image beside a source prompt's leaves no snapshot
+            recording = Recording(noise, windows)
+            clients.append(recording)
+        elif all(lesions) and (kept := _states(model, cells, states)):
+            clients.append(Resuming(noise, *kept))
+    images = call(model, prompts, noise, settings, clients)[: len(cells)]
+    if states and recording and recording.calls:
+        states.note(cells[0], recording.calls)
+        for step, batch in recording.states.items():
             for cell, state in zip(cells, batch, strict=True):
                 states.put(cell.key, step, state)
     return images
 
 
-def _companion(lesion: Lesion | None, fillers: Mapping[str, Filler]) -> str | None:
+def _source(lesion: Lesion | None, interventions: Mapping[str, Intervention]) -> str | None:
     """The prompt of the image that this lesion's replacement wants beside its own, if it wants one."""
     if lesion is None or lesion.strength == 0:
         return None
-    return getattr(fillers[replacement_key(lesion)], "companion", None)
+    return interventions[replacement_key(lesion)].source_prompt
 
 
 def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[State], int] | None:
@@ -157,10 +167,10 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
     if missing:
         noise = generators([cell.seed for cell in missing])
         settings = missing[0].settings
-        pipe = model.pipeline(settings.task)
-        untouched = under(model, pipe, [None] * len(missing), {})
-        with suppress(Enough), untouched, recording(pipe, noise, [window], stop=True) as record:
-            call(model, [cell.prompt for cell in missing], noise, settings)
+        record = Recording(noise, [window], stop=True)
+        with suppress(Enough):
+            untouched = under_lesions(model, [None] * len(missing), {})
+            call(model, [cell.prompt for cell in missing], noise, settings, [*untouched, record])
         if calls is not None and record.calls != calls:
             raise OtherCount(f"the pipeline takes {record.calls} steps, the kept states are of {calls}")
         states.note(missing[0], record.calls)

@@ -1,7 +1,7 @@
-"""Half-made images: where the denoising of an image stands after some steps, so that it can go on from there.
+"""Snapshots: where the denoising of an image stands after some steps, so that it can be resumed from there.
 
 A lesion that begins at step k leaves the first k steps as they are in the baseline. Its images start from the
-baseline's state at k: the latents, what the scheduler remembers of earlier steps, and the state of the image's noise
+baseline's snapshot at k: the latents, what the scheduler remembers of earlier steps, and the state of the image's noise
 generator. The pipeline itself still runs its own loop; during the first k steps its denoiser is not computed.
 """
 
@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from torch import Tensor
 
+from lesion.denoising.run import Client, DenoiserCall, Denoising, Enough
 from lesion.store import tensors as tensorfiles
 from lesion.study.grid import Cell, ModelIdentity
 from lesion.study.lesions import covers
 from lesion.study.settings import Settings
-from lesion.surgery.operation import calls_in, sample_of
-from lesion.surgery.wrapping import forward_replaced, method_replaced
 
 log = logging.getLogger(__name__)
 _LATENTS, _GENERATOR, _MEMORY, _NUMBER = "latents", "generator", "memory.", "number."
@@ -33,10 +31,6 @@ _LATENTS, _GENERATOR, _MEMORY, _NUMBER = "latents", "generator", "memory.", "num
 
 class Unknown(Exception):
     """This scheduler keeps something between steps that cannot be kept for later."""
-
-
-class Enough(Exception):
-    """All states asked for are there; the rest of the images is not wanted."""
 
 
 class OtherCount(Exception):
@@ -53,14 +47,6 @@ class State:
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
     calls: int
-
-
-@dataclass
-class Record:
-    """What `recording` saw of a pipeline call: denoiser calls in all (0 before its first), and states by step."""
-
-    calls: int = 0
-    states: dict[int, list[State]] = field(default_factory=dict)
 
 
 def first_step(window: tuple[float, float], steps: int) -> int:
@@ -159,83 +145,73 @@ def _restore(scheduler: Any, states: Sequence[State], generators: Sequence[torch
     return laid_out.permute([order.index(dim) for dim in range(latents.dim())])
 
 
-@contextmanager
-def recording(
-    pipe: Any, generators: Sequence[torch.Generator], windows: Sequence[tuple[float, float]], stop: bool = False
-) -> Iterator[Record]:
-    """For one pipeline call: the states of its images where a window begins, by step; filled as the call goes.
+class Recording(Client):
+    """Records the snapshots of a run's images where a window begins.
 
-    stop: raise Enough once all are there. Nothing is recorded for a scheduler whose memory is Unknown.
+    generators: the noise generator of each image.
+    windows: those of the study.
+    stop: raise Enough once all are there.
+
+    calls: denoiser calls of the run, 0 before its first step. states: the snapshots by step; none for a scheduler whose
+    memory is Unknown.
     """
-    scheduler = pipe.scheduler
-    record = Record()
-    wanted: set[int] = set()
-    done = 0
 
-    def make(step: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            if done == 0:
-                record.calls = calls_in(pipe)
-                wanted.update({first_step(window, record.calls) for window in windows} - {0})
-            result = step(*args, **kwargs)
-            done += 1
-            if done in wanted:
-                try:
-                    record.states[done] = _capture(scheduler, result[0], generators, record.calls)
-                except Unknown:
-                    wanted.clear()
-                if stop and wanted <= record.states.keys():
-                    raise Enough
-            return result
+    def __init__(
+        self,
+        generators: Sequence[torch.Generator],
+        windows: Sequence[tuple[float, float]],
+        stop: bool = False,
+    ):
+        self.generators, self.windows, self.stop = generators, windows, stop
+        self.calls = 0
+        self.states: dict[int, list[State]] = {}
+        self._wanted: set[int] = set()
 
-        return counting
+    def before_step(self, run: Denoising, latents: Tensor) -> None:
+        if not self.calls:
+            self.calls = run.calls
+            self._wanted = {first_step(window, self.calls) for window in self.windows} - {0}
 
-    with method_replaced(scheduler, "step", make):
-        yield record
+    def after_step(self, run: Denoising, latents: Tensor) -> None:
+        if run.steps not in self._wanted:
+            return
+        try:
+            self.states[run.steps] = _capture(run.pipe.scheduler, latents, self.generators, self.calls)
+        except Unknown:
+            self._wanted.clear()
+        if self.stop and self._wanted <= self.states.keys():
+            raise Enough
 
 
-@contextmanager
-def going_on(
-    pipe: Any, denoiser: nn.Module, generators: Sequence[torch.Generator], states: Sequence[State], start: int
-) -> Iterator[None]:
-    """For one pipeline call: its first `start` steps are not computed; it goes on from these states, one an image.
+class Resuming(Client):
+    """Resumes a run from snapshots, one an image: its first `start` steps are not computed.
 
-    Raises OtherCount within the call if its number of steps is not that of the states.
+    generators: the noise generator of each image; each is set to where its snapshot was.
+    Raises OtherCount within the run if its number of steps is not that of the snapshots.
     """
-    scheduler, done = pipe.scheduler, 0
 
-    def stub(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def maybe(*args: Any, **kwargs: Any) -> Any:
-            if done >= start:
-                return forward(*args, **kwargs)
-            if (calls := calls_in(pipe)) != states[0].calls:
-                raise OtherCount(f"the pipeline takes {calls} steps, the kept states are of {states[0].calls}")
-            sample = sample_of(args, kwargs)
-            channels = getattr(denoiser.config, "out_channels", None)  # more than it takes in, for a learned variance
-            form = list(sample.shape)
-            if sample.dim() == 4 and isinstance(channels, int):
-                form[1] = channels
-            nothing = sample.new_zeros(form)
-            return Transformer2DModelOutput(sample=nothing) if kwargs.get("return_dict", True) else (nothing,)
+    def __init__(self, generators: Sequence[torch.Generator], states: Sequence[State], start: int):
+        self.generators, self.states, self.start = generators, states, start
 
-        return maybe
+    def before_call(self, run: Denoising, call: DenoiserCall) -> None:
+        if run.steps >= self.start:
+            return
+        if run.calls != self.states[0].calls:
+            raise OtherCount(f"the pipeline takes {run.calls} steps, the kept states are of {self.states[0].calls}")
+        channels = getattr(run.denoiser.config, "out_channels", None)  # more than it takes in, for a learned variance
+        form = list(call.sample.shape)
+        if call.sample.dim() == 4 and isinstance(channels, int):
+            form[1] = channels
+        nothing = call.sample.new_zeros(form)
+        as_class = call.kwargs.get("return_dict", True)
+        call.output = Transformer2DModelOutput(sample=nothing) if as_class else (nothing,)
 
-    def make(step: Callable[..., Any]) -> Callable[..., Any]:
-        def maybe(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done > start:
-                return step(model_output, timestep, sample, *args, **kwargs)
-            latents = _restore(scheduler, states, generators, sample) if done == start else sample
-            return latents, latents  # some schedulers tell a second thing, read after the last step only
-
-        return maybe
-
-    with ExitStack() as stack:
-        stack.enter_context(forward_replaced(denoiser, stub))
-        stack.enter_context(method_replaced(scheduler, "step", make))
-        yield
+    def before_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
+        if run.steps + 1 < self.start:
+            return latents
+        if run.steps + 1 == self.start:
+            return _restore(run.pipe.scheduler, self.states, self.generators, latents)
+        return None
 
 
 class States:

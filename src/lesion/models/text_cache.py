@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesion.surgery.wrapping import forward_replaced
+from lesion.denoising.wrapping import forward_replaced
 
 KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used first out
 

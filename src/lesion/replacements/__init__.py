@@ -1,14 +1,7 @@
-"""By what a site's output can be replaced: one module a replacement, found by its name.
+"""By what a site's contribution is replaced: one file a replacement, found by its name.
 
-A module has two functions (and imports torch only inside the second, since the first is used when planning):
-
-    identity(options) -> dict       what of the options can change pixels, as JSON data; raises RequestError
-    build(options, bench) -> Filler the replacement at work on the bench's model (see `lesion.surgery.Filler`)
-
-and, where it does not suit everything, KINDS (of `layers.kind`) and BRANCHES that it suits, HEADS = False if it cannot
-be had for one attention head, COMPILED = False if its Filler does more than `fill` or reads the output, and
-
-    check_model(model) -> None      raises RequestError if it makes no sense on this ModelSpec
+Each file has one subclass of `lesion.surgery.intervention.Intervention`, which says what the replacement suits, what of
+its options can change pixels, and what it does. Nothing here imports torch before a replacement is built.
 """
 
 from __future__ import annotations
@@ -18,16 +11,15 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
 from lesion.study.lesions import Replacement
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from lesion.models import Model, ModelSpec
     from lesion.study.settings import Settings
-    from lesion.surgery.operation import Filler
 
 
 @dataclass(frozen=True)
@@ -44,40 +36,45 @@ def known() -> tuple[str, ...]:
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
 
 
-def _module(name: str) -> ModuleType:
+def find(name: str) -> type[Intervention]:
+    """Return the class of a replacement. Raises RequestError for an unknown name."""
     if name not in known():
         raise RequestError("replacement", f"unknown replacement {name!r}; allowed: {', '.join(known())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Intervention) and value.__module__ == module.__name__
+    )
+    return found
 
 
 def describe(name: str, options: Mapping[str, Any]) -> Replacement:
-    """The replacement as plain data for the study."""
-    return Replacement(name, _module(name).identity(options))
+    """Return the replacement as plain data for the study. Raises RequestError for wrong options."""
+    return Replacement(name, find(name).identity(options))
 
 
 def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") -> None:
-    """Raises RequestError if the replacement makes no sense for this kind of site or one of these branches."""
-    module = _module(name)
-    suited = getattr(module, "KINDS", (kind,))
-    if kind not in suited:
-        raise RequestError("replacement", f"{name} suits layers.kind={', '.join(suited)} only; got {kind}")
-    if by == "head" and not getattr(module, "HEADS", True):
+    """Raise RequestError if the replacement makes no sense for this kind of site or one of these branches."""
+    one = find(name)
+    if one.kinds is not None and kind not in one.kinds:
+        raise RequestError("replacement", f"{name} suits layers.kind={', '.join(one.kinds)} only; got {kind}")
+    if by == "head" and not one.heads:
         raise RequestError("replacement", f"{name} changes a whole attention, not a head; not with layers.by=head")
-    suited = getattr(module, "BRANCHES", tuple(branches))
-    if unsuited := [branch for branch in branches if branch not in suited]:
-        raise RequestError("replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(suited)}")
+    if unsuited := [branch for branch in branches if branch not in one.branches]:
+        raise RequestError(
+            "replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(one.branches)}"
+        )
 
 
 def check_model(name: str, model: ModelSpec) -> None:
-    """Raises RequestError if the replacement makes no sense on the model that is asked for."""
-    module = _module(name)
-    if model.compile and not getattr(module, "COMPILED", True):
+    """Raise RequestError if the replacement makes no sense on the model that is asked for."""
+    one = find(name)
+    if model.compile and not one.compiled:
         raise RequestError("performance.compile", f"does not work with replacement={name}; allowed here: false")
-    check_one = getattr(module, "check_model", None)
-    if check_one is not None:
-        check_one(model)
+    one.check_model(model)
 
 
-def build(name: str, options: Mapping[str, Any], bench: Bench) -> Filler:
-    filler: Filler = _module(name).build(options, bench)
-    return filler
+def build(name: str, options: Mapping[str, Any], bench: Bench) -> Intervention:
+    """Return the replacement at work on the bench's model, for options that `describe` has checked."""
+    return find(name).build(options, bench)

@@ -9,19 +9,20 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lesion.generation.generate import call, generators, under
+from lesion.denoising.run import Client, Denoising
+from lesion.generation.generate import call, generators, under_lesions
 from lesion.store import tensors as tensorfiles
 from lesion.study.prompts import Prompt
-from lesion.surgery.anatomy import Site
-from lesion.surgery.hook_points import Call
-from lesion.surgery.operation import Steps, TextLength, branches_of
+from lesion.surgery.anatomy import Anatomy, Site
+from lesion.surgery.hook_points import Call, TextLength
 
 if TYPE_CHECKING:
     from lesion.replacements import Bench
@@ -84,26 +85,50 @@ def _key(provenance: Mapping[str, Any]) -> str:
 def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:
     """One pass over the (prompt, seed) pairs in batches."""
     model = bench.model
-    found: dict[str, _Sums] = {}
+    calibration = Calibration(model.anatomy)
     for start in range(0, len(subjects), bench.batch_size):
         batch = subjects[start : start + bench.batch_size]
-        pipe = model.pipeline(bench.settings.task)
-        steps = Steps(pipe)
-        with torch.inference_mode(), ExitStack() as stack:
-            if model.gates:  # compiled code would not run the hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(under(model, pipe, [None] * len(batch), {}))
-            stack.enter_context(steps.counting(model.denoiser))
-            for site in model.anatomy.by_path.values():
-                watch = TextLength()
-                if site.port.block:
-                    block = model.denoiser.get_submodule(site.port.block)
-                    stack.callback(block.register_forward_pre_hook(watch.note, with_kwargs=True).remove)
-                hook = _hook(site, steps, len(batch), watch, found)
-                module = model.denoiser.get_submodule(site.port.module)
+        clients = [*under_lesions(model, [None] * len(batch), {}), calibration]
+        # Compiled code would not run the hooks.
+        with torch.compiler.set_stance("force_eager") if model.gates else nullcontext():
+            noise = generators([seed for _, seed in batch])
+            call(model, [prompt for prompt, _ in batch], noise, bench.settings, clients)
+    return calibration.means()
+
+
+class Calibration(Client):
+    """Sums up what every site puts out, over any number of runs.
+
+    anatomy: of the denoiser.
+    """
+
+    def __init__(self, anatomy: Anatomy):
+        self.anatomy = anatomy
+        self._sums: dict[str, _Sums] = defaultdict(_Sums)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the mean of every part of every site, (calls, 2, channels), unconditional branch first."""
+        return {name: sums.means() for name, sums in self._sums.items()}
+
+    @contextmanager
+    def attached(self, run: Denoising) -> Iterator[None]:
+        with ExitStack() as stack:
+            for site in self.anatomy.by_path.values():
+                text = TextLength()
+                stack.enter_context(text.watching(run.denoiser, site.hook.block))
+                module = run.denoiser.get_submodule(site.hook.module)
+                hook = self._adding(site, run, text)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            call(model, [prompt for prompt, _ in batch], generators([seed for _, seed in batch]), bench.settings)
-    return {name: sums.means() for name, sums in found.items()}
+            yield
+
+    def _adding(self, site: Site, run: Denoising, text: TextLength) -> Callable[..., None]:
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen = Call(module, module.forward, args, kwargs, text.tokens)
+            for part, name in site.parts(output):
+                quantity = site.hook.read(seen, output, part)
+                self._sums[name].add(run.call, run.branches(len(quantity)), quantity)
+
+        return add
 
 
 class _Sums:
@@ -126,14 +151,3 @@ class _Sums:
 
     def means(self) -> Tensor:
         return (torch.stack(self.totals) / torch.stack(self.counts)[..., None]).float().contiguous()
-
-
-def _hook(site: Site, steps: Steps, samples: int, watch: TextLength, found: dict[str, _Sums]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen = Call(module, module.forward, args, kwargs, watch.tokens)
-        for part in range(site.port.parts(output)):
-            quantity = site.port.read(seen, output, part)
-            sums = found.setdefault(site.part(part), _Sums())
-            sums.add(steps.call, branches_of(len(quantity), samples), quantity)
-
-    return hook

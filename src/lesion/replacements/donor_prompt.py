@@ -6,24 +6,43 @@ On the branch `cond` the donor stands in for the prompt alone; `both` gives it t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lesion.replacements._donor import donor_of
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lesion.replacements import Bench
-    from lesion.replacements._texts import OtherText
-
-KINDS = ("cross_attention",)
-HEADS = False
-COMPILED = False
+    from lesion.replacements._texts import Read
 
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    return donor_of(options, "donor_prompt")
+class DonorPrompt(Intervention):
+    """Every row reads the donor's text.
 
+    reads: text features and mask of the donor by site path.
+    """
 
-def build(options: Mapping[str, Any], bench: Bench) -> OtherText:
-    from lesion.replacements._texts import OtherText, read_by_sites
+    changes = "text"
+    kinds = ("cross_attention",)
+    heads = False
+    compiled = False
 
-    return OtherText(read_by_sites(bench.model, options["prompt"], bench.settings))
+    def __init__(self, reads: Mapping[str, Read]):
+        self.reads = reads
+
+    @classmethod
+    def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        return donor_of(options, "donor_prompt")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
+        from lesion.replacements._texts import read_by_sites
+
+        return cls(read_by_sites(bench.model, options["prompt"], bench.settings))
+
+    def text(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> Read:
+        from lesion.replacements._texts import exchanged
+
+        return exchanged(self.reads[site], text, mask)

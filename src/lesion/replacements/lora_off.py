@@ -8,43 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lesion.errors import RequestError
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lesion.models import ModelSpec
     from lesion.replacements import Bench
-    from lesion.surgery.operation import Rerunner
-
-KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
-HEADS = False  # a LoRA belongs to all heads of a projection
-COMPILED = False
 
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    if options:
-        raise RequestError("replacement.lora_off", f"unknown option {next(iter(options))!r}; allowed: none")
-    return {}
+class LoraOff(Intervention):
+    """The site without its LoRAs.
 
+    layers: of each site, the layers to which PEFT has put low-rank matrices; the layer beneath runs alone.
+    """
 
-def check_model(model: ModelSpec) -> None:
-    """Raises RequestError if the model is asked for without a LoRA."""
-    if not model.loras:
-        raise RequestError("replacement", "lora_off has no LoRA to take off; name one in model.loras: [{path: FOLDER}]")
-
-
-class WithoutLoras:
-    """layers: of each site, the layers to which PEFT has put low-rank matrices; the layer beneath runs alone."""
+    changes = "condition"
+    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+    heads = False  # a LoRA belongs to all heads of a projection
+    compiled = False
 
     def __init__(self, layers: Mapping[str, list[Any]]):
         self.layers = layers
 
+    @classmethod
+    def check_model(cls, model: ModelSpec) -> None:
+        """Raise RequestError if the model is asked for without a LoRA."""
+        if not model.loras:
+            raise RequestError(
+                "replacement", "lora_off has no LoRA to take off; name one in model.loras: [{path: FOLDER}]"
+            )
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        anatomy, denoiser = bench.model.anatomy, bench.model.denoiser
+        layers = {
+            site: [part for part in denoiser.get_submodule(site).modules() if isinstance(part, BaseTunerLayer)]
+            for sites in anatomy.sites.values()
+            for site in sites
+        }
+        if not any(layers.values()):
+            raise RequestError(
+                "replacement", f"lora_off: no LoRA has a weight in a {anatomy.kind} module of the denoiser"
+            )
+        if any(layer.merged for parts in layers.values() for layer in parts):
+            raise RequestError("replacement", "lora_off cannot take off a LoRA that is fused into the weights")
+        return cls(layers)
+
     @contextmanager
     def rerun(self, site: str, module: nn.Module) -> Iterator[None]:
-        from lesion.surgery.wrapping import forward_replaced
+        from lesion.denoising.wrapping import forward_replaced
 
         with ExitStack() as stack:
             for layer in self.layers[site]:  # also past what is remembered of its output
@@ -59,19 +77,3 @@ def _only(beneath: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., An
         return beneath(*args, **kwargs)
 
     return lambda forward: alone
-
-
-def build(options: Mapping[str, Any], bench: Bench) -> Rerunner:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    anatomy, denoiser = bench.model.anatomy, bench.model.denoiser
-    layers = {
-        site: [part for part in denoiser.get_submodule(site).modules() if isinstance(part, BaseTunerLayer)]
-        for sites in anatomy.sites.values()
-        for site in sites
-    }
-    if not any(layers.values()):
-        raise RequestError("replacement", f"lora_off: no LoRA has a weight in a {anatomy.kind} module of the denoiser")
-    if any(layer.merged for parts in layers.values() for layer in parts):
-        raise RequestError("replacement", "lora_off cannot take off a LoRA that is fused into the weights")
-    return WithoutLoras(layers)

@@ -1,6 +1,6 @@
 """`mean`: the output becomes its dataset mean, per site, denoising step, CFG branch and channel.
 
-The mean runs over the images of a named calibration set and over the positions of the feature map; see `lesion.means`.
+The mean runs over the images of a named calibration set and over the positions of the feature map; see `_means`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lesion.errors import RequestError
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lesion.replacements import Bench
-
-KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
 
 
 def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
@@ -37,26 +36,31 @@ def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], t
     return name, prompts, parse_seeds(seeds, f"{key}.seeds")
 
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    _, prompts, seeds = _calibration(options)
-    texts = json.dumps([prompt.text for prompt in prompts] + [prompt.digest for prompt in prompts if prompt.digest])
-    return {"calibration": {"prompts": hashlib.sha256(texts.encode()).hexdigest(), "seeds": list(seeds)}}
+class Mean(Intervention):
+    """The mean of a site's output over the calibration set.
 
+    means: for each site a tensor (calls, 2, channels): unconditional branch first.
+    """
 
-class Mean:
-    """means: for each site a tensor (calls, 2, channels): unconditional branch first."""
+    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
 
     def __init__(self, means: Mapping[str, Tensor]):
         self.means = dict(means)
+
+    @classmethod
+    def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        _, prompts, seeds = _calibration(options)
+        texts = json.dumps([prompt.text for prompt in prompts] + [prompt.digest for prompt in prompts if prompt.digest])
+        return {"calibration": {"prompts": hashlib.sha256(texts.encode()).hexdigest(), "seeds": list(seeds)}}
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
+        from lesion.replacements._means import calibrated
+
+        name, prompts, seeds = _calibration(options)
+        return cls(calibrated(bench, name, prompts, seeds))
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         mean = self.means[site] = self.means[site].to(output.device)
         rows = mean[call][branches]  # (rows, channels)
         return rows[:, :, None, None] if output.dim() == 4 else rows[:, None, :]
-
-
-def build(options: Mapping[str, Any], bench: Bench) -> Mean:
-    from lesion.replacements._means import calibrated
-
-    name, prompts, seeds = _calibration(options)
-    return Mean(calibrated(bench, name, prompts, seeds))

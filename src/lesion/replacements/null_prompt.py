@@ -4,40 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from lesion.errors import RequestError
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lesion.replacements import Bench
-    from lesion.surgery.operation import TextFiller
-
-KINDS = ("cross_attention",)
-HEADS = False
-COMPILED = False
-BRANCHES = ("both", "cond")  # the unconditional branch reads it anyway
+    from lesion.replacements._texts import Read
 
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    if options:
-        raise RequestError("replacement.null_prompt", f"unknown option {next(iter(options))!r}; allowed: none")
-    return {}
+class NullPrompt(Intervention):
+    """Every row reads the unconditional text.
 
+    reads: text features and mask of the unconditional prompt by site path, where there is no guidance; None where there
+    is: each image's unconditional row, in the first half of the batch, is then what its rows read.
+    """
 
-class Unconditional:
-    """Every row reads what its own image's unconditional row reads, the first half of the batch."""
+    changes = "text"
+    kinds = ("cross_attention",)
+    branches = ("both", "cond")  # the unconditional branch reads it anyway
+    heads = False
+    compiled = False
 
-    def retell(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __init__(self, reads: Mapping[str, Read] | None = None):
+        self.reads = reads
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
+        from lesion.replacements._texts import read_by_sites
+
+        if bench.settings.guided:
+            return cls()
+        settings = replace(bench.settings, negative_prompt=None)
+        return cls(read_by_sites(bench.model, bench.settings.negative_prompt or "", settings))
+
+    def text(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> Read:
+        from lesion.replacements._texts import exchanged
+
+        if self.reads is not None:
+            return exchanged(self.reads[site], text, mask)
         half = len(text) // 2
         return text[:half].repeat(2, 1, 1), None if mask is None else mask[:half].repeat(2, *[1] * (mask.dim() - 1))
-
-
-def build(options: Mapping[str, Any], bench: Bench) -> TextFiller:
-    from lesion.replacements._texts import OtherText, read_by_sites
-
-    if bench.settings.guided:
-        return Unconditional()
-    settings = replace(bench.settings, negative_prompt=None)
-    return OtherText(read_by_sites(bench.model, bench.settings.negative_prompt or "", settings))

@@ -6,36 +6,40 @@ The donor's image is made beside each lesioned one, in the same batch, so nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lesion.replacements._donor import donor_of
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lesion.replacements import Bench
 
-KINDS = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
-COMPILED = False
 
+class Resample(Intervention):
+    """A site's output in the image of the source prompt.
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    return donor_of(options, "resample")
+    source_prompt: the donor.
+    guided: whether each image has an unconditional row beside its conditional one.
+    """
 
-
-class FromCompanion:
-    """companion: the donor prompt. Each branch holds the images first and their companions after, in the same order."""
-
+    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+    compiled = False
     reads_output = True
 
-    def __init__(self, companion: str, guided: bool):
-        self.companion, self.branches = companion, 2 if guided else 1
+    def __init__(self, source_prompt: str, guided: bool):
+        self.source_prompt, self.guidance_branches = source_prompt, 2 if guided else 1
+
+    @classmethod
+    def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        return donor_of(options, "resample")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
+        return cls(options["prompt"], bench.settings.guided)
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
-        rows = output.unflatten(0, (self.branches, 2, -1))  # (branches, image or companion, images, …)
-        donors: Tensor = rows[:, 1:].expand_as(rows).flatten(0, 2)
-        return donors
-
-
-def build(options: Mapping[str, Any], bench: Bench) -> FromCompanion:
-    return FromCompanion(options["prompt"], bench.settings.guided)
+        rows = output.unflatten(0, (self.guidance_branches, 2, -1))  # (branches, image or its source, images, …)
+        sources: Tensor = rows[:, 1:].expand_as(rows).flatten(0, 2)
+        return sources

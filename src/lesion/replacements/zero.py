@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lesion.errors import RequestError
+from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lesion.replacements import Bench
 
+class Zero(Intervention):
+    """Nothing in the place of a site's contribution."""
 
-def identity(options: Mapping[str, Any]) -> dict[str, Any]:
-    if options:
-        raise RequestError("replacement.zero", f"unknown option {next(iter(options))!r}; allowed: none")
-    return {}
-
-
-class Zero:
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         return output.new_zeros(())
-
-
-def build(options: Mapping[str, Any], bench: Bench) -> Zero:
-    return Zero()

@@ -21,7 +21,8 @@ from lesion.store.images import Picture, Store
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.study.settings import Settings
-from lesion.surgery.operation import Filler, replacement_key
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import replacement_key
 
 log = logging.getLogger(__name__)
 WAITING = (1.0, 15.0)  # seconds between looks at what other processes are making: from, up to
@@ -55,7 +56,7 @@ class Maker:
         self.states = States(store.states)
         self.failures: dict[str, str] = {}
         self.size = study.settings.batch_size or 0
-        self.fillers: dict[str, Filler] = {}
+        self.interventions: dict[str, Intervention] = {}
         self.broken: dict[str, str] = {}
 
     def run(self, progress: Callable[[int], None]) -> None:
@@ -97,16 +98,16 @@ class Maker:
         """The replacements at work; one that cannot be made ready costs only its own cells."""
         for lesion in self.study.lesions():
             key, name = replacement_key(lesion), lesion.replacement.name
-            if key in self.fillers or key in self.broken:
+            if key in self.interventions or key in self.broken:
                 continue
-            filler, why = self._built(name)
-            if filler is not None:
-                self.fillers[key] = filler
+            intervention, why = self._built(name)
+            if intervention is not None:
+                self.interventions[key] = intervention
             else:
                 self.broken[key] = f"replacement {name} could not be made ready: {why}"
                 log.error(self.broken[key])
 
-    def _built(self, name: str) -> tuple[Filler | None, str]:
+    def _built(self, name: str) -> tuple[Intervention | None, str]:
         """The replacement at work, or None and why not. Out of memory it is tried again with half the batch."""
         while True:
             size = min(self.size, 32)
@@ -136,7 +137,7 @@ class Maker:
             self._give_up(batch, broken, claims)
             return
         try:
-            images = generate(self.model, batch, self.fillers, self.states, self.study.windows)
+            images = generate(self.model, batch, self.interventions, self.states, self.study.windows)
         except Exception as error:  # whatever a model can raise, the other cells go on
             # No more is kept of it: the traceback holds every tensor of the failed call, whose room the retry needs.
             why, crowded = brief(error), memory.ran_out(error)

@@ -17,7 +17,15 @@ from typing import Any
 from torch import nn
 
 from lesion.study.layers import KINDS, WITH_HEADS
-from lesion.surgery.hook_points import FromText, Head, HeadTokens, ImageStream, ImageTokens, Port, Update
+from lesion.surgery.hook_points import (
+    FromText,
+    Heads,
+    HeadsOfTokens,
+    HookPoint,
+    ImageStream,
+    ImageTokens,
+    Update,
+)
 
 PLACES = ("down", "mid", "up")
 _SITE = re.compile(
@@ -38,9 +46,12 @@ class AnatomyError(Exception):
 class Site:
     """One place whose contribution can be replaced.
 
-    path: its module path; of an attention head, the attention's with `.heads.H` behind. channels: width of what is
-    replaced. heads, head_dim: attention heads and channels of each. text_dim: channels of the text features it reads.
-    The last three are 0 where there are none. port: how what is replaced is read and written.
+    path: its module path; of an attention head, the attention's with `.heads.H` behind.
+    channels: width of what is replaced.
+    heads, head_dim: attention heads and channels of each; 0 where there are none.
+    text_dim: channels of the text features it reads; 0 where it reads none.
+    hook: how what is replaced is read and written.
+    head: which part of a hook point of several heads it is; None for all that the hook point reads.
     """
 
     path: str
@@ -48,11 +59,17 @@ class Site:
     heads: int
     head_dim: int
     text_dim: int
-    port: Port = field(default=Port(""), repr=False)
+    hook: HookPoint = field(default=HookPoint(""), repr=False)
+    head: int | None = None
 
-    def part(self, number: int) -> str:
-        """Name of one of the parts that its port reads: the text's half of a block has one of its own."""
-        return f"{self.path}:text" if number else self.path
+    def parts(self, output: Any) -> list[tuple[int, str]]:
+        """The parts of the hook point's quantity that are its own, each with a name.
+
+        The text's half of a block has the site's path with `:text` behind.
+        """
+        if self.head is not None:
+            return [(self.head, self.path)]
+        return [(part, f"{self.path}:text" if part else self.path) for part in range(self.hook.parts(output))]
 
 
 @dataclass(frozen=True)
@@ -224,13 +241,13 @@ _GROUPS: dict[str, Callable[[re.Match[str]], str]] = {
 def _site(part: _Part, kind: str) -> Site:
     module, path = part.module, part.path
     block = part.match["block"] if part.concatenated else ""
-    port: Port = Port(path)
+    hook = HookPoint(path)
     if kind == "text_to_image":
-        port = FromText(path, block, single=bool(block))
+        hook = FromText(path, block, single=bool(block))
     elif block:
-        port = ImageTokens(path, block)
+        hook = ImageTokens(path, block)
     elif kind == "joint_attention":
-        port = ImageStream(path)
+        hook = ImageStream(path)
     heads = int(getattr(module, "heads", 0))
     crosses = bool(getattr(module, "is_cross_attention", False))
     return Site(
@@ -239,7 +256,7 @@ def _site(part: _Part, kind: str) -> Site:
         heads=heads,
         head_dim=int(getattr(module, "inner_dim", 0)) // heads if heads else 0,
         text_dim=int(module.added_kv_proj_dim) if part.joint else int(module.cross_attention_dim) if crosses else 0,
-        port=port,
+        hook=hook,
     )
 
 
@@ -247,15 +264,14 @@ def _heads(part: _Part) -> Iterator[Site]:
     module, path, block = part.module, part.path, part.match["block"]
     heads, inner = int(module.heads), int(module.inner_dim)
     if part.concatenated:
-        ports: list[Port] = [HeadTokens(path, block, head=head, heads=heads) for head in range(heads)]
+        hook: HookPoint = HeadsOfTokens(path, block, heads=heads)
     elif isinstance(getattr(module, "to_out", None), nn.ModuleList):
-        ports = [Head(f"{path}.to_out.0", head=head, heads=heads) for head in range(heads)]
+        hook = Heads(f"{path}.to_out.0", heads=heads)
     else:
         raise AnatomyError(f"{path} has no output projection to_out.0 whose input its heads could share", "layers.by")
     width = inner // heads
-    for head, port in enumerate(ports):
-        # Behind a head's channels comes the share of the bias; see `ports.Head`.
-        yield Site(f"{path}.heads.{head}", width, 1, width, 0, port)
+    for head in range(heads):  # behind a head's channels comes the share of the bias; see `hook_points.Heads`
+        yield Site(f"{path}.heads.{head}", width, 1, width, 0, hook, head)
 
 
 def _width_of_block(part: _Part) -> int:

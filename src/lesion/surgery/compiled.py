@@ -7,22 +7,23 @@ the repeated blocks are compiled, and a lesion only fills in their tensors. Open
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lesion.denoising.run import Client, DenoiserCall, Denoising
 from lesion.study.lesions import Lesion
 from lesion.surgery.anatomy import Anatomy
-from lesion.surgery.operation import Filler, Fitting, Steps, fittings, replacement_key, sample_of
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import Lesions, SiteLesions, replacement_key
 
 _WEIGHT, _VALUE = "lesion_weight", "lesion_value"
-_MORE = ("reads_output", "retell", "rerun", "companion")  # what a filler may do besides putting a value in
 
 
 def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Row by row as `surgery.blend`: weight 0 keeps the output and 1 takes the value, both to the bit."""
+    """Row by row as `hook_points.blend`: weight 0 keeps the output and 1 takes the value, both to the bit."""
     rows = output.shape[0]  # of at least as many: a buffer's own length is a constant to the compiler
     weight, value = getattr(module, _WEIGHT)[:rows], getattr(module, _VALUE)[:rows]  # (rows, 1, 1), (rows, 1, channels)
     mixed = torch.where(weight == 1, value, output + weight * (value - output))
@@ -30,13 +31,12 @@ def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class Gates:
-    """The gates of one denoiser, open but for the time of a call under lesions.
+    """The gates of one denoiser, open but for the time of a run under lesions.
 
     anatomy: any whose layers have all its sites between them.
     """
 
     def __init__(self, denoiser: nn.Module, anatomy: Anatomy):
-        self.denoiser = denoiser
         self.modules = {
             site.path: (denoiser.get_submodule(site.path), site.channels)
             for layer in anatomy.layers
@@ -47,48 +47,35 @@ class Gates:
             self._set(path, _VALUE, torch.zeros(1, 1, 1))
             module.register_forward_hook(gate)
 
-    @contextmanager
-    def lesioned(
-        self, pipe: Any, anatomy: Anatomy, lesions: Sequence[Lesion | None], fillers: Mapping[str, Filler]
-    ) -> Iterator[None]:
-        """As `surgery.lesioned`, but entered without any lesion, too: it fits the gates to a call's rows and precision.
+    def lesions(
+        self, anatomy: Anatomy, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]
+    ) -> Client:
+        """Return the client that puts these lesions on the gates; see `operation.Lesions` for the arguments.
 
-        The gates are open again behind it.
-        Raises RuntimeError for a lesion whose filler reads the output, which a gate cannot show it, or whose site has
-        no gate.
+        It is needed in a run without any lesion, too: it fits the gates to the rows and the precision of a call.
+        Raises RuntimeError for a lesion whose intervention does more than put a value in, or whose site has no gate.
         """
-        used = [fillers[replacement_key(lesion)] for lesion in lesions if lesion and lesion.strength]
-        if any(hasattr(filler, name) for filler in used for name in _MORE):
+        used = [interventions[replacement_key(lesion)] for lesion in lesions if lesion and lesion.strength]
+        if any(one.changes != "output" or one.reads_output or one.source_prompt for one in used):
             raise RuntimeError("this replacement does more than put a value in: set performance.compile=false")
-        steps = Steps(pipe)
-        fitted = fittings(anatomy, lesions, fillers, steps)
-        if without := fitted.keys() - self.modules.keys():
+        client = _OnGates(self, anatomy, lesions, interventions)
+        if without := client.sites.keys() - self.modules.keys():
             raise RuntimeError(f"{min(without)} has no gate: set performance.compile=false")
+        return client
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for path in self.modules:
-                self._fill(path, fitted.get(path), len(sample_of(args, kwargs)))
-
-        with ExitStack() as stack:
-            stack.callback(self._open)
-            stack.enter_context(steps.counting(self.denoiser))
-            stack.callback(self.denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
-            yield
-
-    def _open(self) -> None:
-        """No lesion stays, should anything call the denoiser outside."""
+    def open(self) -> None:
+        """Take every lesion off, should anything call the denoiser outside."""
         for module, _ in self.modules.values():
             getattr(module, _WEIGHT).zero_()
 
-    def _fill(self, path: str, fitting: Fitting | None, rows: int) -> None:
-        """Set one gate for the present call: shapes are the same whatever the lesion."""
+    def fill(self, path: str, lesions: SiteLesions | None, rows: int, call: int) -> None:
+        """Set one gate for the present denoiser call: shapes are the same whatever the lesion."""
         module, channels = self.modules[path]
         like = next(module.parameters()).new_zeros(rows, 1, channels)
         weight, value = like[..., :1], like
-        if fitting is not None and fitting.weights(rows)[1]:
-            branches, shares = fitting.shares(like)
-            for name, share in shares.items():
-                filled = fitting.fillers[name].fill(path, fitting.steps.call, branches, like).to(like.dtype)
+        if lesions is not None and (now := lesions.rows(like)).acts:
+            for key, share in now.shares.items():
+                filled = lesions.interventions[key].fill(path, call, now.branches, like).to(like.dtype)
                 value = torch.where(share.column > 0, filled.expand_as(like), value)
                 weight = weight + share.column
         self._set(path, _WEIGHT, weight)
@@ -105,3 +92,30 @@ class Gates:
                 now = value.new_empty(room, *value.shape[1:])
                 module.register_buffer(name, now, persistent=False)
         now[:rows].copy_(value)
+
+
+class _OnGates(Lesions):
+    """As `Lesions`, with gates in the place of wrapped modules."""
+
+    def __init__(
+        self,
+        gates: Gates,
+        anatomy: Anatomy,
+        lesions: Sequence[Lesion | None],
+        interventions: Mapping[str, Intervention],
+    ):
+        super().__init__(anatomy, lesions, interventions)
+        self.gates = gates
+
+    @contextmanager
+    def attached(self, run: Denoising) -> Iterator[None]:
+        self.run = run
+        try:
+            yield
+        finally:
+            self.gates.open()
+
+    def before_call(self, run: Denoising, call: DenoiserCall) -> None:
+        super().before_call(run, call)
+        for path in self.gates.modules:
+            self.gates.fill(path, self.sites.get(path), len(call.sample), run.call)

@@ -1,13 +1,14 @@
 """Where in a call of a module the lesioned quantity lies: how it is read, and how an output with another is made.
 
-One class a kind of quantity. Anatomy gives every site its port; surgery and means know no more of a module than this.
-Shapes: rows are (image, CFG branch) pairs and come first everywhere; channels are last in 3-D tensors and second in 4-D
-feature maps.
+One class a kind of quantity. Anatomy gives every site its hook point; lesions and calibration know no more of a module
+than this. Shapes: rows are (image, CFG branch) pairs and come first everywhere; channels are last in 3-D tensors and
+second in 4-D feature maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -56,9 +57,11 @@ def keeps_shape(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module. forward: what it would do un-lesioned. text_tokens: length of the text in front of the
-    image in a concatenated sequence, as the block around the module was called (0 where that is not asked for). memo:
-    what a port has found out and may want again.
+    """One call of a module.
+
+    forward: what it would do un-lesioned.
+    text_tokens: length of the text in front of the image in a concatenated sequence, as the block around the module
+        was called; 0 where that is not asked for.
     """
 
     module: nn.Module
@@ -66,7 +69,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     text_tokens: int = 0
-    memo: dict[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Tensor] = field(default_factory=dict)  # what a hook point has found out and may want again
 
     def run(self) -> Any:
         return self.forward(*self.args, **self.kwargs)
@@ -81,18 +84,35 @@ class Call:
         return value
 
 
+class TextLength:
+    """Notes how many text tokens a block is called with, for the modules in it that see text and image concatenated."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    @contextmanager
+    def watching(self, denoiser: nn.Module, block: str) -> Iterator[None]:
+        """Watch the block of this path; none if it is ""."""
+        if not block:
+            yield
+            return
+        handle = denoiser.get_submodule(block).register_forward_pre_hook(self._note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+        self.tokens = text.shape[1]
+
+
+# Values in the place of parts of a hook point's quantity: (part, values broadcastable to it, share of the rows).
+Changes = Sequence[tuple[int, Tensor, Share]]
+
+
 @dataclass(frozen=True)
-class Change:
-    """Values in the place of one part of one port's quantity, for its share of the rows."""
-
-    port: Port
-    part: int
-    values: Tensor
-    share: Share
-
-
-@dataclass(frozen=True)
-class Port:
+class HookPoint:
     """The whole output of a module, a tensor: (rows, tokens, channels) or (rows, channels, height, width).
 
     module: path of the module that is called. block: path of the block whose call says how long the text is, "" if
@@ -116,12 +136,12 @@ class Port:
         quantity: Tensor = output
         return quantity
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
         """The output with these changes."""
         if not isinstance(output, Tensor):
             raise RuntimeError(f"{self.module} ({type(call.module).__name__}) puts out no single tensor")
-        for change in changes:
-            output = blend(output, change.values, change.share)
+        for _, values, share in changes:
+            output = blend(output, values, share)
         return output
 
     def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
@@ -135,7 +155,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class ImageStream(Port):
+class ImageStream(HookPoint):
     """The image's half of what a joint attention puts out: the first of its tensors, (rows, tokens, channels)."""
 
     everything = False
@@ -147,7 +167,7 @@ class ImageStream(Port):
         quantity: Tensor = output[0]
         return quantity
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
         return (super().write(call, output[0], changes), *output[1:])
 
     def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
@@ -155,7 +175,7 @@ class ImageStream(Port):
 
 
 @dataclass(frozen=True)
-class ImageTokens(Port):
+class ImageTokens(HookPoint):
     """The image's tokens of a sequence that has the text's in front, (rows, image tokens, channels)."""
 
     everything = False
@@ -167,7 +187,7 @@ class ImageTokens(Port):
         quantity: Tensor = output[:, call.text_tokens :]
         return quantity
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
         image = super().write(call, output[:, call.text_tokens :], changes)
         return torch.cat([output[:, : call.text_tokens], image], dim=1)
 
@@ -177,7 +197,7 @@ class ImageTokens(Port):
 
 
 @dataclass(frozen=True)
-class Update(Port):
+class Update(HookPoint):
     """What a block adds to its input: its residual update, output - input, of the image and, where it has one, of the
     text (parts 0 and 1). Without it (zero) the block is an identity.
     """
@@ -199,12 +219,11 @@ class Update(Port):
         stream: Tensor = output if position is None else output[position]
         return stream - self._inputs(call)[part]
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
         inputs, positions = self._inputs(call), self._positions(call, output)
         streams = {part: output if where is None else output[where] for part, where in enumerate(positions)}
-        for change in changes:
-            new = inputs[change.part] + change.values
-            streams[change.part] = blend(streams[change.part], new, change.share)
+        for part, values, share in changes:
+            streams[part] = blend(streams[part], inputs[part] + values, share)
         if positions == [None]:
             return streams[0]
         if not isinstance(output, tuple):  # diffusers' output classes
@@ -247,7 +266,7 @@ def _two_streams(output: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class FromText(Port):
+class FromText(HookPoint):
     """What the image's queries get from the text's keys in a joint attention: its output for the image, less that of
     a second pass in which the image is alone. Without it (zero) image queries cannot see text keys: the softmax runs
     over the image's keys only. The text's own half stays as it was.
@@ -265,10 +284,10 @@ class FromText(Port):
         image: Tensor = output[:, call.text_tokens :] if self.single else output[0]
         return image - self._alone(call)
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
         image, alone = (output[:, call.text_tokens :] if self.single else output[0]), self._alone(call)
-        for change in changes:
-            image = blend(image, alone + change.values, change.share)
+        for _, values, share in changes:
+            image = blend(image, alone + values, share)
         if self.single:
             return torch.cat([output[:, : call.text_tokens], image], dim=1)
         return (image, *output[1:])
@@ -300,41 +319,42 @@ class FromText(Port):
 
 
 @dataclass(frozen=True)
-class Head(Port):
-    """One attention head's part of an attention's output, W_h x_h + b/H: H heads share the output projection's bias.
+class Heads(HookPoint):
+    """The attention heads of an attention whose output projection they share; part h is head h.
 
-    The module is that projection. The quantity is its input from this head with a 1 behind, (rows, tokens, head
-    channels + 1): the 1 stands for the head's share of the bias, so zero takes that away, too, and the lesions of all
-    heads by zero give zeros to the bit. head: from 0. heads: H.
+    The module is that projection. Head h contributes W_h x_h + b/H to its output: H heads share the bias. The quantity
+    is the projection's input from this head with a 1 behind, (rows, tokens, head channels + 1): the 1 stands for the
+    head's share of the bias, so that zero takes that away, too, and the lesions of all heads by zero give zeros to the
+    bit. heads: H.
     """
 
     everything = False
-    head: int = 0
     heads: int = 1
+
+    def parts(self, output: Any) -> int:
+        return self.heads
 
     def placeholder(self, call: Call) -> Any | None:
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        mine = call.hidden[..., self._slice(call.hidden)]
+        mine = call.hidden[..., self._slice(call.hidden, part)]
         return torch.cat([mine, torch.ones_like(mine[..., :1])], dim=-1)
 
-    def _slice(self, inputs: Tensor) -> slice:
+    def _slice(self, inputs: Tensor, head: int) -> slice:
         width = inputs.shape[-1] // self.heads
-        return slice(self.head * width, (self.head + 1) * width)
+        return slice(head * width, (head + 1) * width)
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
-        inputs, touched = call.hidden.clone(), torch.zeros_like(changes[0].share.column, dtype=torch.bool)
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
+        inputs, touched = call.hidden.clone(), torch.zeros_like(changes[0][2].column, dtype=torch.bool)
+        heads: dict[int, Tensor] = {}
+        for head, values, share in changes:
+            before = heads[head] if head in heads else self.read(call, output, head)
+            heads[head] = blend(before, values, share)
+            touched = touched | (share.column > 0)
         lost: Any = 0.0  # shares of the bias, (rows, tokens, 1), in heads
-        parts: dict[Head, Tensor] = {}
-        for change in changes:
-            port = change.port
-            assert isinstance(port, Head)
-            before = parts[port] if port in parts else port.read(call, output, change.part)
-            parts[port] = blend(before, change.values, change.share)
-            touched = touched | (change.share.column > 0)
-        for port, quantity in parts.items():
-            inputs[..., port._slice(inputs)] = quantity[..., :-1]
+        for head, quantity in heads.items():
+            inputs[..., self._slice(inputs, head)] = quantity[..., :-1]
             lost = lost + (quantity[..., -1:] - 1)
         bias = call.forward(inputs.new_zeros(1, 1, inputs.shape[-1]))
         changed = call.forward(inputs) + bias * (lost / self.heads)
@@ -342,23 +362,28 @@ class Head(Port):
 
 
 @dataclass(frozen=True)
-class HeadTokens(ImageTokens):
-    """One head's channels of the image's tokens, of an attention without an output projection of its own."""
+class HeadsOfTokens(ImageTokens):
+    """The heads of an attention without an output projection of its own: channels of the image's tokens, head by head.
 
-    head: int = 0
+    heads: how many.
+    """
+
     heads: int = 1
 
+    def parts(self, output: Any) -> int:
+        return self.heads
+
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        return super().read(call, output, part)[..., self._slice(output)]
+        return super().read(call, output, part)[..., self._slice(output, part)]
 
-    def _slice(self, output: Tensor) -> slice:
+    def _slice(self, output: Tensor, head: int) -> slice:
         width = output.shape[-1] // self.heads
-        return slice(self.head * width, (self.head + 1) * width)
+        return slice(head * width, (head + 1) * width)
 
-    def write(self, call: Call, output: Any, changes: Sequence[Change]) -> Any:
-        new = output.clone()
-        for change in changes:
-            assert isinstance(change.port, HeadTokens)
-            mine = new[:, call.text_tokens :, change.port._slice(output)]
-            mine.copy_(blend(mine.clone(), change.values, change.share))
-        return new
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
+        changed: Tensor = output.clone()
+        for head, values, share in changes:
+            part = self._slice(output, head)
+            image = changed[:, call.text_tokens :, part]
+            changed[:, call.text_tokens :, part] = blend(image, values, share)
+        return changed

@@ -1,0 +1,199 @@
+"""One denoising run: a pipeline's way from noise to images, as an object with events.
+
+The pipeline runs its own loop. `Denoising` stands between it, its denoiser and its scheduler: it alone counts denoiser
+calls and scheduler steps, knows the guidance branch of every row, and tells its clients. Lesions, snapshots and
+calibration are clients; so is whatever else looks into a run or steers it. A client is a subclass of `Client` with the
+events that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lesion.denoising.wrapping import forward_replaced, method_replaced
+
+UNCOND, COND = 0, 1  # branches of classifier-free guidance
+
+
+class Enough(Exception):
+    """Raised by a client in an event: it has what it wanted, and nobody needs the images."""
+
+
+@dataclass
+class DenoiserCall:
+    """One call of the denoiser.
+
+    args, kwargs: its arguments; a client may change them before the call.
+    output: what it puts out; None before the call. A client that sets it before the call answers in the denoiser's
+        place, one that sets it after the call changes the answer.
+    """
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+    @property
+    def sample(self) -> Tensor:
+        """The noisy latents among the arguments, (rows, …): UNets and transformers name them differently."""
+        return sample_of(self.args, self.kwargs)
+
+
+class Client:
+    """Something that takes part in a denoising run. Every event does nothing unless a subclass says otherwise."""
+
+    gradients: ClassVar[bool] = False
+    """Whether its events compute gradients. The run is then under `no_grad` instead of `inference_mode`; an event that
+    wants gradients says `torch.enable_grad()` itself."""
+
+    def attached(self, run: Denoising) -> AbstractContextManager[None]:
+        """Return a context that is entered before the pipeline is called and left after it, whatever happens."""
+        return nullcontext()
+
+    def before_call(self, run: Denoising, call: DenoiserCall) -> None:
+        """Before the denoiser is called."""
+
+    def after_call(self, run: Denoising, call: DenoiserCall) -> None:
+        """After the denoiser was called, or a client answered in its place."""
+
+    def before_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
+        """Before a scheduler step. Latents that are returned become its result; the scheduler is then not asked."""
+
+    def after_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
+        """After a scheduler step, with its result in hand. Latents that are returned take its place."""
+
+
+class Denoising:
+    """One call of a pipeline.
+
+    pipe: a diffusers pipeline.
+    denoiser: its UNet or transformer.
+    samples: images of the call.
+    clients: in the order in which they are told of an event.
+    """
+
+    def __init__(self, pipe: Any, denoiser: nn.Module, samples: int, clients: Sequence[Client] = ()):
+        self.pipe, self.denoiser, self.samples, self.clients = pipe, denoiser, samples, tuple(clients)
+        self.steps = 0  # scheduler steps done
+        self._call = -1
+        self._calls: int | None = None
+        self._aside = False
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls from noise to images. Known from the first call on: the pipeline then has its timesteps."""
+        if self._calls is None:
+            self._calls = calls_in(self.pipe)
+        return self._calls
+
+    @property
+    def call(self) -> int:
+        """Number of the present denoiser call, from 0.
+
+        Raises RuntimeError where the pipeline calls its denoiser more than once a step.
+        """
+        if self._call >= self.calls:
+            raise RuntimeError(
+                f"the denoiser is called more often than the {self.calls} timesteps of "
+                f"{type(self.pipe.scheduler).__name__} (a guidance that calls it twice a step?); "
+                "steps and branches cannot be told apart"
+            )
+        return self._call
+
+    def branches(self, rows: int) -> Tensor:
+        """The guidance branch of each row of a denoiser call, (rows,)."""
+        return branches_of(rows, self.samples)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it a client may call the denoiser for itself: such a call counts for nothing and tells nobody."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Call the pipeline within this block, once."""
+        with ExitStack() as stack:
+            differentiable = any(client.gradients for client in self.clients)
+            stack.enter_context(torch.no_grad() if differentiable else torch.inference_mode())
+            if self.clients:
+                stack.enter_context(forward_replaced(self.denoiser, self._told_of_calls))
+            if any(_tells(client, "before_step") or _tells(client, "after_step") for client in self.clients):
+                stack.enter_context(method_replaced(self.pipe.scheduler, "step", self._told_of_steps))
+            for client in self.clients:
+                stack.enter_context(client.attached(self))
+            yield
+
+    def _told_of_calls(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if self._aside:
+                return forward(*args, **kwargs)
+            self._call += 1
+            call = DenoiserCall(list(args), kwargs)
+            for client in self.clients:
+                client.before_call(self, call)
+            if call.output is None:
+                call.output = forward(*call.args, **call.kwargs)
+            for client in self.clients:
+                client.after_call(self, call)
+            return call.output
+
+        return told
+
+    def _told_of_steps(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            sample = args[2] if len(args) > 2 else kwargs["sample"]
+            for client in self.clients:
+                if (latents := client.before_step(self, sample)) is not None:
+                    self.steps += 1
+                    return latents, latents  # some schedulers give a second tensor, read after the last step only
+            result = step(*args, **kwargs)
+            self.steps += 1
+            for client in self.clients:
+                if (latents := client.after_step(self, result[0])) is not None:
+                    result = _with_latents(result, latents)
+            return result
+
+        return told
+
+
+def _tells(client: Client, event: str) -> bool:
+    return getattr(type(client), event) is not getattr(Client, event)
+
+
+def _with_latents(result: Any, latents: Tensor) -> Any:
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    return type(result)(**{**result, "prev_sample": latents})  # diffusers' output class
+
+
+def calls_in(pipe: Any) -> int:
+    """How often a pipeline at work calls its denoiser: img2img leaves out the scheduler's first timesteps."""
+    number = getattr(pipe, "_num_timesteps", None)
+    return number if isinstance(number, int) else len(pipe.scheduler.timesteps)
+
+
+def sample_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The noisy latents among the arguments of a denoiser call, (rows, …)."""
+    sample: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+    return sample
+
+
+def branches_of(rows: int, samples: int) -> Tensor:
+    """The guidance branch of each row, (rows,): diffusers puts the unconditional half first; all COND without guidance.
+
+    Raises RuntimeError for other numbers of rows than one or two an image.
+    """
+    if rows == samples:
+        return torch.full((rows,), COND)
+    if rows == 2 * samples:
+        return torch.arange(rows) // samples
+    raise RuntimeError(f"the denoiser ran on {rows} rows for {samples} images; expected one or two each")

@@ -1,0 +1,79 @@
+"""The base class of replacements: what stands in the place of a lesioned site's contribution.
+
+One subclass a file of `lesion.replacements`, found by the file's name. Class attributes say what an intervention suits,
+so that a request is checked before anything loads; this module and those files import torch only where they use it.
+(pyvene's interventions, arXiv 2403.07809, are built alike.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from lesion.errors import RequestError
+from lesion.study.lesions import BRANCHES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Intervention:
+    """One replacement at work. A subclass implements one of `fill`, `text` and `rerun`, as `changes` says."""
+
+    changes: ClassVar[Literal["output", "text", "condition"]] = "output"
+    """What of a site it changes: `output` is put in by `fill`; `text` that it reads by `text`; `condition` in which it
+    runs by `rerun`."""
+    kinds: ClassVar[tuple[str, ...] | None] = None
+    """Values of `layers.kind` that it suits; None: all."""
+    branches: ClassVar[tuple[str, ...]] = BRANCHES
+    """Values of `branch` on which it does something."""
+    heads: ClassVar[bool] = True
+    """Whether it suits single attention heads (`layers.by=head`)."""
+    compiled: ClassVar[bool] = True
+    """Whether it suits `performance.compile`: then it does no more than `fill`, and does not read the output."""
+    reads_output: bool = False
+    """Whether `fill` reads the values of the output, not only its shape, dtype and device. A site that is replaced in
+    every row is not computed unless some intervention reads its output."""
+    source_prompt: str | None = None
+    """A prompt of which an un-lesioned image is made beside every lesioned one, with the same noise. Its rows follow
+    those of the lesioned images, in the same order within each branch, and its images are dropped."""
+
+    @classmethod
+    def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of the options can change pixels, as JSON data. Raises RequestError for unknown options."""
+        if options:
+            name = cls.__module__.rpartition(".")[2]
+            raise RequestError(f"replacement.{name}", f"unknown option {next(iter(options))!r}; allowed: none")
+        return {}
+
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Raise RequestError if it makes no sense on this ModelSpec."""
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], bench: Any) -> Self:
+        """Return it ready for the model of the `Bench`, for the options that `identity` has checked."""
+        return cls()
+
+    def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
+        """Return values to put in the place of a site's quantity, broadcastable to it.
+
+        site: its path; with `:text` behind for the text's half of a block that has two streams.
+        call: number of the denoiser call, from 0.
+        branches: guidance branch of each row, (rows,): 0 unconditional, 1 conditional.
+        output: the quantity as the hook point reads it, (rows, tokens, channels) or (rows, channels, height, width).
+        """
+        raise NotImplementedError
+
+    def text(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return text features and an attention mask for a cross-attention site to read in the place of its own.
+
+        text: (rows, tokens, channels).
+        mask: None if the site is given none.
+        """
+        raise NotImplementedError
+
+    def rerun(self, site: str, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the site runs a second time, with the same arguments, under another condition."""
+        raise NotImplementedError
