@@ -127,12 +127,12 @@ def class_facts() -> dict[str, Any]:
         }
     classes = sorted({cls for cls, _ in DENOISERS.values()})
     blocks = {name: bool(getattr(getattr(diffusers, name), "_repeated_blocks", None)) for name in classes}
-    asked = sorted({schedulers.SCHEDULERS[name] for name in schedulers.OPTIONS})
+    asked = sorted(set(schedulers.SCHEDULERS.values()))
     return {
         "diffusers": diffusers.__version__,
         "pipelines": pipelines,
         "denoisers": {name: {"repeated_blocks": named} for name, named in blocks.items()},
-        "schedulers": {name: schedulers.defaults_of(name) for name in asked},
+        "schedulers": {name: schedulers.switches_of(name) for name in asked},
     }
 
 

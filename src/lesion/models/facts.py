@@ -16,8 +16,8 @@ FILE = Path(__file__).with_name("facts.json")
 
 
 def pipeline(name: str) -> dict[str, Any] | None:
-    """Of a pipeline class: arguments (of its call), img2img (whether it has a counterpart), single_file (whether it
-    loads from one)."""
+    """Of a pipeline class: arguments (of its call), defaults (of some of them), img2img (whether it has a counterpart),
+    single_file (whether it loads from one)."""
     return _known("pipelines", name)
 
 
@@ -27,7 +27,7 @@ def denoiser(name: str) -> dict[str, Any] | None:
 
 
 def scheduler(name: str) -> dict[str, Any] | None:
-    """Of a scheduler class: the defaults of its options, by name."""
+    """Of a scheduler class: the defaults of those options that tell its variants apart, by name."""
     return _known("schedulers", name)
 
 

@@ -127,6 +127,9 @@ def _pipeline(source: Source, dtype: torch.dtype) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     if source.vae:
         kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype)
+    if spec.scheduler and source.scheduler_config:
+        cls = source.components["scheduler"][1]
+        kwargs["scheduler"] = schedulers.without_switches(cls, source.scheduler_config)
     if source.file:
         pipe = pipeline_class(source.pipeline).from_single_file(str(source.file), config=str(source.folder), **kwargs)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ SCHEDULERS = {
 }
 FLOW = ("flow_euler", "flow_heun")
 _EITHER = ("dpmpp", "dpmpp_sde", "unipc", "deis")  # of flow too, from a config that says so, as Sana's does
+# What a name says beside its class.
 OPTIONS: dict[str, dict[str, Any]] = {
     "pndm": {"skip_prk_steps": True},  # without Runge-Kutta steps, as in Stable Diffusion's own PNDM configs
     "euler_trailing": {"timestep_spacing": "trailing"},  # of few-step models such as SDXL-Lightning
@@ -36,29 +38,80 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # DPM++ 2M SDE. diffusers' DPMSolverSDEScheduler is none: its noise does not come from the image's own generator.
     "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++"},
 }
+# Options that make another sampler of the same class: never inherited from the model's own config.
+EXCLUSIVE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # diffusers refuses two of them
+SWITCHES = (
+    *EXCLUSIVE,
+    *("use_lu_lambdas", "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
+    *("predict_x0", "disable_corrector", "stochastic_sampling"),
+)
+# The values that a class knows; diffusers itself puts the default in the place of another class's.
+_VALUES = {
+    ("DPMSolverMultistepScheduler", "algorithm_type"): ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
+    ("DPMSolverMultistepScheduler", "solver_type"): ("midpoint", "heun"),
+    ("UniPCMultistepScheduler", "solver_type"): ("bh1", "bh2"),
+    ("DEISMultistepScheduler", "algorithm_type"): ("deis",),
+    ("DEISMultistepScheduler", "solver_type"): ("logrho",),
+}
+# Inherited from the model's own config, and told in the label where it is not as in Stable Diffusion's own configs. The
+# rest that is inherited (prediction type, betas, shift, …) is how the model was trained.
+_USUAL = {"timestep_spacing": ("leading", "linspace"), "final_sigmas_type": ("zero",)}
 
 
 def label(name: str, own: Mapping[str, Any]) -> str:
-    """For tables and hashes: the class, and what sets it apart from another name of the same class, or from the model's
-    own scheduler of that class.
+    """For tables and hashes: the class, and what sets it apart from another name of the same class, from the model's
+    own scheduler of that class, and from what earlier versions made under the same name.
 
-    own: the config of the model's own scheduler.
+    own: the config of the model's own scheduler. Such as `DPMSolverMultistepScheduler-karras`; then options that
+    differ from the model's own, `-use_karras_sigmas=false`, which those versions had inherited.
     """
     cls = SCHEDULERS[name]
-    if list(SCHEDULERS.values()).count(cls) > 1:
-        variant = name.partition("_")[2]
-    else:
-        variant = "-".join(_changed(name, own)) if own.get("_class_name") == cls else ""
-    return cls + (f"-{variant}" if variant else "")
+    shared = list(SCHEDULERS.values()).count(cls) > 1
+    parts = [name.partition("_")[2]] if shared and "_" in name else []
+    changed = _changed(name, own, named=bool(parts))
+    if own.get("_class_name") != cls or parts or changed:
+        options = OPTIONS.get(name, {})
+        spaced = "use_karras_sigmas" in options  # on its own terms: the spacing has no effect
+        inherited = {
+            key: own.get(key)
+            for key in _USUAL
+            if key in _defaults(cls) and key not in options and not (spaced and key == "timestep_spacing")
+        }
+        parts += [str(value) for key, value in inherited.items() if value not in (None, *_USUAL[key])]
+    return "-".join([cls, *parts, *changed])
 
 
-def _changed(name: str, own: Mapping[str, Any]) -> list[str]:
-    """The options that `make` sets otherwise than a scheduler of the same class has them."""
-    options = OPTIONS.get(name, {})
-    if not options:
-        return []
-    usual = facts.scheduler(SCHEDULERS[name]) or defaults_of(SCHEDULERS[name])  # for what the config leaves out
-    return [key for key, value in options.items() if own.get(key, usual[key]) != value]
+def exact(name: str) -> dict[str, Any]:
+    """Every option that tells samplers of one class apart, as the name has it, whatever the model's own config says."""
+    usual = _defaults(SCHEDULERS[name])
+    return {**{key: usual[key] for key in SWITCHES if key in usual}, **OPTIONS.get(name, {})}
+
+
+def _changed(name: str, own: Mapping[str, Any], named: bool) -> list[str]:
+    """The options that `make` sets otherwise than they would be inherited.
+
+    named: whether the label has a word for the name's own options.
+    """
+    cls = SCHEDULERS[name]
+    usual, said = _defaults(cls), {} if own.get("_class_name") == cls and not named else OPTIONS.get(name, {})
+    found = []
+    for key, value in exact(name).items():
+        before = said.get(key, own.get(key))
+        if before is None or before not in _VALUES.get((cls, key), (before,)):
+            before = usual[key]
+        if before != value:
+            found.append(key if value is True else f"{key}={json.dumps(value).strip(chr(34))}")
+    return sorted(found)
+
+
+def _defaults(cls: str) -> dict[str, Any]:
+    return facts.scheduler(cls) or switches_of(cls)
+
+
+def switches_of(cls: str) -> dict[str, Any]:
+    """Name -> default of those options of a class that labels are made of."""
+    known = {*SWITCHES, *_USUAL, *(key for options in OPTIONS.values() for key in options)}
+    return {key: value for key, value in defaults_of(cls).items() if key in known}
 
 
 def defaults_of(cls: str) -> dict[str, Any]:
@@ -96,11 +149,29 @@ def is_flow(own: Mapping[str, Any]) -> bool:
     return named or own.get("prediction_type") == "flow_prediction" or bool(own.get("use_flow_sigmas"))
 
 
+def check_own(own: Mapping[str, Any]) -> None:
+    """Raises RequestError for a scheduler config that diffusers would refuse, where no other one is asked for."""
+    if len(on := [key for key in EXCLUSIVE if own.get(key)]) > 1:
+        raise RequestError(
+            "model.scheduler", f"the model's own scheduler has {' and '.join(on)}, which exclude each other; name one"
+        )
+
+
+def without_switches(cls: str, own: Mapping[str, Any]) -> Any:
+    """The model's own scheduler less SWITCHES, which `make` sets: options that exclude each other cannot stop loading.
+
+    cls: its class in diffusers. own: its config.
+    """
+    import diffusers
+
+    return getattr(diffusers, cls).from_config({key: value for key, value in own.items() if key not in SWITCHES})
+
+
 def make(name: str, own: Any) -> Any:
     """The scheduler of this name for a model whose own scheduler is `own`."""
     import diffusers
 
-    options = dict(OPTIONS.get(name, {}))
+    options = exact(name)
     if name in FLOW and "shift" not in own.config and "flow_shift" in own.config:
         options["shift"] = own.config.flow_shift
     return getattr(diffusers, SCHEDULERS[name]).from_config(own.config, **options)

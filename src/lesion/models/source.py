@@ -129,7 +129,7 @@ class Source:
         Two requests for one model whose schedulers would step differently have different ones.
         """
         if self.spec.scheduler:
-            return schedulers.label(self.spec.scheduler, _config(self.folder / "scheduler"))
+            return schedulers.label(self.spec.scheduler, self.scheduler_config)
         return self.components.get("scheduler", ("diffusers", "default"))[1]
 
     @cached_property
@@ -221,6 +221,11 @@ class Source:
         return _config(self.folder / self.denoiser)
 
     @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The JSON config of the model's own scheduler; empty if it has none."""
+        return _config(self.folder / "scheduler")
+
+    @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The JSON config of the autoencoder that decodes; empty if there is none."""
         return _config(self.vae or self.folder / "vae")
@@ -303,8 +308,10 @@ def resolve(spec: ModelSpec) -> Source:
     source = _found(spec)
     adapters = tuple(loras.locate(lora) for lora in spec.loras)
     source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
-    if spec.scheduler is not None:
-        schedulers.check(spec.scheduler, _config(source.folder / "scheduler"), source.pipeline)
+    if spec.scheduler is None:
+        schedulers.check_own(source.scheduler_config)
+    else:
+        schedulers.check(spec.scheduler, source.scheduler_config, source.pipeline)
     if known := facts.pipeline(source.pipeline):
         arguments = set(known["arguments"])
     else:
