@@ -1,0 +1,116 @@
+"""What reaches the command line and should not: unknown keys, values that no table holds, errors nobody foresaw."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pandas as pd
+import pytest
+
+from lesion import models
+from lesion.config import parsing
+from lesion.errors import RequestError, visible
+from lesion.report.tables import Column, Table, write
+from lesion.run import maker
+from lesion.study import layer_patterns
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("+new.key=1", ["new: ", "no such key", "allowed", "window"]),
+        ("+seed=3", ["seed: ", "near: seeds"]),
+        ("++generation.step=3", ["generation.step", "near: generation.steps"]),
+        ("+calibration.sead=3", ["calibration.sead", "seeds"]),
+        ("~seeds", ["seeds: ", "needed"]),
+        ("~store", ["store: ", "needed"]),
+        ("model.arguments=3", ["model.arguments: ", "mapping"]),
+        ("generation.steps=100000000000000000000", ["generation.steps: ", "64 bits"]),
+        ("generation.width=80000000000000000000", ["generation.width: ", "64 bits"]),
+        ("generation.negative_prompt='a\0b'", ["generation.negative_prompt: ", "NUL"]),
+        ("generation.negative_prompt='a\ud800b'", ["generation.negative_prompt: ", "surrogate"]),
+        ("model.name='\udc80'", ["model.name: ", "surrogate"]),
+        ("scorer.name='\udc80'", ["scorer.name: ", "surrogate"]),
+        ("prompts.items=[{text: a, aspects: ['\ud800']}]", ["prompts", "surrogate"]),
+        ("prompts.items=[{text: a, id: '" + "𠀀" * 70 + "'}]", ["prompts", "255 bytes"]),
+        ("layers.include=['re:\x1b[31m(']", ["layers.include: ", r"\x1b"]),
+    ],
+)
+def test_it_is_refused_in_one_line(cli, monkeypatch, argument, words):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model"))
+    code, out, err = cli(argument)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert all(word in err for word in words), err
+    assert "\x1b" not in err
+    assert list(cli.folder.iterdir()) == []
+
+
+def test_the_arguments_of_the_pipeline_can_be_set_whole_and_one_by_one(cli):
+    for given in ("model.arguments={eta: 0.5}", "model.arguments.eta=0.5", "+model.arguments.eta=0.5"):
+        code, _, err = cli(given, "dry_run=true")
+        assert code == 0, err
+    code, _, err = cli("model.arguments={max_sequence_length: 256}")
+    assert code == 2
+    assert "takes no 'max_sequence_length'" in err
+
+
+def test_a_pattern_that_backtracks_is_refused_in_time():
+    path, pattern = "a" * 40 + "!", r"re:^(a|a)*$"
+    start = time.monotonic()
+    with pytest.raises(RequestError, match=r"layers.include: .* takes more than 1 s"):
+        layer_patterns.matches(path, pattern, "layers.include")
+    assert time.monotonic() - start < 10
+    assert layer_patterns.matches("up_blocks.1.attentions.0", r"re:^up_.*\.\d$", "layers.include")
+    assert not layer_patterns.matches("up_blocks.1.attentions.0", "up_blocks.1", "layers.include")
+
+
+def test_an_unforeseen_error_before_the_start_is_one_line_and_leaves_no_trace(cli, monkeypatch):
+    monkeypatch.setattr(parsing, "parse_seeds", lambda *args: {}["planted fault"])
+    for mode in ([], ["-m"]):
+        code, out, err = cli(*mode)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert re.search(r"unforeseen KeyError at lesion\.config\.parsing:\d+: 'planted fault'", err)
+        assert "LESION_TRACEBACK=FILE" in err
+        assert list(cli.folder.iterdir()) == []
+    monkeypatch.setenv("LESION_TRACEBACK", "traceback.txt")
+    assert cli()[0] == 2
+    assert "Traceback (most recent call last)" in (cli.folder / "traceback.txt").read_text()
+
+
+def test_after_the_start_the_results_of_what_is_there_are_written(cli, no_report, monkeypatch):
+    batches = []
+
+    def failing(self, *args, made=maker.Maker._make, **options):
+        batches.append(1)
+        if len(batches) == 2:
+            raise LookupError("planted fault")
+        return made(self, *args, **options)
+
+    monkeypatch.setattr(maker.Maker, "_make", failing)
+    code, _, err = cli()
+    assert code == 1
+    assert "unforeseen LookupError" in err
+    assert "Traceback" not in err
+    (frame,) = cli.frames()
+    assert len(frame) == 14
+    there = frame[frame.status == "ok"]
+    assert 0 < len(there) < 14
+    assert there.clip_similarity.notna().all()
+    monkeypatch.setattr(maker.Maker, "_make", failing)
+    assert cli()[0] == 0
+
+
+def test_csv_tables_hold_no_formula_and_no_control_character(tmp_path):
+    texts = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "a\x1b[31mb", "two\nlines", "a-b", "日本"]
+    frame = pd.DataFrame({"prompt": texts, "value": [-1.5] * len(texts)})
+    write(tmp_path, Table.of("t", "t", "t", [Column("prompt", "prompt", "text"), Column("value", "value")], frame))
+    back = pd.read_csv(tmp_path / "t.csv")
+    expected = ["'=1+1", "'+1", "'-1", "'@x", r"'\tx", r"'\rx", r"a\x1b[31mb", "two\nlines", "a-b", "日本"]
+    assert back["prompt"].tolist() == expected
+    assert (back["value"] == -1.5).all()
+
+
+def test_control_characters_are_spelled_out():
+    assert visible("a\x1b]0;x\x07\u202eb\udc80\x85é 日本🎉") == r"a\x1b]0;x\x07\u202eb\udc80\x85é 日本🎉"
+    assert str(RequestError("key", "a\x1bb")) == r"key: a\x1bb"
