@@ -1,16 +1,18 @@
 """The console script `lesion`: a Hydra application whose refusals are one line and exit code 2.
 
 Exit codes: 0 all fine; 1 some image failed, or something unforeseen stopped the study; 2 the request is wrong; 130
-interrupted.
+interrupted (SIGINT); 143 told to end (SIGTERM).
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -196,7 +198,24 @@ def _with_prompt_files(arguments: list[str]) -> list[str]:
     return out
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers end jobs: as Ctrl-C, finished images are stored and claims given back."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    raise Terminated
+
+
 def main() -> None:
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
@@ -209,9 +228,11 @@ def main() -> None:
         sys.exit(1)
     except (RequestError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(error))
-    except KeyboardInterrupt:
-        say("lesion", "interrupted; finished images are kept, run the same command again to go on")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        told = isinstance(stop, Terminated)
+        what = "told to end" if told else "interrupted"
+        say("lesion", f"{what}; finished images are kept, run the same command again to go on")
+        sys.exit(143 if told else 130)
     except BrokenPipeError:  # who read our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

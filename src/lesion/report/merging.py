@@ -14,6 +14,7 @@ import pandas as pd
 
 from lesion.analysis.settings import slug
 from lesion.report.data import inside
+from lesion.store import tables
 from lesion.study import prompts
 from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL, TEXTS
 
@@ -84,7 +85,7 @@ def _ids(frame: pd.DataFrame) -> dict[str, str]:
 
 def _parquet(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        return tables.read(path)
     except Exception as error:  # pyarrow raises many kinds; each means that the file is not a results file
         raise Refused(f"{path}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 

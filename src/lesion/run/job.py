@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,9 @@ from lesion.models import layers
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run.folder import prune
-from lesion.store.files import atomically
 from lesion.store.images import Store
 from lesion.study.budget import Budget
-from lesion.study.grid import Study
+from lesion.study.grid import Cell, Study
 from lesion.study.lesions import Lesion
 from lesion.study.plan import Tally, tally
 from lesion.study.settings import Settings
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from lesion.rounds import Rounds
     from lesion.run.maker import Made
+    from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,9 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         **vars(request.axes),
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
-    _rounds(study, request.budget)
+    rounds = _rounds(study, request.budget)
     scoring.check(request.scorer)
-    _check_writable(request.store)
+    _check_store(request, rounds.part if rounds else study)
     return source, study
 
 
@@ -116,10 +117,18 @@ def _rounds(study: Study, budget: Budget | None) -> Rounds | None:
     return Rounds(study, budget)
 
 
-def _check_writable(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise RequestError("store.dir", f"{str(folder)!r} cannot be made: {str(there)!r} is no folder one can write to")
+def _check_store(request: Request, study: Study) -> None:
+    """Refuse a store that cannot be written to where something must be: not for a dry run or a complete study."""
+    folder = request.store.absolute()
+    there = next(path for path in (folder / "cells", folder, *folder.parents) if os.path.lexists(path))
+    if there.is_dir():
+        if request.dry_run or os.access(there, os.W_OK | os.X_OK):
+            return
+        if there.name == "cells" and not tally(study, Store(folder).known().lists).missing:
+            return
+    raise RequestError(
+        "store.dir", f"{str(request.store)!r} cannot be made: {str(there)!r} is no folder one can write to"
+    )
 
 
 def run(request: Request, context: JobContext) -> None:
@@ -160,13 +169,16 @@ def run(request: Request, context: JobContext) -> None:
                 scores.complete(study, failures)
         study = rounds.whole if rounds else study
         paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
-        frame = table.results(study, scores, paths, failures, Publisher(store, context.folder))
+        publisher = Publisher(store, context.folder)
+        frame = table.results(study, scores, paths, failures, publisher)
+        pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
         beside = {}
         with suppress(Exception) if stopped else nullcontext():
             beside["floor"] = table.floor(study, scores)
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
-        code = _write(frame, beside, context.folder, tracker)
+        unwritten = _write(frame, beside, partial(_publish, publisher, pictured), context.folder, tracker)
+        code = int(bool(unwritten) or (frame["status"] != "ok").any())
     finally:
         tracker.close(code)
     if stopped:
@@ -174,6 +186,10 @@ def run(request: Request, context: JobContext) -> None:
             f"stopped by an unforeseen {place_of(stopped)}; results of what is there are in "
             f"{context.folder / 'results.parquet'}, the same command goes on"
         ) from stopped
+    if unwritten:
+        raise StudyFailed(
+            f"{'; '.join(unwritten)}; the results are in {context.folder / 'results.parquet'}, the same command goes on"
+        )
     if code:
         bad = frame[frame["status"] != "ok"]
         raise StudyFailed(
@@ -319,28 +335,58 @@ def _when_made(request: Request, scores: ScoreQueue) -> Made:
     return scores.made
 
 
-def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path, tracker: Tracker) -> int:
-    """results.parquet and frames beside it, report and tracker; prints the ranking. Exit code: 1 if a cell is not fine.
+def _publish(publisher: Publisher, cells: Sequence[Cell]) -> None:
+    """Give each picture its place. Raises OSError after trying all, the first one's."""
+    first: OSError | None = None
+    for cell in cells:
+        try:
+            publisher.publish(cell)
+        except OSError as error:
+            first = first or error
+    if first:
+        raise first
 
-    beside: by name; they lie there before the report is made, which may read them.
+
+def _write(
+    frame: pd.DataFrame,
+    beside: Mapping[str, pd.DataFrame],
+    publish: Callable[[], None],
+    folder: Path,
+    tracker: Tracker,
+) -> list[str]:
+    """Write results.parquet and the tables beside it, then pictures, report and tracker; print the ranking.
+
+    beside: by name. publish: puts the pictures in place. Returns what could not be written, and why. Raises
+    StudyFailed where that is results.parquet.
     """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
     from lesion.report import ranking_lines, write_report
+    from lesion.store import tables
 
-    written = []
-    for name, table in {"results": frame, **beside}.items():
-        written.append(folder / f"{name}.parquet")
-        with atomically(written[-1]) as temporary:
-            table.to_parquet(temporary, index=False)
+    try:
+        written = tables.write(folder, {"results": frame, **beside})
+    except OSError as error:
+        raise StudyFailed(
+            f"results.parquet could not be written to {folder}: {_why(error)}; images are kept in the store, the same "
+            "command goes on"
+        ) from error
+    unwritten = []
+    try:
+        publish()
+    except OSError as error:
+        unwritten.append(f"not all pictures could be put into {folder / 'images'}: {_why(error)}")
     try:
         written += write_report(folder, frame, beside.get("floor"))
+    except OSError as error:
+        unwritten.append(f"the report could not be written: {_why(error)}; `lesion-report {folder}` tries again")
     except Exception as error:  # the results are there
         raise StudyFailed(
             f"the report could not be made: {place_of(error)}; the results are in {written[0]}, "
             f"`lesion-report {folder}` tries again"
         ) from error
-    prune(folder, [*written, *(folder / image for image in frame["image"] if image)])
+    if not unwritten:
+        prune(folder, [*written, *(folder / image for image in frame["image"] if image)])
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):
@@ -353,4 +399,8 @@ def _write(frame: pd.DataFrame, beside: Mapping[str, pd.DataFrame], folder: Path
     print(f"\nwritten to {visible(str(folder))}:")
     for name in dict.fromkeys(path.relative_to(folder).parts[0] for path in written):
         print(visible(f"  {folder / name}"))
-    return int((frame["status"] != "ok").any())
+    return unwritten
+
+
+def _why(error: OSError) -> str:
+    return " ".join((error.strerror or str(error)).split())

@@ -68,7 +68,7 @@ class Maker:
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
-            Claims(self.store.claims) as claims,
+            Claims(self.store.claims, required=False) as claims,
             _Shelf(lambda batch, images: self._put(batch, images, claims)) as shelf,
         ):
             while True:

@@ -21,17 +21,21 @@ class Publisher:
         self.store, self.folder = store, folder
         self._made: set[str] = set()  # folders of prompts
 
-    def publish(self, cell: Cell) -> str:
-        """Its path relative to the run folder; without one, relative to the store. Raises OSError."""
-        source = self.store.path(cell.key)
+    def place(self, cell: Cell) -> str:
+        """Its path relative to the run folder; without one, relative to the store."""
         if self.folder is None:
-            return source.relative_to(self.store.folder).as_posix()
+            return self.store.path(cell.key).relative_to(self.store.folder).as_posix()
         parts = (
             [cell.lesion.selection, cell.lesion.replacement.name, cell.lesion.layer] if cell.lesion else ["baseline"]
         )
         name = "-".join([f"seed{cell.seed}", *(part for part in parts if part), cell.key[:8]]) + ".png"
-        place = f"images/{cell.prompt.id}/{name}"
-        target = self.folder / place
+        return f"images/{cell.prompt.id}/{name}"
+
+    def publish(self, cell: Cell) -> None:
+        """Put the picture at its place; without a run folder it has it already. Raises OSError."""
+        if self.folder is None:
+            return
+        source, target = self.store.path(cell.key), self.folder / self.place(cell)
         if cell.prompt.id not in self._made:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._made.add(cell.prompt.id)
@@ -43,4 +47,3 @@ class Publisher:
                     os.link(source, temporary)
                 except OSError:
                     shutil.copyfile(source, temporary)
-        return place

@@ -40,6 +40,7 @@ class ScoreQueue:
         self.scores = Scores(store.scores / context[:16], self.identities)
         self.scores.load()
         self._unwritten = 0
+        self._warned = False
         self._size: tuple[int, int] | None = None  # height and width of the images
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
@@ -104,8 +105,7 @@ class ScoreQueue:
                     self.store.discard(key)
                 damaged.add(key)
         self._score(self._queue.keys())
-        self.scores.flush()
-        self._unwritten = 0
+        self._flush()
         return damaged
 
     def picture(self, key: str) -> Picture | None:
@@ -128,7 +128,7 @@ class ScoreQueue:
             size = max(1, min(CHUNK, CHUNK_BYTES // (6 * settings.height * settings.width)))
             for start in range(0, len(lacking), size):
                 self._score_pairs(metric, lacking[start : start + size])
-            self.scores.flush()
+            self._flush()
         found = (self.scores.pair(metric, a.key, b.key) for a, b in pairs)
         return [float("nan") if value is None else value for value in found]
 
@@ -174,11 +174,20 @@ class ScoreQueue:
         self.scores.add_picture(key, picture)
         self._written(1)
 
+    def _flush(self) -> None:
+        """Write what is known to the store; where that cannot be, one warning: it serves this run all the same."""
+        self._unwritten = 0
+        try:
+            self.scores.flush()
+        except OSError as error:
+            if not self._warned:
+                log.warning("scores cannot be kept, so the next run computes them again (%s)", error)
+            self._warned = True
+
     def _written(self, records: int) -> None:
         self._unwritten += records
         if self._unwritten >= FLUSH:
-            self.scores.flush()
-            self._unwritten = 0
+            self._flush()
 
     def _lacking(self, cell: Cell) -> frozenset[str]:
         return self._asked(cell.prompt.text).difference(self.values(cell))

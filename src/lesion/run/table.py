@@ -45,7 +45,7 @@ def results(
         record = row(cell, paths) | {
             "status": status,
             "reason": reason,
-            "image": "" if status == "failed" else publisher.publish(cell),
+            "image": "" if status == "failed" else publisher.place(cell),
             **{column: values.get(column, float("nan")) for column in scores.identities},
             **scorer,
             "protocol": protocol[cell.lesion.replacement.name] if cell.lesion else "",

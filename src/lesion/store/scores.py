@@ -67,7 +67,7 @@ class _Parts:
     def _names(self) -> list[str]:
         try:
             return sorted(name for name in os.listdir(self.folder) if _PART.fullmatch(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def _read(self, name: str) -> pa.Table | None:

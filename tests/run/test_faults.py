@@ -1,0 +1,153 @@
+"""Disks that are full or read-only, folders that vanish, SIGTERM: what can be done is done, the rest is one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lesion import models
+from lesion.run import maker as making
+from lesion.run import publish
+from lesion.store import tables
+from lesion.store.scores import Scores
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def last(err: str) -> str:
+    """The line that the command ends with."""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("lesion: ")
+    return line
+
+
+def denied(monkeypatch, folder: Path) -> None:
+    """As on a read-only disk, which root cannot write to either."""
+    access = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: (not mode & os.W_OK or not Path(path).is_relative_to(folder)) and access(path, mode),
+    )
+
+
+def test_what_only_saves_work_may_fail(cli, monkeypatch):
+    """A file where claims/ should be, scores and means that cannot be kept: every image is made and scored."""
+    (cli.folder / "store").mkdir()
+    for name in ("claims", "scores", "means"):
+        (cli.folder / "store" / name).write_text("in the way")
+    code, out, err = cli("selection=only_one", "replacement=mean")
+    assert code == 0, err
+    assert out.count("images cannot be claimed") == out.count("scores cannot be kept") == 1
+    assert "calibration means cannot be kept" in out
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").all() and frame.clip_similarity.notna().all()
+
+    # the same store, now complete and read-only, opens; with more to make it is refused
+    for name in ("claims", "scores", "means"):
+        (cli.folder / "store" / name).unlink()
+    denied(monkeypatch, cli.folder / "store")
+    monkeypatch.setattr(Scores, "flush", full)
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+    code, out, err = cli("selection=only_one", "replacement=mean")
+    assert code == 0, err
+    pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), frame, atol=1e-6)
+    assert cli("seeds=7", "dry_run=true")[0] == 0
+    code, _, err = cli("seeds=7")
+    assert code == 2 and err.count("\n") == 1 and "store.dir" in err and "write" in err
+
+
+def test_the_table_is_written_before_what_may_not_fit(cli, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(publish.os, "link", full)
+        patch.setattr(publish.shutil, "copyfile", full)
+        code, _, err = cli("selection=none")
+    assert code == 1 and "Traceback" not in err and "not all pictures could be put into" in last(err)
+    assert "No space left on device" in last(err)
+    folder = cli.newest()
+    assert (tables.read(folder / "results.parquet").status == "ok").all()
+    import lesion.report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lesion.report, "write_report", full)
+        code, _, err = cli("selection=none")
+        assert code == 1 and "the report could not be written: No space left on device" in last(err)
+        assert len(list((cli.newest() / "images").rglob("*.png"))) == 2
+        patch.setattr(tables, "write", full)
+        code, _, err = cli("selection=none")
+        assert code == 1 and "results.parquet could not be written" in last(err)
+
+
+def test_a_store_whose_folders_are_no_folders_is_refused(cli, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+    (cli.folder / "link").symlink_to("nowhere")
+    (cli.folder / "file").write_text("")
+    (cli.folder / "store").mkdir()
+    (cli.folder / "store" / "cells").write_text("")
+    for name in ("link", "file", "file/below", "store"):
+        code, _, err = cli(f"store.dir={name}", "selection=none")
+        assert code == 2 and err.count("\n") == 1 and "store.dir" in err, err
+
+
+def test_a_store_that_vanishes_while_it_is_filled_is_filled_again(cli, monkeypatch):
+    generate, calls = making.generate, []
+
+    def vanishing(*arguments):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            shutil.rmtree(cli.folder / "store")
+        return generate(*arguments)
+
+    monkeypatch.setattr(making, "generate", vanishing)
+    code, out, err = cli("selection=leave_one_out", "generation.batch_size=2")
+    assert code == 0, err + out
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").all() and frame.clip_similarity.notna().all()
+    assert "Traceback" not in out + err
+
+
+def test_a_store_that_becomes_a_file_fails_the_images_in_one_line(cli, monkeypatch):
+    generate = making.generate
+
+    def replaced(*arguments):
+        if (cli.folder / "store").is_dir():
+            shutil.rmtree(cli.folder / "store")
+            (cli.folder / "store").write_text("in the way")
+        return generate(*arguments)
+
+    monkeypatch.setattr(making, "generate", replaced)
+    code, out, err = cli("selection=none")
+    assert code == 1 and "Traceback" not in out + err
+    assert cli.frames()[0].reason.str.contains("Not a directory").all()
+
+
+def test_sigterm_gives_claims_back_and_says_so(cli, monkeypatch):
+    """In this process, as the cli fixture runs it: the signal comes while a batch is in the making."""
+    before, held = signal.getsignal(signal.SIGTERM), []
+
+    def told(*_):
+        held.extend((cli.folder / "store" / "claims").rglob("*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("the signal was not seen")
+
+    monkeypatch.setattr(making, "generate", told)
+    code, _, err = cli("selection=none")
+    assert code == 143
+    assert "told to end; finished images are kept" in last(err)
+    assert [path for path in held if len(path.name) == 32]
+    assert not [path for path in (cli.folder / "store" / "claims").rglob("*") if path.is_file()]
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "lesion-claims"]
