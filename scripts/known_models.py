@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import open_clip
 import torch
+from omegaconf import OmegaConf
 
 from lesion import tasks
+from lesion.config.schema import conf_dir
 from lesion.models import EMBEDDED, calling, facts, layers, schedulers
 from lesion.models.defaults import OF_CALL, default_of_class
 from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
@@ -128,7 +131,13 @@ def class_facts() -> dict[str, Any]:
     classes = sorted({cls for cls, _ in DENOISERS.values()})
     blocks = {name: bool(getattr(getattr(diffusers, name), "_repeated_blocks", None)) for name in classes}
     asked = sorted(set(schedulers.SCHEDULERS.values()))
+    scorers = [OmegaConf.load(path) for path in sorted((conf_dir() / "scorer").glob("*.yaml"))]
+    clips = [[one.clip_model, one.clip_pretrained] for one in scorers if one.clip_pretrained]
+    for model, tag in clips:
+        assert tag in open_clip.list_pretrained_tags_by_model(model), (model, tag)
     return {
+        "open_clip": open_clip.__version__,
+        "clips": [clip for number, clip in enumerate(clips) if clip not in clips[:number]],
         "diffusers": diffusers.__version__,
         "pipelines": pipelines,
         "denoisers": {name: {"repeated_blocks": named} for name, named in blocks.items()},

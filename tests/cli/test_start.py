@@ -35,7 +35,7 @@ way("unknown_key", study, "colour=red")
 way("refused", study, "seeds=-1")
 from lesion.cli import report
 way("report_help", report, "--help")
-way("dry_run", study, "dry_run=true", "hydra.run.dir=run", "store.dir=other")
+way("dry_run", study, "dry_run=true", "scorer=openclip_vit_l14", "hydra.run.dir=run", "store.dir=other")
 print("pandas" in sys.modules)
 from hydra import compose, initialize_config_dir
 from lesion.config.parsing import parse

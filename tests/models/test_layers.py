@@ -117,6 +117,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(source: Source, tmp_path: Pa
 def test_facts_are_those_of_the_installed_diffusers() -> None:
     """Of another version nothing is told: it is asked itself."""
     import diffusers
+    import open_clip
 
     data = facts._data()
     if data["diffusers"] != diffusers.__version__:
@@ -129,5 +130,7 @@ def test_facts_are_those_of_the_installed_diffusers() -> None:
         assert known["single_file"] == hasattr(cls, "from_single_file")
     for name, known in data["denoisers"].items():
         assert known["repeated_blocks"] == bool(getattr(getattr(diffusers, name), "_repeated_blocks", None))
+    for model, tag in data["clips"]:
+        assert tag in open_clip.list_pretrained_tags_by_model(model)
     for name, known in data["schedulers"].items():
         assert known == schedulers.defaults_of(name)

@@ -1,7 +1,7 @@
-"""What is asked of diffusers' classes before a model is loaded, for those that conf/model uses: without importing them.
+"""What is asked of diffusers' classes and of open_clip before a model is loaded, without importing them.
 
-`facts.json` holds it for one version of diffusers (scripts/known_models.py writes it). Of another installed version, or
-another class, nothing is known here, and the class itself has to be asked.
+`facts.json` holds it for one version of each and for what conf/ uses (scripts/known_models.py writes it). Of another
+installed version, or another class, nothing is known here, and the package itself has to be asked.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ def denoiser(name: str) -> dict[str, Any] | None:
 def scheduler(name: str) -> dict[str, Any] | None:
     """Of a scheduler class: the defaults of those options that tell its variants apart, by name."""
     return _known("schedulers", name)
+
+
+def clip(model: str, pretrained: str | None) -> bool:
+    """Whether the installed open_clip has these weights, of those that conf/scorer names."""
+    data = _data()
+    return [model, pretrained] in data["clips"] and importlib.metadata.version("open_clip_torch") == data["open_clip"]
 
 
 def _known(group: str, name: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants as hub
 
 from lesion import models
+from lesion.models import facts
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,9 @@ def resolve(model: str, pretrained: str | None) -> tuple[str, str | None]:
         return f"{LOCAL}{folder}", None
     if model.startswith(HUB):
         return model, None
-    import open_clip  # with torch: only for a model of its list
+    if facts.clip(model, pretrained):
+        return model, pretrained
+    import open_clip  # with torch: only for what is not known
 
     if model not in open_clip.list_models():
         near = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=4, cutoff=0.4))
