@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from lesion import tasks
 from lesion.errors import RequestError
 from lesion.models import EMBEDDED, ModelSpec, calling, facts, layers, loading, resolve, schedulers
+from lesion.models.defaults import default_of_class
 from lesion.models.source import Source, pipeline_class
 from lesion.surgery.anatomy import examine
 from shipped import assert_shipped
@@ -127,10 +128,12 @@ def test_facts_are_those_of_the_installed_diffusers() -> None:
         cls = pipeline_class(name)
         assert calling.call_arguments(name, tasks.of("txt2img")) == calling.takes(cls) == set(known["arguments"])
         assert calling.can(name, "img2img") == bool(tasks.of("img2img").counterpart(name))
+        assert known["defaults"] == {name: default_of_class(cls, name) for name in known["defaults"]}
         assert known["single_file"] == hasattr(cls, "from_single_file")
     for name, known in data["denoisers"].items():
         assert known["repeated_blocks"] == bool(getattr(getattr(diffusers, name), "_repeated_blocks", None))
     for model, tag in data["clips"]:
         assert tag in open_clip.list_pretrained_tags_by_model(model)
     for name, known in data["schedulers"].items():
-        assert known == schedulers.defaults_of(name)
+        assert known == schedulers.switches_of(name)
+        assert {key: schedulers.defaults_of(name)[key] for key in known} == known

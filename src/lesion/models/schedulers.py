@@ -53,32 +53,20 @@ _VALUES = {
     ("DEISMultistepScheduler", "algorithm_type"): ("deis",),
     ("DEISMultistepScheduler", "solver_type"): ("logrho",),
 }
-# Inherited from the model's own config, and told in the label where it is not as in Stable Diffusion's own configs. The
-# rest that is inherited (prediction type, betas, shift, …) is how the model was trained.
-_USUAL = {"timestep_spacing": ("leading", "linspace"), "final_sigmas_type": ("zero",)}
 
 
 def label(name: str, own: Mapping[str, Any]) -> str:
     """For tables and hashes: the class, and what sets it apart from another name of the same class, from the model's
     own scheduler of that class, and from what earlier versions made under the same name.
 
-    own: the config of the model's own scheduler. Such as `DPMSolverMultistepScheduler-karras`; then options that
-    differ from the model's own, `-use_karras_sigmas=false`, which those versions had inherited.
+    own: the config of the model's own scheduler; what is inherited of it is in the model's fingerprint, not here.
+    Such as `DPMSolverMultistepScheduler-karras`; then options that differ from the model's own,
+    `-use_karras_sigmas=false`, which those versions had inherited.
     """
     cls = SCHEDULERS[name]
     shared = list(SCHEDULERS.values()).count(cls) > 1
     parts = [name.partition("_")[2]] if shared and "_" in name else []
-    changed = _changed(name, own, named=bool(parts))
-    if own.get("_class_name") != cls or parts or changed:
-        options = OPTIONS.get(name, {})
-        spaced = "use_karras_sigmas" in options  # on its own terms: the spacing has no effect
-        inherited = {
-            key: own.get(key)
-            for key in _USUAL
-            if key in _defaults(cls) and key not in options and not (spaced and key == "timestep_spacing")
-        }
-        parts += [str(value) for key, value in inherited.items() if value not in (None, *_USUAL[key])]
-    return "-".join([cls, *parts, *changed])
+    return "-".join([cls, *parts, *_changed(name, own, named=bool(parts))])
 
 
 def exact(name: str) -> dict[str, Any]:
@@ -110,7 +98,7 @@ def _defaults(cls: str) -> dict[str, Any]:
 
 def switches_of(cls: str) -> dict[str, Any]:
     """Name -> default of those options of a class that labels are made of."""
-    known = {*SWITCHES, *_USUAL, *(key for options in OPTIONS.values() for key in options)}
+    known = {*SWITCHES, *(key for options in OPTIONS.values() for key in options)}
     return {key: value for key, value in defaults_of(cls).items() if key in known}
 
 
