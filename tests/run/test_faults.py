@@ -18,6 +18,7 @@ from lesion.run import maker as making
 from lesion.run import publish
 from lesion.store import tables
 from lesion.store.scores import Scores
+from test_resume import flip
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -131,6 +132,24 @@ def test_a_store_that_becomes_a_file_fails_the_images_in_one_line(cli, monkeypat
     code, out, err = cli("selection=none")
     assert code == 1 and "Traceback" not in out + err
     assert cli.frames()[0].reason.str.contains("Not a directory").all()
+
+
+def test_every_image_is_compared_on_demand(cli):
+    """A byte flips while size and time of the file stay: a finished study reads no image by itself."""
+    assert cli("selection=only_one")[0] == 0
+    (frame,) = cli.frames()
+    keys = [frame.cell[0], frame.cell[len(frame) - 1]]
+    paths = [cli.folder / "store" / "cells" / key[:2] / f"{key}.png" for key in keys]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        flip(path)
+    assert "damaged" not in cli("selection=only_one")[1]
+    for found in (2, 0):
+        code, out, err = cli("selection=only_one", "store.check=true")
+        assert code == 0, err
+        assert out.count("is damaged and removed") == found
+        assert [path.read_bytes() for path in paths] == whole
+        pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), frame)
 
 
 def test_sigterm_gives_claims_back_and_says_so(cli, monkeypatch):

@@ -47,6 +47,7 @@ class Request:
     tracker: dict[str, Any]
     budget: Budget | None
     store: Path
+    check_store: bool
     device: str
     dry_run: bool
     derived: str = ""
@@ -95,6 +96,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         tracker=_tracker(data["tracker"]),
         budget=Budget.of(data["budget"]),
         store=Path(data["store"]["dir"]).expanduser(),
+        check_store=data["store"]["check"],
         device=device,
         dry_run=data["dry_run"],
         derived=derived,

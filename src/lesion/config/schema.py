@@ -101,6 +101,7 @@ class BudgetConf:
 @dataclass
 class StoreConf:
     dir: str = MISSING
+    check: bool = False
 
 
 @dataclass

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
 from lesion.report.text import clean, number
+from lesion.store.files import atomically
 
 SINGLE, DOUBLE, TALL = 3.3, 6.9, 9.0  # inches: width of one column, of both, and the height of a page
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#767676"
@@ -65,9 +66,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks is drawn as a box
         # Not by `savefig`, which draws everything once more beforehand, to find a layout.
         figure.set_dpi(matplotlib.rcParams["savefig.dpi"])
-        FigureCanvasAgg(figure).print_png(paths[0])
+        with atomically(paths[0]) as temporary:
+            FigureCanvasAgg(figure).print_png(temporary)
         figure.set_layout_engine("none")  # keep the layout just found: finding it again takes most of the time
-        FigureCanvasPdf(figure).print_pdf(paths[1], metadata={"CreationDate": None})
+        with atomically(paths[1]) as temporary:
+            FigureCanvasPdf(figure).print_pdf(temporary, metadata={"CreationDate": None})
     return paths
 
 

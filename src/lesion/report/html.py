@@ -18,6 +18,7 @@ from lesion.analysis.importance import status_counts
 from lesion.report.data import as_json
 from lesion.report.tables import Table
 from lesion.report.text import clean, number
+from lesion.store.files import atomically
 
 SCRIPTS = ("data", "table", "filters", "compare", "heatmap", "gallery", "main")  # page/*.js, in this order
 DATA_FILE = "report_data.js"
@@ -115,9 +116,11 @@ def write(
     path, beside = folder / "report.html", folder / DATA_FILE
     many = len(frame) > INLINE_ROWS
     if many:
-        beside.write_text(f"globalThis.LESION_REPORT = {as_json(data)};\n", encoding="ascii", newline="\n")
+        with atomically(beside) as temporary:
+            temporary.write_text(f"globalThis.LESION_REPORT = {as_json(data)};\n", encoding="ascii", newline="\n")
     else:
         beside.unlink(missing_ok=True)  # of an earlier, larger report
     text = page(frame, sections, None if many else data, metric, notes)
-    path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return [beside, path] if many else [path]

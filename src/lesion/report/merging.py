@@ -15,6 +15,7 @@ import pandas as pd
 from lesion.analysis.settings import slug
 from lesion.report.data import inside
 from lesion.store import tables
+from lesion.store.files import atomically
 from lesion.study import prompts
 from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL, TEXTS
 
@@ -267,8 +268,8 @@ def _link(source: Path, target: Path) -> None:
     if not source.is_file() or (target.exists() and target.samefile(source)):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
+    with atomically(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, temporary)

@@ -17,6 +17,7 @@ from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
 from lesion.analysis.settings import Setting, in_order, slug
 from lesion.report import grids
 from lesion.report.text import clean
+from lesion.store.files import atomically
 
 COMPARISONS, SHEETS = 64, 12  # pictures of each kind a report holds unless all are asked for
 THUMB = 256  # px, longest side; smaller images are their own thumbnail
@@ -41,7 +42,8 @@ def in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
 
 def _save(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, compress_level=COMPRESSION)
+    with atomically(path) as temporary:
+        picture.save(temporary, format="PNG", compress_level=COMPRESSION)
 
 
 def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None) -> Drawn:
@@ -102,7 +104,8 @@ def _thumbnail(run_dir: Path, image: str) -> str:
             target.parent.mkdir(parents=True, exist_ok=True)
             small = picture.convert("RGB")
             small.thumbnail((THUMB, THUMB), Image.Resampling.BOX, reducing_gap=2.0)
-            small.save(target, quality=85)
+            with atomically(target) as temporary:
+                small.save(temporary, format="JPEG", quality=85)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""  # the page says so where it cannot show an image
     return thumbnail_path(image)

@@ -19,6 +19,7 @@ from lesion.analysis.importance import NO_EFFECT
 from lesion.analysis.settings import Setting
 from lesion.errors import visible
 from lesion.report.text import clean, code, latex, markdown, number
+from lesion.store.files import atomically
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
 HEAD = 40  # characters of a heading in LaTeX
@@ -315,5 +316,6 @@ def write(folder: Path, table: Table, siunitx: bool = False) -> list[Path]:
         "tex": to_latex(table, siunitx),
     }
     for ending, text in texts.items():
-        (folder / f"{table.stem}.{ending}").write_text(text, encoding="utf-8", newline="\n", errors="replace")
+        with atomically(folder / f"{table.stem}.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n", errors="replace")
     return [folder / f"{table.stem}.{ending}" for ending in texts]

@@ -145,7 +145,7 @@ def run(request: Request, context: JobContext) -> None:
     rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
     counts = tally(study, store.known().lists)
-    scores = ScoreQueue(study.context, store, request.scorer, request.device)
+    scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
     if counts.missing:
         _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     tracker = make_tracker(request.tracker["name"], request.tracker)

@@ -28,11 +28,12 @@ class ScoreQueue:
     """Of the images of one model and settings in one store; what it scores is remembered for every later run.
 
     context: `Study.context` of the studies it is for. device: where metrics compute. While images are made on a GPU,
-    they are scored as they come.
+    they are scored as they come. check: read and compare every image once, not only those to score.
     """
 
-    def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str):
-        self.store, self.spec, self.device = store, spec, device
+    def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str, check: bool = False):
+        self.store, self.spec, self.device, self.check = store, spec, device, check
+        self._checked: set[bytes] = set()
         try:
             self.identities = scoring.identities(spec)
         except scoring.ScorerError as error:
@@ -147,12 +148,15 @@ class ScoreQueue:
     def _facts(self, key: str) -> Picture | None:
         """Of a stored image: those remembered, if its file is still the same; None if it is not there."""
         facts = self.scores.picture(key)
-        if facts is not None and self.store.matches(key, facts):
+        if facts is not None and self.store.matches(key, facts) and not self._unchecked(key):
             return facts
         if not self.store.has(key):
             return None
         self._read(key)
         return self.scores.picture(key)
+
+    def _unchecked(self, key: str) -> bool:
+        return self.check and bytes.fromhex(key) not in self._checked
 
     def _read(self, key: str) -> NDArray[np.uint8]:
         """Pixels of a stored image. Raises Damaged with a message and the key.
@@ -165,6 +169,8 @@ class ScoreQueue:
             stored = self.store.get(key, self._size, noted.digest if noted else None)
         except Damaged as error:
             raise Damaged(str(error), key) from None
+        if self.check:
+            self._checked.add(bytes.fromhex(key))
         if noted != stored.picture:
             self.note(key, stored.picture)
         return stored.pixels
