@@ -167,6 +167,44 @@ def test_a_prompt_goes_through_the_text_encoder_once(tiny_model, tiny_folder):
     assert "forward" not in vars(encoder)
 
 
+def test_text_is_encoded_again_when_anything_of_the_encoder_has_changed(tiny_model, tiny_folder):
+    """A weight changed in place or through `.data`, another object in its place, a hook, a LoRA and its scale."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    encoder, memory = tiny_model.pipe.text_encoder, TextMemory()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    runs = []
+    embedding = next(module for module in encoder.modules() if isinstance(module, torch.nn.Embedding))
+    embedding.register_forward_pre_hook(lambda *_: runs.append(1))
+
+    def encoded():
+        """The remembered features; whether the encoder ran for them; and whether they are what it would give."""
+        runs.clear()
+        with torch.inference_mode(), memory.attached(tiny_model.pipe):
+            features = encoder(ids)[0]
+        ran = bool(runs)
+        with torch.inference_mode():
+            assert torch.equal(features, encoder(ids)[0])
+        return ran
+
+    layer = next(module for path, module in encoder.named_modules() if path.endswith("layers.0.self_attn"))
+    changes = [
+        lambda: torch.no_grad()(layer.v_proj.weight.mul_)(2),
+        lambda: layer.v_proj.weight.data.mul_(2),
+        lambda: setattr(layer.v_proj.weight, "data", layer.v_proj.weight.data * 2),
+        lambda: setattr(layer.v_proj, "bias", torch.nn.Parameter(layer.v_proj.bias + 1)),
+        lambda: layer.register_forward_hook(lambda module, args, output: (output[0] * 2, *output[1:])),
+        lambda: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), encoder),
+        lambda: [one.scaling.update(default=7.0) for one in encoder.modules() if isinstance(one, LoraLayer)],
+        lambda: [one.enable_adapters(False) for one in encoder.modules() if isinstance(one, LoraLayer)],
+    ]
+    assert encoded() and not encoded()
+    for change in changes:
+        change()
+        assert encoded() and not encoded()
+
+
 def test_text_memory_forgets_the_oldest():
     class Encoder(nn.Module):
         def forward(self, ids):

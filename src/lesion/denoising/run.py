@@ -44,6 +44,19 @@ class DenoiserCall:
         return sample_of(self.args, self.kwargs)
 
 
+@dataclass
+class SchedulerStep:
+    """One step of the scheduler.
+
+    sample: the latents before it; a client may change them before the step.
+    latents: its result; None before the step. A client that sets it before the step answers in the scheduler's place,
+        one that sets it after the step changes the result.
+    """
+
+    sample: Tensor
+    latents: Tensor | None = None
+
+
 class Client:
     """Something that takes part in a denoising run. Every event does nothing unless a subclass says otherwise."""
 
@@ -61,11 +74,11 @@ class Client:
     def after_call(self, run: Denoising, call: DenoiserCall) -> None:
         """After the denoiser was called, or a client answered in its place."""
 
-    def before_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
-        """Before a scheduler step. Latents that are returned become its result; the scheduler is then not asked."""
+    def before_step(self, run: Denoising, step: SchedulerStep) -> None:
+        """Before a scheduler step."""
 
-    def after_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
-        """After a scheduler step, with its result in hand. Latents that are returned take its place."""
+    def after_step(self, run: Denoising, step: SchedulerStep) -> None:
+        """After a scheduler step that the scheduler itself made."""
 
 
 class Denoising:
@@ -150,17 +163,22 @@ class Denoising:
 
     def _told_of_steps(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def told(*args: Any, **kwargs: Any) -> Any:
-            sample = args[2] if len(args) > 2 else kwargs["sample"]
+            one = SchedulerStep(args[2] if len(args) > 2 else kwargs["sample"])
             for client in self.clients:
-                if (latents := client.before_step(self, sample)) is not None:
-                    self.steps += 1
-                    return latents, latents  # some schedulers give a second tensor, read after the last step only
+                client.before_step(self, one)
+            if one.latents is not None:
+                self.steps += 1
+                return one.latents, one.latents  # some schedulers give a second tensor, read after the last step only
+            if len(args) > 2:
+                args = (*args[:2], one.sample, *args[3:])
+            else:
+                kwargs["sample"] = one.sample
             result = step(*args, **kwargs)
+            one.latents = result[0]
             self.steps += 1
             for client in self.clients:
-                if (latents := client.after_step(self, result[0])) is not None:
-                    result = _with_latents(result, latents)
-            return result
+                client.after_step(self, one)
+            return result if one.latents is result[0] else _with_latents(result, one.latents)
 
         return told
 

@@ -19,7 +19,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from lesion.denoising.run import Client, DenoiserCall, Denoising, Enough
+from lesion.denoising.run import Client, DenoiserCall, Denoising, Enough, SchedulerStep
 from lesion.store import tensors as tensorfiles
 from lesion.study.grid import Cell, ModelIdentity
 from lesion.study.lesions import covers
@@ -167,16 +167,16 @@ class Recording(Client):
         self.states: dict[int, list[State]] = {}
         self._wanted: set[int] = set()
 
-    def before_step(self, run: Denoising, latents: Tensor) -> None:
+    def before_step(self, run: Denoising, step: SchedulerStep) -> None:
         if not self.calls:
             self.calls = run.calls
             self._wanted = {first_step(window, self.calls) for window in self.windows} - {0}
 
-    def after_step(self, run: Denoising, latents: Tensor) -> None:
-        if run.steps not in self._wanted:
+    def after_step(self, run: Denoising, step: SchedulerStep) -> None:
+        if run.steps not in self._wanted or step.latents is None:
             return
         try:
-            self.states[run.steps] = _capture(run.pipe.scheduler, latents, self.generators, self.calls)
+            self.states[run.steps] = _capture(run.pipe.scheduler, step.latents, self.generators, self.calls)
         except Unknown:
             self._wanted.clear()
         if self.stop and self._wanted <= self.states.keys():
@@ -206,12 +206,11 @@ class Resuming(Client):
         as_class = call.kwargs.get("return_dict", True)
         call.output = Transformer2DModelOutput(sample=nothing) if as_class else (nothing,)
 
-    def before_step(self, run: Denoising, latents: Tensor) -> Tensor | None:
+    def before_step(self, run: Denoising, step: SchedulerStep) -> None:
         if run.steps + 1 < self.start:
-            return latents
-        if run.steps + 1 == self.start:
-            return _restore(run.pipe.scheduler, self.states, self.generators, latents)
-        return None
+            step.latents = step.sample
+        elif run.steps + 1 == self.start:
+            step.latents = _restore(run.pipe.scheduler, self.states, self.generators, step.sample)
 
 
 class States:

@@ -62,7 +62,8 @@ class TextMemory:
 
     Holds for any encoder that is called with token ids (n, length), alone or with an attention mask (n, …) or other
     tensors of n rows, and gives tensors of n rows, each made of its own row. Any other call goes through as it is.
-    A single row is kept apart from rows of larger batches: its features differ in the last bits.
+    Features are remembered by all that can change them: the arguments of the call and the state of the encoder
+    (`state_of`). A single row is kept apart from rows of larger batches: its features differ in the last bits.
     """
 
     def __init__(self, limit: int = KEPT_BYTES):
@@ -79,10 +80,10 @@ class TextMemory:
         with ExitStack() as stack:
             for name, part in getattr(pipe, "components", {}).items():
                 if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                    stack.enter_context(forward_replaced(part, functools.partial(self._remembering, name)))
+                    stack.enter_context(forward_replaced(part, functools.partial(self._remembering, name, part)))
             yield
 
-    def _remembering(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering(self, name: str, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def remembering(*args: Any, **kwargs: Any) -> Any:
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
@@ -92,7 +93,8 @@ class TextMemory:
             if any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
                 return forward(*args, **kwargs)
             alone = len(ids) == 1  # one row takes other kernels than several, which round differently
-            settings = str([alone, *((key, value) for key, value in given.items() if key not in tensors)])
+            plain = [(key, value) for key, value in given.items() if key not in tensors]
+            settings = str([alone, torch.is_autocast_enabled(), *plain, state_of(part, forward)])
             shapes = str([(key, value.shape[1:], value.dtype) for key, value in tensors.items()])
             columns = [value.contiguous().view(torch.uint8).cpu().numpy() for value in tensors.values()]
             names = [
@@ -120,6 +122,39 @@ class TextMemory:
     def _forget(self) -> None:
         while self.held > self.limit and self.kept:
             self.held -= _size(self.kept.popitem(last=False)[1])
+
+
+def state_of(part: nn.Module, forward: Callable[..., Any]) -> int:
+    """Return a number that changes with whatever of a module can change what it puts out.
+
+    That is: every parameter and buffer as an object, its dtype, place, number of changes in place and, since changes
+    through `.data` are not numbered, four of its values; whether a module is in training; hooks, replaced forwards and
+    LoRA layers, with the adapters that are active and their scales.
+    forward: what the module itself would run, which is looked at in the place of its present `forward`.
+    """
+    found: list[Any] = [id(getattr(forward, "__func__", forward))]
+    moving = any("_hf_hook" in vars(module) for module in part.modules())  # offloaded: its place says nothing
+    probes: dict[torch.device, list[Tensor]] = {}
+    for path, module in part.named_modules():
+        own = vars(module)
+        found.append((path, id(type(module)), module.training))
+        if module is not part:
+            found.append(id(own["forward"]) if "forward" in own else 0)
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            found.append(tuple(id(hook) for hook in own[name].values()))
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if tensor is None or moving:
+                continue
+            changes = 0 if tensor.is_inference() else tensor._version
+            found.append((id(tensor), tensor.data_ptr(), tensor.dtype, changes))
+            if tensor.is_contiguous() and tensor.numel():
+                some = tensor.detach().view(-1)[:: max(1, tensor.numel() // 4)][:4]
+                probes.setdefault(tensor.device, []).append(some.double().sum())
+        if hasattr(module, "active_adapters"):  # PEFT's layers
+            facts = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+            found.append(str([getattr(module, name, None) for name in facts]))
+    found += [tuple(torch.stack(values).tolist()) for values in probes.values()]
+    return hash(tuple(found))
 
 
 @contextmanager
