@@ -145,13 +145,21 @@ def class_facts() -> dict[str, Any]:
     }
 
 
+def compact(value: Any) -> str:
+    """JSON, an entry of a mapping a line, so that two changes of the files can be merged."""
+    if isinstance(value, dict):
+        entries = (f'"{key}":{json.dumps(value[key], separators=(",", ":"), sort_keys=True)}' for key in sorted(value))
+        return "{\n " + ",\n ".join(entries) + "}"
+    return json.dumps(value, separators=(",", ":"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
     check, wrong = parser.parse_args().check, 0
     made: dict[Path, dict[str, Any]] = {layers.FILE: layer_lists(), facts.FILE: class_facts()}
     for path, data in made.items():
-        text = json.dumps(data, separators=(",", ":"), sort_keys=True) + "\n"
+        text = "{" + ",".join(f'\n"{key}":{compact(data[key])}' for key in sorted(data)) + "\n}\n"
         if not check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
