@@ -138,14 +138,16 @@ class Denoising:
             differentiable = any(client.gradients for client in self.clients)
             stack.enter_context(torch.no_grad() if differentiable else torch.inference_mode())
             if self.clients:
-                stack.enter_context(forward_replaced(self.denoiser, self._told_of_calls))
+                stack.enter_context(forward_replaced(self.denoiser, self.told))
             if any(_tells(client, "before_step") or _tells(client, "after_step") for client in self.clients):
                 stack.enter_context(method_replaced(self.pipe.scheduler, "step", self._told_of_steps))
             for client in self.clients:
                 stack.enter_context(client.attached(self))
             yield
 
-    def _told_of_calls(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what calls the denoiser's `forward` and tells the clients."""
+
         def told(*args: Any, **kwargs: Any) -> Any:
             if self._aside:
                 return forward(*args, **kwargs)

@@ -1,0 +1,149 @@
+"""A lesion on a user's own diffusers pipeline, for a quick look: no study, no store, no scores."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+from lesion import replacements
+from lesion.denoising.run import Denoising, Enough, sample_of
+from lesion.denoising.wrapping import forward_replaced, method_replaced
+from lesion.errors import RequestError
+from lesion.study.lesions import BRANCHES, Lesion
+from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, text_sites
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import Lesions, replacement_key
+
+UNFIT = {"mean": "needs a calibration", "resample": "makes other images beside the user's"}
+
+
+@contextmanager
+def lesioned(
+    pipe: Any,
+    layers: str | Sequence[str],
+    replacement: str = "zero",
+    *,
+    by: str = "attention",
+    kind: str | None = None,
+    window: tuple[float, float] = (0.0, 1.0),
+    branch: str = "both",
+    strength: float = 1.0,
+    **options: Any,
+) -> Iterator[None]:
+    """Lesion layers of a pipeline for the calls made within the block; after it the pipeline is as before.
+
+    Any number of calls of any batch size, with and without guidance; blocks may be nested.
+
+    pipe: a diffusers pipeline with a UNet or a transformer, not compiled.
+    layers: module paths as `lesion-inspect` lists them, with * and ?; one or a list.
+    replacement: a name of `lesion.replacements`, but for `mean` and `resample`, which need a study.
+    by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`; kind None: the first
+        that the model has.
+    window: [start, end) as fractions of the denoising steps.
+    branch: both, cond or uncond.
+    strength: in [0, 1].
+    options: of the replacement, e.g. `prompt` of `donor_prompt`.
+
+    Raises RequestError for what cannot be done, naming what is allowed.
+    """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if denoiser is None:
+        raise RequestError("pipe", f"{type(pipe).__name__} has no unet and no transformer")
+    if replacement in UNFIT:
+        raise RequestError("replacement", f"{replacement} {UNFIT[replacement]}; use lesion.study")
+    start, end = window
+    if not 0 <= start < end <= 1:
+        raise RequestError("window", f"must be (start, end) with 0 <= start < end <= 1; got {window!r}")
+    if branch not in BRANCHES:
+        raise RequestError("branch", f"got {branch!r}; allowed: {', '.join(BRANCHES)}")
+    if not 0 <= strength <= 1:
+        raise RequestError("strength", f"must be a number in [0, 1]; got {strength!r}")
+    try:
+        anatomy = examine(denoiser, by, kind or next(iter(kinds_of(denoiser)), "cross_attention"))
+    except AnatomyError as error:
+        raise RequestError(error.key, str(error)) from None
+    described = replacements.describe(replacement, options)
+    replacements.check(replacement, anatomy.kind, (branch,), by)
+    lesion = Lesion("custom", "", _chosen(layers, anatomy), described, (start, end), branch, strength, anatomy.kind)
+    calls = _Calls(pipe, denoiser, anatomy, lesion, _built(pipe, denoiser, anatomy, replacement, options))
+    with ExitStack() as stack:
+        stack.callback(calls.end)
+        stack.enter_context(method_replaced(pipe.scheduler, "set_timesteps", calls.beginning))
+        stack.enter_context(forward_replaced(denoiser, calls.lesioned))
+        yield
+
+
+def _chosen(layers: str | Sequence[str], anatomy: Anatomy) -> tuple[str, ...]:
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not fnmatch.filter(anatomy.paths, pattern):
+            raise RequestError("layers", f"{pattern!r} matches no layer; allowed: {', '.join(anatomy.paths)}")
+    return tuple(path for path in anatomy.paths if any(fnmatch.fnmatchcase(path, one) for one in patterns))
+
+
+def _built(pipe: Any, denoiser: Any, anatomy: Anatomy, name: str, options: Mapping[str, Any]) -> Intervention:
+    """The replacement ready for this pipeline."""
+    if name == "donor_prompt":
+        from lesion.replacements._texts import Reading
+        from lesion.replacements.donor_prompt import DonorPrompt
+
+        reading = Reading(text_sites(denoiser))
+        with suppress(Enough), Denoising(pipe, denoiser, 1, [reading]).running():
+            pipe(options["prompt"], num_inference_steps=2, output_type="latent")
+        return DonorPrompt(reading.found)
+    model: Any = SimpleNamespace(anatomy=anatomy, denoiser=denoiser)
+    settings: Any = SimpleNamespace(guided=True)
+    return replacements.find(name).build(options, SimpleNamespace(model=model, settings=settings))
+
+
+class _Calls:
+    """The pipeline's calls within the block, each a denoising run of its own."""
+
+    def __init__(self, pipe: Any, denoiser: Any, anatomy: Anatomy, lesion: Lesion, intervention: Intervention):
+        self.pipe, self.denoiser, self.anatomy = pipe, denoiser, anatomy
+        self.lesion, self.intervention = lesion, intervention
+        self._run: Denoising | None = None
+        self._attached = ExitStack()
+
+    def end(self) -> None:
+        """Take the lesions of the last call off."""
+        self._run = None
+        self._attached.close()
+
+    def beginning(self, set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
+        """A pipeline sets the timesteps once a call, before its first denoiser call."""
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self.end()
+            return set_timesteps(*args, **kwargs)
+
+        return begin
+
+    def lesioned(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The denoiser's forward; the first call of a run tells how many images there are."""
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if self._run is None:
+                self._run = self._begun(len(sample_of(args, kwargs)))
+            return self._run.told(forward)(*args, **kwargs)
+
+        return told
+
+    def _begun(self, rows: int) -> Denoising:
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
+        if guided is None and (self.lesion.branch != "both" or self.lesion.replacement.name == "null_prompt"):
+            name = type(self.pipe).__name__
+            raise RequestError(
+                "branch", f"{name} does not tell whether it is guided; allowed: both, without null_prompt"
+            )
+        if not guided and self.lesion.replacement.name == "null_prompt":
+            raise RequestError("replacement", "null_prompt needs guidance here: guidance_scale above 1")
+        samples = rows // 2 if guided else rows
+        interventions = {replacement_key(self.lesion): self.intervention}
+        client = Lesions(self.anatomy, [self.lesion] * samples, interventions)
+        run = Denoising(self.pipe, self.denoiser, samples, [client])
+        self._attached.enter_context(client.attached(run))
+        return run
