@@ -6,6 +6,7 @@ interrupted (SIGINT); 143 told to end (SIGTERM).
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.cli import keep_traceback, one_line, say, unforeseen
+from lesion.cli import is_from, keep_traceback, one_line, say, unforeseen
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
 from lesion.study.prompts import ENDINGS
@@ -140,14 +141,16 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
     timed = "${now:" in OmegaConf.to_container(config.hydra[mode], resolve=False)["dir"]  # type: ignore[operator,index,call-overload]
     wanted: dict[Path, dict[str, Any]] = {}
     for number, given in enumerate(jobs):
-        with_hydra_off = OmegaConf.masked_copy(given, [str(name) for name in given if name != "hydra"])
-        request = parse(with_hydra_off)
+        task = copy.deepcopy(given)  # as Hydra makes it for the job
+        with read_write(task), open_dict(task):
+            del task["hydra"]
+        request = parse(task)
         _, study = survey(request)
         if mode == "sweep":
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
         own = place / given.hydra.sweep.subdir if mode == "sweep" else place
-        asked = folder.asked(_plain(with_hydra_off), study)
+        asked = folder.asked(_plain(task), study)
         if wanted.setdefault(own, asked) != asked:
             raise RequestError("hydra.sweep.subdir", f"several jobs would write to {str(own)!r}; give each its own")
         if not timed:
@@ -207,6 +210,25 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _check_groups(arguments: list[str]) -> None:
+    """Refuse a group's choice that is no name: Hydra raises an error of its own that does not say which."""
+    for argument in arguments:
+        key, given, _ = argument.lstrip("+").partition("=")
+        folder = conf_dir() / key.partition("@")[0]
+        if not given or key.startswith((".", "/", "-")) or not key or not folder.is_dir():
+            continue
+        (override,) = OverridesParser.create().parse_overrides([argument])
+        if override.is_sweep_override():
+            continue
+        value = override.value()
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str) and (name is not None or isinstance(value, list)):
+                allowed = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
+                raise RequestError(
+                    key, f"must be a name or a list of names; got {name!r}; allowed: {', '.join(allowed)}"
+                )
+
+
 def main() -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -221,6 +243,7 @@ def _main() -> None:
     register(conf_dir())
     sys.argv[1:] = _with_prompt_files(sys.argv[1:])
     try:
+        _check_groups(sys.argv[1:])
         job()
     except StudyFailed as failure:
         report_sweep()
@@ -237,6 +260,8 @@ def _main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if isinstance(error, ValueError | TypeError) and is_from(error, "hydra", "omegaconf"):
+            sys.exit(_refuse(RequestError("command line", f"cannot be read: {error}")))  # such as KEY.x=1 of a list
         sys.exit(unforeseen("lesion", error, 1 if _started else 2))
 
 

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from lesion.config.schema import LesionConf
 from lesion.errors import RequestError
 
-FREE = ("selection", "replacement", "tracker", "model.arguments")  # what their keys mean is checked where they are used
+NAMED = ("selection", "replacement")  # names and their options; these are checked where they are used
+FREE = ("tracker", "model.arguments")  # so are the keys of these
 CALIBRATION = ("prompts", "seeds")
 WHOLE = 2**63  # tables hold whole numbers of 64 bits
 PATHS = ("store.dir", "generation.init", "prompts.path", "calibration.prompts.path")
@@ -54,6 +55,11 @@ def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
         if name == "calibration":
             if unknown := set(value) - set(CALIBRATION):
                 raise RequestError(f"{name}.{min(unknown)}", f"there is no such key; allowed: {', '.join(CALIBRATION)}")
+        elif name in NAMED:
+            for one in map(str, value.keys()):
+                options = value[one]
+                if options is not None and not isinstance(options, DictConfig):
+                    raise RequestError(f"{name}.{one}", f"must be a mapping of its options; got {options!r}")
         elif name not in FREE:
             _check_keys(value, inner, f"{name}.")
 
