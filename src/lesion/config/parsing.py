@@ -73,6 +73,10 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         raise RequestError(
             "branch", f"needs guidance: with generation.guidance <= 1 there is one branch; allowed: {Lesion.branch}"
         )
+    if settings.guidance <= 1 and settings.negative_prompt is not None:
+        raise RequestError(
+            "generation.negative_prompt", "is not read with generation.guidance <= 1; allowed there: null"
+        )
     _check_compiled(model, layers)
     given = {name: dict(options or {}) for name, options in data["replacement"].items()}
     if not given:

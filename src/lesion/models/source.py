@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lesion.errors import RequestError
 from lesion.models import facts, loras, schedulers
@@ -31,6 +33,16 @@ SETTLED = frozenset(
     | {"callback_on_step_end"}
     | {one.argument for one in DECLARED if one.argument}
 )
+# Further arguments of calls that would override what a study says itself, by pattern, and why.
+REFUSED = {
+    r"timesteps|sigmas|denoising_end": "generation.steps says which steps are made",
+    r"(pooled_)?prompt_.*": "the prompts say the text, to every encoder",
+    r"negative_(pooled_)?prompt_.*": "generation.negative_prompt says it, to every encoder",
+    r"true_cfg_scale": "generation.guidance says the guidance",
+    r".*ip_adapter.*": "no IP adapter is loaded",
+    r"callback.*|kwargs": "it is code, not a value",
+}
+LIBRARIES = ("diffusers", "transformers")  # that an index may name classes of
 _MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
@@ -119,7 +131,7 @@ class Source:
         return {
             name: (entry[0], entry[1])
             for name, entry in self.index.items()
-            if not name.startswith("_") and isinstance(entry, list) and entry[0]
+            if not name.startswith("_") and _is_component(entry) and entry[0]
         }
 
     @property
@@ -230,6 +242,10 @@ class Source:
         """The JSON config of the autoencoder that decodes; empty if there is none."""
         return _config(self.vae or self.folder / "vae")
 
+    def config(self, component: str, file: str = "config.json") -> dict[str, Any]:
+        """The JSON config of a component; empty if it has none of this name."""
+        return _config(self.folder / component, file)
+
     @property
     def denoiser(self) -> str:
         """Name of the component that denoises."""
@@ -254,9 +270,9 @@ def identity_of(source: Source, device: str) -> ModelIdentity:
     return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, file: str = "*config.json") -> dict[str, Any]:
     """The JSON config of a component; empty if it has none."""
-    for path in sorted(folder.glob("*config.json")):
+    for path in sorted(folder.glob(file)):
         try:
             config: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
@@ -306,6 +322,7 @@ def resolve(spec: ModelSpec) -> Source:
         schedulers.check(spec.scheduler, {}, "")
     check_offload(spec.offload)
     source = _found(spec)
+    _check_index(source)
     adapters = tuple(loras.locate(lora) for lora in spec.loras)
     source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
     if spec.scheduler is None:
@@ -317,12 +334,64 @@ def resolve(spec: ModelSpec) -> Source:
     else:
         cls = pipeline_class(source.pipeline, "model.pipeline" if spec.pipeline else "model.id")
         arguments = set(inspect.signature(cls.__call__).parameters)
-    takes = arguments - SETTLED
+    takes = {name for name in arguments - SETTLED if not _refused(name)}
     for name, _ in spec.arguments:
         if name not in takes:
-            short = source.pipeline.rpartition(".")[2]
-            raise RequestError("model.arguments", f"{short} takes no {name!r} here; allowed: {_listed(takes)}")
+            short, why = source.pipeline.rpartition(".")[2], f": {_refused(name)}" if name in arguments else ""
+            raise RequestError("model.arguments", f"{short} takes no {name!r} here{why}; allowed: {_listed(takes)}")
     return source
+
+
+def _refused(name: str) -> str:
+    """Why `model.arguments` may not override this argument; "" if it may."""
+    if name in SETTLED:
+        return "other keys of the request say it"
+    return next((why for pattern, why in REFUSED.items() if re.fullmatch(pattern, name)), "")
+
+
+def _check_index(source: Source) -> None:
+    """Refuse a model_index.json that would run other code than diffusers' and transformers', or lead out of the folder.
+
+    A class of one's own is named on the command line, as `model.pipeline`.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise RequestError("model.id", f"model_index.json of {source.spec.id!r} {what}")
+
+    index = source.index
+    if not isinstance(index, dict):
+        refuse("is no mapping")
+    name = index.get("_class_name", "DiffusionPipeline")
+    if not isinstance(name, str) or not name.isidentifier():
+        refuse(f"names the class {name!r}; allowed: one of diffusers, or package.module.Class as model.pipeline")
+    if (source.folder / "None.py").exists():  # which diffusers takes for the code of a pipeline
+        refuse("has a None.py beside it; code of a model folder is not run")
+    for part, entry in index.items():
+        if part.startswith("_") or not _is_component(entry):
+            continue
+        if not part.isidentifier() or not (source.folder / part).resolve().is_relative_to(source.folder.resolve()):
+            refuse(f"has a component {part!r} that leads out of its folder")
+        if entry[0] is None:
+            continue
+        if len(entry) != 2 or not all(isinstance(one, str) and one.isidentifier() for one in entry):
+            refuse(f"has {entry!r} for {part}; allowed: a library and a class")
+        library = entry[0]
+        if library not in LIBRARIES and not _is_pipeline_module(library):
+            refuse(f"names a class of {library!r} for {part}; allowed: {', '.join(LIBRARIES)}")
+        if (source.folder / part / f"{library}.py").exists():  # which diffusers takes for the library
+            refuse(f"has code in {part}/{library}.py; code of a model folder is not run")
+
+
+def _is_component(entry: Any) -> bool:
+    """Whether it is of the form [library, class], as of a component; other lists are settings of the pipeline."""
+    return isinstance(entry, list) and bool(entry) and all(one is None or isinstance(one, str) for one in entry)
+
+
+def _is_pipeline_module(name: str) -> bool:
+    """Whether diffusers has a folder of pipelines of this name, whose classes an index names by it."""
+    found = importlib.util.find_spec("diffusers")  # which is not imported by this
+    places = found.submodule_search_locations if found else None
+    return any((Path(place) / "pipelines" / name / "__init__.py").is_file() for place in places or ())
 
 
 def check_offload(offload: str, device: str = "") -> None:

@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, place_of, visible
-from lesion.models import layers
+from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run.folder import prune
@@ -90,6 +90,7 @@ def _check_pipeline(settings: Settings, branches: Sequence[str], source: models.
         raise RequestError("generation.task", f"diffusers has no {task} for {name}; allowed: {others}")
     settings.check_taken(name, lambda: call_arguments(name, tasks.of(task)))
     check_size(source, settings.height, settings.width)
+    requirements.check(source, settings)
     if not source.embedded_guidance:
         return
     why = f"{name} takes guidance as an input and has one branch"

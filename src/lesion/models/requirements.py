@@ -1,0 +1,117 @@
+"""What a model needs beside text and settings, told from its configs before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from lesion.errors import RequestError
+from lesion.models.source import Source
+from lesion.study.settings import Settings
+
+# Words in the names of diffusers' classes whose calls want a picture, a mask or boxes beside the text.
+_WITH_MORE = {
+    "txt2img": "Control|Adapter|GLIGEN|Inpaint|Img2Img|Pix2Pix|Depth|Upscale|Fill|Variation|Redux|Edit|Example",
+    "img2img": "Control|Adapter",
+}
+_LONGEST = 10**6  # tokens; a tokenizer whose config names no length has one of 10^30
+
+
+def check(source: Source, settings: Settings) -> None:
+    """Raises RequestError, naming the key, where every image would fail for what the model is.
+
+    Of a pipeline class that is not of diffusers only the steps are checked: what it does with its parts is its own.
+    """
+    trained = source.scheduler_config.get("num_train_timesteps", 1000)
+    if not source.scheduler.startswith("FlowMatch") and settings.steps > trained:
+        raise RequestError("generation.steps", f"the model has {trained} timesteps; allowed: 1 to {trained}")
+    if "." in source.pipeline:
+        return
+    if re.search(_WITH_MORE.get(settings.task, "$^"), source.pipeline):
+        raise RequestError(
+            "model.id",
+            f"{source.pipeline} wants more than text (a picture, a mask or boxes); name the class for text alone as "
+            "model.pipeline, if its parts serve",
+        )
+    _check_denoiser(source)
+    if source.pipeline == "StableDiffusionXLPipeline":
+        _check_sdxl(source)
+    _check_tokenizers(source)
+    _check_clip_skip(source)
+
+
+def _check_denoiser(source: Source) -> None:
+    config, latents = source.denoiser_config, source.vae_config.get("latent_channels")
+    reads = config.get("in_channels")
+    if isinstance(latents, int) and isinstance(reads, int) and reads not in (latents, 4 * latents):  # 4: packed 2 x 2
+        raise RequestError(
+            "model.id",
+            f"the {source.denoiser} of {source.spec.id!r} reads {reads} channels where the autoencoder has {latents}: "
+            "it is for inpainting or editing, and wants more than text",
+        )
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise RequestError(
+            "model.id", f"the {source.denoiser} of {source.spec.id!r} wants class labels, not text alone"
+        )
+    if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        raise RequestError("model.id", f"the {source.denoiser} of {source.spec.id!r} wants an image embedding")
+    added = config.get("addition_embed_type")
+    given = ("text", "text_time") if source.pipeline.startswith("StableDiffusionXL") else ("text",)
+    if source.denoiser == "unet" and added is not None and added not in given:
+        raise RequestError(
+            "model.id",
+            f"the unet of {source.spec.id!r} wants a condition ({added}) that {source.pipeline} does not give",
+        )
+
+
+def _check_sdxl(source: Source) -> None:
+    """The size and text that SDXL adds to a step must have the width that the UNet was made for: not the refiner's."""
+    config, text = source.denoiser_config, source.config("text_encoder_2")
+    wanted, each = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+    pooled = text.get("projection_dim")
+    if isinstance(wanted, int) and isinstance(each, int) and isinstance(pooled, int) and wanted != 6 * each + pooled:
+        raise RequestError(
+            "model.id",
+            f"the unet of {source.spec.id!r} wants {wanted} added values where {source.pipeline} gives "
+            f"{6 * each + pooled}: is it the refiner, which has no text to image?",
+        )
+
+
+def _clips(source: Source, part: str) -> Iterator[str]:
+    """Names of the components of CLIP: part is tokenizer or text_encoder."""
+    for name, (_, cls) in source.components.items():
+        if name.startswith(part) and cls.startswith("CLIP"):
+            yield name
+
+
+def _check_tokenizers(source: Source) -> None:
+    for name in _clips(source, "tokenizer"):
+        length = source.config(name, "tokenizer_config.json").get("model_max_length")
+        holds = source.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings")
+        if not isinstance(length, int | float) or length > _LONGEST:
+            raise RequestError(
+                "model.id",
+                f"{name}/tokenizer_config.json of {source.spec.id!r} has no model_max_length; give it that of its "
+                f"text encoder{f', {holds}' if isinstance(holds, int) else ''}",
+            )
+        if isinstance(holds, int) and length > holds:
+            raise RequestError(
+                "model.id",
+                f"{name}/tokenizer_config.json of {source.spec.id!r} has model_max_length {length}, its text encoder "
+                f"reads {holds}",
+            )
+
+
+def _check_clip_skip(source: Source) -> None:
+    skip = json.loads(dict(source.spec.arguments).get("clip_skip", "null"))
+    layers = [source.config(name).get("num_hidden_layers") for name in _clips(source, "text_encoder")]
+    known = [one for one in layers if isinstance(one, int)]
+    if skip is None or not known:
+        return
+    # SDXL and SD 3 read the last layer but one anyway.
+    most = min(known) - (1 if source.pipeline.startswith(("StableDiffusionXL", "StableDiffusion3")) else 0)
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip <= most:
+        raise RequestError(
+            "model.arguments", f"clip_skip must be null or a whole number from 0 to {most} for this model; got {skip!r}"
+        )
