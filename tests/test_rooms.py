@@ -13,10 +13,10 @@ import lesion
 PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
-    *("errors", "study", "denoising", "tasks", "analysis", "rounds", "tracking", "toy_world", "store", "surgery"),
-    *("models", "generation", "scoring", "replacements", "report", "config", "run", "api", "cli"),
+    *("errors", "study", "denoising", "tasks", "toy_world", "tracking", "store", "surgery", "models", "scoring"),
+    *("analysis", "rounds", "generation", "replacements", "report", "config", "run", "api", "cli"),
 )
-PURE = ("errors", "study", "tasks", "analysis", "rounds")
+PURE = ("errors", "study", "tasks", "toy_world", "scoring", "analysis", "rounds")
 
 
 def room_of(path: Path) -> str:

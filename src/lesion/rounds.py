@@ -25,8 +25,7 @@ import pandas as pd
 
 from lesion.analysis.bootstrap import Interval
 from lesion.analysis.cells import MEASURES, over_prompts
-from lesion.analysis.importance import NO_EFFECT
-from lesion.analysis.metrics import DISTANCES
+from lesion.analysis.importance import NO_EFFECT, as_similarity
 from lesion.errors import RequestError
 from lesion.study.budget import FEWEST, Budget
 from lesion.study.grid import NO_LESION, Cell, Study, kind_of
@@ -217,7 +216,7 @@ class Rounds:
         for place in range(len(course.names), course.done):
             prompt, seed = prompts[place % len(prompts)], self.study.seeds[place // len(prompts)]
             value = score(self.study.cell(prompt, seed, course.lesion))
-            effect = value if metric in DISTANCES else 1.0 - value
+            effect = 1.0 - as_similarity(value, metric)
             course.names.append(prompt.id)
             course.effects.append(effect if np.isfinite(effect) else np.nan)
         return pd.DataFrame({"prompt_id": course.names, "effect": course.effects})

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from lesion.cli.study import _with_prompt_files
+from lesion.config.overrides import metrics_as_lists
 from lesion.config.reading import first_read
 from lesion.config.schema import conf_dir, register
 
@@ -61,7 +62,8 @@ def schema():
 def test_every_command_line():
     assert len(commands()) > 15
     for words in commands():
-        given = _with_prompt_files([word for word in words if not word.startswith("-") and "NAME" not in word])
+        words = [word for word in words if not word.startswith("-") and "NAME" not in word]
+        given = metrics_as_lists(_with_prompt_files(words))
         for jobs in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None):
             for job in jobs:
                 composed(*job)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from lesion import scoring
 from lesion.analysis.importance import importance_metric, layer_table
 from lesion.config.parsing import parse
 from lesion.study.lesions import choices, covers
@@ -111,6 +113,19 @@ def test_metrics_that_say_nothing_of_importance_are_refused_by_name(cli, metric,
     (line,) = err.strip().splitlines()
     assert says in line
     assert not list(cli.folder.rglob("*.parquet"))
+
+
+def test_metrics_with_options_replace_those_of_the_preset(cli):
+    """A mapping on the command line, though the preset has a list; a sweep over both forms gives the same scores."""
+    metrics = "{clip_similarity: {model: embedded}, psnr: {}}"
+    code, _, err = cli("-m", f"scorer.metrics={metrics},[clip_similarity, psnr]", "selection=none")
+    assert code == 0, err
+    one, other = (frame[[name for name in scoring.known_metrics() if name in frame]] for frame in cli.frames())
+    assert list(one) == ["clip_similarity", "psnr"]
+    pd.testing.assert_frame_equal(one, other)
+    code, _, err = cli("scorer.metrics={clip_similarity: {}, lpips: {nett: vgg}}")
+    assert code == 2
+    assert err == "lesion: scorer.metrics.lpips: unknown option 'nett'; allowed: net\n"
 
 
 def test_a_missing_dino_is_refused_before_any_model_loads(cli, monkeypatch, tmp_path):

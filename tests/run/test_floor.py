@@ -13,7 +13,7 @@ from PIL import Image
 from conftest import settings
 from lesion import models, scoring
 from lesion.analysis.floor import floor_by_prompt, noise_floor, normalised_importance
-from lesion.scoring import ScorerSpec
+from lesion.scoring import ScorerSpec, make_scorer
 from lesion.store.scores import Picture, Scores
 from lesion.study.grid import ModelIdentity, Study
 from lesion.study.lesions import Replacement
@@ -110,9 +110,9 @@ def test_the_run_folder_holds_the_floor_and_a_second_run_computes_nothing(cli, t
         assert set(table[name]) == set(baselines[name])
 
     # A direct computation: open_clip's own embeddings of the images in the run folder.
-    from lesion.scoring._clip import embedder
-
-    clip = embedder(ScorerSpec("tiny", f"local-dir:{tiny_clip}", None, ("clip_similarity",)), "cpu")
+    clip = (
+        make_scorer(ScorerSpec("tiny", f"local-dir:{tiny_clip}", None, ("clip_similarity",)), "cpu").metrics[0].embedder
+    )
 
     def embedded(prompt, seed):
         image = Image.open(folder / baselines.loc[(prompt, seed), "image"]).convert("RGB")

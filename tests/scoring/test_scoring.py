@@ -21,11 +21,22 @@ from scipy.ndimage import correlate
 
 import lesion.scoring
 from lesion.errors import RequestError
-from lesion.scoring import Scorer, ScorerError, ScorerSpec, Shot, check, identities, known_metrics, make_scorer
+from lesion.scoring import (
+    Metric,
+    Scorer,
+    ScorerError,
+    ScorerSpec,
+    Shot,
+    check,
+    identities,
+    known_metrics,
+    make_scorer,
+    metric_class,
+)
 from lesion.scoring import _clip as clip_module
 from lesion.scoring import _clip_weights as weights_module
-from lesion.scoring import _dino as dino_module
 from lesion.scoring import _embeddings as embeddings_module
+from lesion.scoring import dino_similarity as dino_module
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "scorer").glob("*.yaml"))
 WORDS = ["a", "red", "green", "blue", "circle", "square", "above", "below", "on", "white"]
@@ -214,7 +225,7 @@ def test_long_prompt_is_warned_about_once(clip_folder: Path, caplog: pytest.LogC
         assert not caplog.records
         scorer.score(given)
         scorer.score(given[::-1])
-        scorer.metrics[0].clip.texts.kept.clear()  # type: ignore[attr-defined]
+        scorer.metrics[0].embedder.texts.kept.clear()  # type: ignore[attr-defined]
         scorer.score(given)
     (record,) = caplog.records
     assert f"first {CONTEXT} tokens" in record.getMessage()
@@ -461,44 +472,108 @@ def test_lpips_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatc
     assert str(tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth") in one_line(error)
 
 
-def test_lpips_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The learned weights are torchmetrics' own; the backbone is random, but of AlexNet's layout."""
+def random_features(net: str) -> tuple[torch.nn.Module, tuple[int, ...]]:
+    """Random layers of a network's layout, and those whose outputs LPIPS compares (Zhang et al. 2018, section 3)."""
+    import torchvision
+
+    torch.manual_seed(0)
+    if net == "alex":
+        return torchvision.models.alexnet(weights=None).features, (1, 4, 7, 9, 11)  # relu1 to relu5
+    if net == "vgg":
+        return torchvision.models.vgg16(weights=None).features, (3, 8, 15, 22, 29)  # the last relu of each block
+    return torchvision.models.squeezenet1_1(weights=None).features, (1, 4, 7, 9, 10, 11, 12)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_lpips_by_formula(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learned weights are torchmetrics' own; the network is random, but of the right layout."""
     from torchmetrics.functional.image import lpips as reference
 
     import lesion.scoring.lpips as lpips
 
-    torch.manual_seed(0)
-    conv, relu, pool = torch.nn.Conv2d, torch.nn.ReLU, torch.nn.MaxPool2d
-    features = torch.nn.Sequential(
-        *(conv(3, 64, 11, 4, 2), relu(), pool(3, 2), conv(64, 192, 5, 1, 2), relu(), pool(3, 2)),
-        *(conv(192, 384, 3, 1, 1), relu(), conv(384, 256, 3, 1, 1), relu(), conv(256, 256, 3, 1, 1), relu()),
-    )
-    monkeypatch.setattr(reference, "_get_tv_model_features", lambda net, pretrained: features)
+    features, compared = random_features(net)
+    asked = []
+    monkeypatch.setattr(reference, "_get_tv_model_features", lambda name, pretrained: asked.append(name) or features)
     lpips._net.cache_clear()
     given = [*shots(3, height=64, width=64), Shot("b", picture(0), "b", picture(0), "")]
-    scorer = make_scorer(spec("unused", "lpips", batch_size=2), "cpu")
+    options = {} if net == "alex" else {"lpips": {"net": net}}
+    scorer = make_scorer(spec("unused", "lpips", batch_size=2, options=options), "cpu")
     found = scorer.score(given)["lpips"]
     lpips._net.cache_clear()
 
-    weights = torch.load(Path(reference.__file__).parent / "lpips_models" / "alex.pth", "cpu", weights_only=True)
+    assert asked == [{"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[net]]
+    assert identities(spec("unused", "lpips", options=options)) == {"lpips": f"lpips/1 ({net})"}
+    weights = torch.load(Path(reference.__file__).parent / "lpips_models" / f"{net}.pth", "cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     for value, shot in zip(found[:3], given, strict=False):
         x, y = (
             ((torch.from_numpy(p).float() / 127.5 - 1 - shift) / scale).permute(2, 0, 1)[None]
             for p in (shot.image, shot.baseline)
         )
-        total, layer = 0.0, 0
+        total = 0.0
         with torch.no_grad():
-            for module in features:
+            for number, module in enumerate(features):
                 x, y = module(x), module(y)
-                if isinstance(module, relu):
+                if number in compared:
                     fx, fy = (f / (f.pow(2).sum(1, keepdim=True) + 1e-8).sqrt() for f in (x, y))
+                    layer = compared.index(number)
                     total += float((weights[f"lin{layer}.model.1.weight"] * (fx - fy) ** 2).sum(1).mean())
-                    layer += 1
-        assert layer == 5
         assert value == pytest.approx(total, rel=1e-4)
         assert value > 1e-5
     assert found[3] == 0.0
+
+
+def test_each_metric_keeps_the_facts_it_states(
+    clip_folder: Path, dino_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchmetrics.functional.image import lpips as reference
+
+    import lesion.scoring.lpips as lpips
+
+    monkeypatch.setattr(reference, "_get_tv_model_features", lambda *args, **kwargs: random_features("alex")[0])
+    lpips._net.cache_clear()
+    near = picture(1, height=64, width=64)
+    far = 255 - near
+    little = near.copy()
+    little[:8, :8] ^= 1
+    prompt = "a small red circle above a blue star on a white background"
+    given = [Shot("a", near.copy(), "b", near, prompt), Shot("c", little, "b", near, prompt)]
+    given += [Shot("d", far, "b", near, prompt)]
+    every = spec(clip_folder, *known_metrics(), dino_model=str(dino_folder))
+    found = make_scorer(every, "cpu").score(given)
+    lpips._net.cache_clear()
+    assert found.keys() == set(known_metrics()) == set(identities(every))
+    for name in known_metrics():
+        facts, (same, close, other) = metric_class(name), found[name]
+        low, high = facts.range
+        assert facts.name == name
+        assert low <= min(found[name]) and max(found[name]) <= high, name
+        if facts.direction == "similarity":
+            assert same == facts.identical >= close > other, name
+        elif facts.direction == "distance":
+            assert same == facts.identical <= close < other, name
+        else:
+            assert facts.identical is None, name
+            assert facts.why_unsuited(), name
+    assert [name for name in known_metrics() if not metric_class(name).why_unsuited()] == [
+        "clip_similarity",
+        "dino_similarity",
+        "ssim",
+    ]
+
+
+def test_the_table_of_metrics_in_the_docs_is_what_they_state() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    said = {row[0].strip("`"): row[1:] for row in table}
+    assert sorted(said) == list(known_metrics())
+    for name, (direction, values, identical, options, models) in said.items():
+        facts = metric_class(name)
+        low, high = facts.range
+        assert (direction, values) == (facts.direction, f"{low:g} to {high:g}")
+        assert identical == ("" if facts.identical is None else f"{facts.identical:g}")
+        assert options == ", ".join(f"`{option}`" for option in facts.options())
+        assert models == facts.models
 
 
 def test_metrics_are_found_by_module_name_without_torch() -> None:
@@ -509,14 +584,91 @@ def test_metrics_are_found_by_module_name_without_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_facts_identities_and_what_prompts_ask_are_known_without_torch() -> None:
+    code = (
+        "import sys, lesion.scoring as s\n"
+        "names = [n for n in s.known_metrics() if n != 'dino_similarity']\n"
+        "spec = s.ScorerSpec('x', 'embedded', None, tuple(names))\n"
+        "s.check(spec), s.identities(spec), s.columns_for(spec, 'a red circle')\n"
+        "[s.metric_class(n).why_unsuited() for n in s.known_metrics()]\n"
+        "print({'torch', 'open_clip', 'transformers', 'torchmetrics', 'pandas'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def config(metrics: object, **more: object) -> dict[str, object]:
+    """The config's `scorer` as plain data."""
+    values = {"name": "tiny", "clip_model": "embedded", "clip_pretrained": None, "importance": "clip_similarity"}
+    return {**values, "batch_size": 64, "dino_model": "facebook/dinov2-base", "metrics": metrics, **more}
+
+
+def test_names_and_names_with_options_say_the_same(dino_folder: Path) -> None:
+    names = ["clip_similarity", "dino_similarity", "lpips"]
+    old = ScorerSpec.of(config(names, dino_model=str(dino_folder)))
+    for metrics in (
+        {"clip_similarity": {}, "dino_similarity": {"model": str(dino_folder)}, "lpips": {"net": "alex"}},
+        ["clip_similarity", {"dino_similarity": {"model": str(dino_folder)}}, {"lpips": None}],
+        {"clip_similarity": {"model": "embedded"}, "dino_similarity": {"model": str(dino_folder)}, "lpips": {}},
+    ):
+        new = ScorerSpec.of(config(metrics))
+        assert new.metrics == old.metrics == tuple(names)
+        assert identities(new) == identities(old)
+    other = ScorerSpec.of(config({"clip_similarity": {}, "lpips": {"net": "vgg"}}))
+    assert identities(other)["lpips"] == "lpips/1 (vgg)"
+    assert ScorerSpec.of(config("clip_similarity")).metrics == ("clip_similarity",)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "key", "says"),
+    [
+        ({"clip_similarity": {}, "lpips": {"nett": "vgg"}}, "scorer.metrics.lpips", "'nett'; allowed: net"),
+        ({"clip_similarity": {}, "lpips": {"net": "vgg19"}}, "scorer.metrics.lpips.net", "alex, vgg, squeeze"),
+        ({"clip_similarity": {}, "ssim": {"sigma": 2}}, "scorer.metrics.ssim", "'sigma'; allowed: none"),
+        (
+            {"clip_similarity": {"model": 3}},
+            "scorer.metrics.clip_similarity.model",
+            "got 3; allowed: a value",
+        ),
+        ({"clip_similarity": {}, "lpips": "vgg"}, "scorer.metrics.lpips", "got 'vgg'; allowed: {option: value}"),
+        (["clip_similarity", {"lpips": {}, "ssim": {}}], "scorer.metrics", "one `name: options`"),
+        (["clip_similarity", "lpips", {"lpips": {"net": "vgg"}}], "scorer.metrics", "names 'lpips' twice"),
+        (["clip_similarity", 3], "scorer.metrics", "got 3; allowed: clip_similarity, clip_text"),
+        (["clip_similarity", {"taste": {}}], "scorer.metrics", "got 'taste'; allowed: clip_similarity, clip_text"),
+        ([], "scorer.metrics", "is empty; allowed: one or more of clip_similarity, clip_text"),
+        ({"ssim": {}}, "scorer.metrics", "must name clip_similarity"),
+    ],
+)
+def test_wrong_metrics_are_refused_with_what_is_allowed(metrics: object, key: str, says: str) -> None:
+    with pytest.raises(RequestError) as error:
+        ScorerSpec.of(config(metrics))
+    assert error.value.key == key
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_model_is_refused_under_the_key_that_names_it(tmp_path: Path) -> None:
+    nowhere = {"model": str(tmp_path / "nowhere")}
+    for metrics, key in (
+        ({"clip_similarity": {}, "dino_similarity": nowhere}, "scorer.metrics.dino_similarity.model"),
+        ({"clip_similarity": {"model": "local-dir:/nowhere"}}, "scorer.metrics.clip_similarity.model"),
+        (
+            {"clip_similarity": {"model": "ViT-B-32", "pretrained": "none"}},
+            "scorer.metrics.clip_similarity.pretrained",
+        ),
+    ):
+        with pytest.raises(RequestError) as error:
+            check(ScorerSpec.of(config(metrics)))
+        assert error.value.key == key
+
+
 def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brightness.py").write_text(
         "import numpy as np\n"
-        "class Brightness:\n"
-        "    column = 'brightness'\n"
+        "from lesion.scoring import Metric\n"
+        "class Brightness(Metric):\n"
+        "    direction, range = 'property', (0.0, 255.0)\n"
+        "    def identity(self): return 'brightness/1'\n"
         "    def __call__(self, shots): return np.array([shot.image.mean() for shot in shots])\n"
-        "def identity(spec): return 'brightness/1'\n"
-        "def build(spec, device): return Brightness()\n"
     )
     monkeypatch.setattr(lesion.scoring, "__path__", [*lesion.scoring.__path__, str(tmp_path)])
     monkeypatch.setitem(sys.modules, "lesion.scoring.brightness", None)
@@ -556,8 +708,11 @@ def test_wrong_shots_and_values_are_refused() -> None:
         with pytest.raises(ValueError, match="cell"):
             Shot("cell", bad, "base", good, "")
 
-    class Short:
-        column = "short"
+    class Short(Metric):
+        name, direction, range = "short", "property", (0.0, 1.0)
+
+        def identity(self) -> str:
+            return "short/1"
 
         def __call__(self, shots: object) -> np.ndarray:
             return np.zeros(1)
@@ -574,7 +729,7 @@ def test_no_shots_give_empty_columns() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_fit_the_spec(path: Path) -> None:
     values = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
-    assert set(values) == {field.name for field in fields(ScorerSpec)}
+    assert {*values, "options"} == {field.name for field in fields(ScorerSpec)}
     assert values["name"] == path.stem
     assert values["importance"] in values["metrics"]
     own = [metric for metric in values["metrics"] if not metric.startswith("read_")]

@@ -8,11 +8,13 @@ Means are taken over the seeds of a prompt first, then over prompts, so a prompt
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.metrics import DISTANCES, UNSUITED
 from lesion.analysis.settings import in_order, layers_in_order, only_setting, rows, settings
+from lesion.scoring import Metric, known_metrics, metric_class
 
 LEAVE_ONE_OUT = "leave_one_out"
 ONLY_ONE = "only_one"
@@ -20,6 +22,7 @@ NO_EFFECT = 1e-4  # similarities this close to 1 are float32 and batch-size nois
 IMPORTANCE_METRIC = "importance_metric"  # the column that names a study's choice
 DEFAULT_METRIC = "clip_similarity"
 STATUSES = ("ok", "invalid", "failed")
+Values = TypeVar("Values", float, pd.Series)
 
 
 def importance_metric(frame: pd.DataFrame) -> str:
@@ -34,6 +37,17 @@ def importance_metric(frame: pd.DataFrame) -> str:
     return str(chosen[0]) if len(chosen) == 1 else DEFAULT_METRIC
 
 
+def _facts(metric: str) -> type[Metric] | None:
+    """None for a column that no metric of this version has."""
+    return metric_class(metric) if metric in known_metrics() else None
+
+
+def as_similarity(values: Values, metric: str) -> Values:
+    """A metric's values as similarities, 1 for identical images: 1 - distance; others as they are."""
+    facts = _facts(metric)
+    return 1.0 - values if facts is not None and facts.direction == "distance" else values
+
+
 def similarity(frame: pd.DataFrame, metric: str | None = None) -> pd.Series:
     """Similarity to the baseline, 1 for identical images; NaN unless the image is ok. (rows,)
 
@@ -41,13 +55,12 @@ def similarity(frame: pd.DataFrame, metric: str | None = None) -> pd.Series:
     metric that is absent or not such a similarity.
     """
     metric = metric or importance_metric(frame)
-    if metric in UNSUITED:
-        raise ValueError(f"importance cannot be read from {metric}: {UNSUITED[metric]}")
+    facts = _facts(metric)
+    if facts is not None and facts.direction != "distance" and (why := facts.why_unsuited()):
+        raise ValueError(f"importance cannot be read from {metric}: {why}")
     if metric not in frame:
         raise ValueError(f"metric {metric} is not in these results (columns: {', '.join(map(str, frame.columns))})")
-    values = frame[metric].astype("float64")
-    if metric in DISTANCES:
-        values = 1.0 - values
+    values = as_similarity(frame[metric].astype("float64"), metric)
     return values.where((frame["status"] == "ok") & np.isfinite(values))
 
 

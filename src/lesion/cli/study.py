@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lesion.cli import is_from, keep_traceback, one_line, say, unforeseen
+from lesion.config.overrides import metrics_as_lists
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
 from lesion.study.prompts import ENDINGS
@@ -241,7 +242,7 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
-    sys.argv[1:] = _with_prompt_files(sys.argv[1:])
+    sys.argv[1:] = metrics_as_lists(_with_prompt_files(sys.argv[1:]))
     try:
         _check_groups(sys.argv[1:])
         job()

@@ -84,7 +84,7 @@ class ScorerConf:
     name: str = MISSING
     clip_model: str = MISSING
     clip_pretrained: str | None = None
-    metrics: list[str] = MISSING
+    metrics: Any = MISSING
     importance: str = "clip_similarity"
     dino_model: str = "facebook/dinov2-base"
     batch_size: int = 64

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.metrics import DISTANCES
+from lesion.analysis.importance import as_similarity
 from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.study import pairs
@@ -94,7 +94,7 @@ def floor(study: Study, scores: ScoreQueue) -> pd.DataFrame:
                 "seed_a": a.seed,
                 "prompt_id_b": b.prompt.id,
                 "seed_b": b.seed,
-                "similarity": 1.0 - value if metric in DISTANCES else value,
+                "similarity": as_similarity(value, metric),
                 **{name: value for name, value in row(a, ()).items() if name in GENERATION},
                 "metric": metric,
                 "scorer_identity": scores.identities[metric],

@@ -1,84 +1,50 @@
-"""The scoring room: numbers for an image, its baseline and its prompt. One small module a metric, found by its name.
+"""Numbers for an image, its baseline and its prompt: one file a metric, found by its name.
 
-A metric module has two functions:
-
-    identity(spec) -> str           all that can change its values (formula version, model), without loading anything
-    build(spec, device) -> Metric
-
-and, if it has nothing to say of some prompts (its values there are NaN), a third:
-
-    asks(prompt) -> bool            whether it has a value for images of this prompt
-
-To add a metric, add `scoring/<name>.py` and list `<name>` in the config's `scorer.metrics`; nothing else changes. Its
-module is imported when a study is laid out, so it imports torch, and what brings it, only where it computes.
+To add a metric, add `scoring/NAME.py` with a subclass of `Metric`, and name it in `scorer.metrics`; nothing else
+changes.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import pkgutil
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.analysis.metrics import why_unsuited
 from lesion.errors import RequestError
-from lesion.study.checks import at_least, distinct, one_of
+from lesion.scoring._metric import Direction, Metric, OptionError, ScorerError, Shot
+from lesion.study.checks import at_least, one_of
+
+__all__ = [
+    "Direction",
+    "Metric",
+    "OptionError",
+    "Scorer",
+    "ScorerError",
+    "ScorerSpec",
+    "Shot",
+    "check",
+    "columns_for",
+    "identities",
+    "known_metrics",
+    "make_scorer",
+    "metric_class",
+]
 
 log = logging.getLogger(__name__)
-
-
-class ScorerError(Exception):
-    """A scorer cannot be made as asked: one line that says why and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image to score, with the baseline of the same prompt, seed and settings."""
-
-    key: str  # the cell's hash
-    image: NDArray[np.uint8]  # (height, width, 3), 0-255
-    baseline_key: str
-    baseline: NDArray[np.uint8]  # the same shape
-    prompt: str
-
-    def __post_init__(self) -> None:
-        for name, pixels in (("image", self.image), ("baseline", self.baseline)):
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-                raise ValueError(f"{name} of {self.key} is {pixels.dtype} {pixels.shape}, not uint8 (height, width, 3)")
-        if self.image.shape != self.baseline.shape:
-            raise ValueError(f"{self.key} is {self.image.shape}, its baseline {self.baseline.shape}")
-
-    @cached_property
-    def unchanged(self) -> bool:
-        """Whether the image is its baseline, pixel for pixel: then similarities are exact, not rounded."""
-        return self.key == self.baseline_key or np.array_equal(self.image, self.baseline)
-
-
-class Metric(Protocol):
-    """Called with any number of shots, at least one. Values depend on the shots alone, not on their order or company,
-    except for rounding: batches of other sizes may add up in another order (about 1e-6 in float32).
-    """
-
-    column: str  # its column in the results: the metric's name
-
-    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
-        """One value a shot, (n,)."""
-        ...
+KEY = "scorer.metrics"
 
 
 @dataclass(frozen=True)
 class ScorerSpec:
-    """What to score with; the fields of `conf/scorer/*.yaml`."""
+    """What to score with; the fields of `conf/scorer/*.yaml`, of which `metrics` may carry options there."""
 
     name: str
     clip_model: str  # "embedded", an open_clip name, "hf-hub:org/repo" or "local-dir:/path"
@@ -86,22 +52,84 @@ class ScorerSpec:
     metrics: tuple[str, ...]
     batch_size: int = 64  # images a forward pass
     importance: str = "clip_similarity"  # the one of the metrics that importance and sufficiency are computed from
-    dino_model: str = "facebook/dinov2-base"  # of dino_similarity: a name on the hub, or a folder
+    dino_model: str = "facebook/dinov2-base"  # a name on the hub, or a folder
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of metrics, by name
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ScorerSpec:
-        """From the `scorer` group of a request. Raises RequestError naming the key and what is allowed."""
-        metrics = distinct("scorer.metrics", list(config["metrics"]))
-        for metric in metrics:
-            one_of("scorer.metrics", metric, known_metrics())
-        if "clip_similarity" not in metrics:
-            raise RequestError("scorer.metrics", "must name clip_similarity: every table of results has it")
-        importance = one_of("scorer.importance", config["importance"], metrics)
-        if why := why_unsuited(importance):
-            suited = ", ".join(metric for metric in metrics if not why_unsuited(metric))
+        """From the config's `scorer`, plain data. Raises RequestError; loads nothing.
+
+        Its `metrics` are names, names with options, or both in one list.
+        """
+        chosen = _chosen(config["metrics"])
+        for name in chosen:
+            one_of(KEY, name, known_metrics())
+        if "clip_similarity" not in chosen:
+            raise RequestError(KEY, "must name clip_similarity: every table of results has it")
+        importance = one_of("scorer.importance", config["importance"], tuple(chosen))
+        unsuited = {name: metric_class(name).why_unsuited() for name in chosen}
+        if why := unsuited[importance]:
+            suited = ", ".join(name for name, why in unsuited.items() if not why)
             raise RequestError("scorer.importance", f"cannot be {importance}: {why}; allowed: {suited}")
         at_least("scorer.batch_size", config["batch_size"], 1)
-        return cls(**{**config, "metrics": tuple(metrics)})
+        spec = cls(
+            name=config["name"],
+            clip_model=config["clip_model"],
+            clip_pretrained=config["clip_pretrained"],
+            metrics=tuple(chosen),
+            batch_size=config["batch_size"],
+            importance=importance,
+            dino_model=config["dino_model"],
+            options=chosen,
+        )
+        _ = spec.described  # refuses options that are not there
+        return spec
+
+    def each(self) -> Iterator[Metric]:
+        """Its metrics with their options, not loaded. Raises RequestError; ScorerError where a package is missing."""
+        for name in self.metrics:
+            kind, given = self._class(name), self.options.get(name, {})
+            shared = {} if set(given) & set(kind.shared) else kind.shared
+            yield kind.of({option: getattr(self, key) for option, key in shared.items()} | dict(given), f"{KEY}.{name}")
+
+    @cached_property
+    def described(self) -> tuple[Metric, ...]:
+        """Those of `each`, to be asked and never loaded."""
+        return tuple(self.each())
+
+    def key(self, metric: Metric, option: str) -> str:
+        """The config's key from which a metric has an option."""
+        given = self.options.get(metric.name, {})
+        if option in metric.shared and not set(given) & set(metric.shared):
+            return f"scorer.{metric.shared[option]}"
+        return f"{KEY}.{metric.name}.{option}"
+
+    def _class(self, name: str) -> type[Metric]:
+        try:
+            return metric_class(name)
+        except ImportError as error:
+            raise ScorerError(f"scorer {self.name}: metric {name} needs a package that is missing: {error}") from error
+
+
+def _chosen(value: Any) -> dict[str, dict[str, Any]]:
+    """Metric -> options, from a name, a list of names and of names with options, or names with options."""
+    items = list(value.items()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    if not items:
+        raise RequestError(KEY, f"is empty; allowed: one or more of {', '.join(known_metrics())}")
+    chosen: dict[str, dict[str, Any]] = {}
+    for item in items:
+        pairs = list(item.items()) if isinstance(item, Mapping) else [item if isinstance(item, tuple) else (item, None)]
+        if len(pairs) != 1:
+            raise RequestError(KEY, f"got {item!r}; allowed: a name, or one `name: options`")
+        name, options = pairs[0]
+        if not isinstance(name, str):
+            raise RequestError(KEY, f"got {name!r}; allowed: {', '.join(known_metrics())}")
+        if name in chosen:
+            raise RequestError(KEY, f"names {name!r} twice; give each metric once")
+        if options is not None and not isinstance(options, Mapping):
+            raise RequestError(f"{KEY}.{name}", f"got {options!r}; allowed: {{option: value}}, or {{}}")
+        chosen[name] = {str(option): value for option, value in (options or {}).items()}
+    return chosen
 
 
 class Scorer:
@@ -112,22 +140,28 @@ class Scorer:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return tuple(metric.column for metric in self.metrics)
+        return tuple(metric.name for metric in self.metrics)
 
     def score(self, shots: Sequence[Shot], only: Collection[str] | None = None) -> dict[str, NDArray[np.float64]]:
-        """One array (n,) a column, of all columns or `only` these; no shots give empty arrays."""
+        """One array (n,) a column, of all columns or `only` these; no shots give empty arrays.
+
+        An image that equals its baseline gets the metric's exact value for that, without rounding.
+        """
         scores: dict[str, NDArray[np.float64]] = {}
         for metric in self.metrics:
-            if only is not None and metric.column not in only:
+            if only is not None and metric.name not in only:
                 continue
             try:
                 values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
             except Exception as error:  # one metric that fails must not cost the others, nor the images
-                log.error("metric %s failed, its values are left empty: %s", metric.column, error)
+                log.error("metric %s failed, its values are left empty: %s", metric.name, error)
                 values = np.full(len(shots), np.nan)
-            if values.shape != (len(shots),):
-                raise ValueError(f"metric {metric.column} gave {values.shape} for {len(shots)} shots")
-            scores[metric.column] = values
+            else:
+                if values.shape != (len(shots),):
+                    raise ValueError(f"metric {metric.name} gave {values.shape} for {len(shots)} shots")
+                if metric.identical is not None:
+                    values[[shot.unchanged for shot in shots]] = metric.identical
+            scores[metric.name] = values
         return scores
 
 
@@ -136,37 +170,45 @@ def known_metrics() -> tuple[str, ...]:
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")))
 
 
+def metric_class(name: str) -> type[Metric]:
+    """The class of a metric, which states its facts. Raises KeyError for an unknown one; imports no torch."""
+    if name not in known_metrics():
+        raise KeyError(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    (found,) = (
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and issubclass(kind, Metric) and kind.__module__ == module.__name__
+    )
+    return found
+
+
 def check(spec: ScorerSpec) -> None:
     """Whether its models can exist, without loading them: RequestError names the key."""
-    if "dino_similarity" in spec.metrics:
-        from lesion.scoring import _dino
-
+    for metric in spec.described:
         try:
-            _dino.resolve(spec.dino_model)
-        except (ValueError, OSError) as error:
-            raise RequestError("scorer.dino_model", f"{spec.dino_model!r}: {error}") from None
-    if any(name.startswith("clip_") for name in spec.metrics):
-        from lesion.scoring import _clip_weights
-
-        try:
-            _clip_weights.resolve(spec.clip_model, spec.clip_pretrained)
-        except (ValueError, FileNotFoundError) as error:
-            key = "scorer.clip_pretrained" if "clip_pretrained" in str(error) else "scorer.clip_model"
-            raise RequestError(key, f"{spec.clip_model!r}: {error}; {_clip_weights.advice(spec.clip_model)}") from None
+            metric.check()
+        except OptionError as error:
+            raise RequestError(spec.key(metric, error.option), str(error)) from None
 
 
 def identities(spec: ScorerSpec) -> dict[str, str]:
     """For each metric everything that can change a value: its formula's version, its model with a digest of weights.
 
-    Loads nothing. Raises ScorerError where a package is missing.
+    Loads nothing. Raises ScorerError where a package or a model is missing.
     """
-    return {name: str(_module(name, spec).identity(spec)) for name in spec.metrics}
+    found = {}
+    for metric in spec.described:
+        try:
+            found[metric.name] = metric.identity()
+        except (ValueError, OSError) as error:
+            raise ScorerError(f"scorer {spec.name}: {metric.name}: {error}") from error
+    return found
 
 
 def columns_for(spec: ScorerSpec, prompt: str) -> frozenset[str]:
     """The metrics that have a value for images of this prompt. Loads nothing; ScorerError as for `identities`."""
-    modules = {name: _module(name, spec) for name in spec.metrics}
-    return frozenset(name for name, module in modules.items() if not hasattr(module, "asks") or module.asks(prompt))
+    return frozenset(metric.name for metric in spec.described if metric.asks(prompt))
 
 
 def make_scorer(spec: ScorerSpec, device: str) -> Scorer:
@@ -178,16 +220,14 @@ def make_scorer(spec: ScorerSpec, device: str) -> Scorer:
     if unknown := [name for name in spec.metrics if name not in known_metrics()]:
         allowed = ", ".join(known_metrics())
         raise ScorerError(f"scorer {spec.name}: unknown metric {', '.join(unknown)}; allowed: {allowed}")
-    return Scorer([_build(name, spec, device) for name in spec.metrics])
-
-
-def _build(name: str, spec: ScorerSpec, device: str) -> Metric:
-    metric: Metric = _module(name, spec).build(spec, device)
-    return metric
-
-
-def _module(name: str, spec: ScorerSpec) -> ModuleType:
-    try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ImportError as error:
-        raise ScorerError(f"scorer {spec.name}: metric {name} needs a package that is missing: {error}") from error
+    metrics = list(spec.each())
+    for metric in metrics:
+        try:
+            metric.load(device, spec.batch_size)
+        except ScorerError as error:
+            raise ScorerError(f"scorer {spec.name}: {error}") from error
+        except ImportError as error:
+            raise ScorerError(
+                f"scorer {spec.name}: metric {metric.name} needs a package that is missing: {error}"
+            ) from error
+    return Scorer(metrics)

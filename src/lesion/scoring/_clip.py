@@ -1,22 +1,22 @@
-"""The CLIP that several metrics share: one open_clip model a process, embeddings kept, float32."""
+"""What the CLIP metrics share: one open_clip model a process, embeddings kept, float32."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lesion.scoring import ScorerError, ScorerSpec
-from lesion.scoring._clip_weights import advice, load, resolve
-from lesion.scoring._embeddings import Memory, Vectors, cosine, digest, unit
-from lesion.scoring._exact import exact
+from lesion.scoring._clip_weights import advice, identity, load, resolve
+from lesion.scoring._embeddings import Memory, Vectors, digest, unit
+from lesion.scoring._metric import Metric, OptionError, ScorerError
 
-__all__ = ["Embedder", "cosine", "embedder"]
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,17 @@ class Embedder:
         self._cut: set[str] = set()
 
     def _embed_images(self, images: list[NDArray[np.uint8]]) -> Vectors:
+        import torch
+
+        from lesion.scoring._exact import exact
+
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])  # (n, 3, size, size)
         with exact(self.device):
             return unit(self.model.encode_image(pixels.to(self.device)))
 
     def _embed_texts(self, prompts: list[str]) -> Vectors:
+        from lesion.scoring._exact import exact
+
         tokens = self.tokenizer(prompts)  # (n, context_length)
         wider = self.tokenizer(prompts, context_length=self.context_length + 1)
         # A cut prompt ends with the end token where the wider window still shows a word.
@@ -54,15 +60,38 @@ class Embedder:
             return unit(self.model.encode_text(tokens.to(self.device)))
 
 
-def embedder(spec: ScorerSpec, device: str) -> Embedder:
-    """The shared embedder for `spec`, loaded on first use; ScorerError when it cannot be."""
-    try:
-        return _embedder(*resolve(spec.clip_model, spec.clip_pretrained), torch.device(device))
-    except Exception as error:  # open_clip, hub, file and device errors of many types
-        raise ScorerError(
-            f"scorer {spec.name}: cannot load CLIP {spec.clip_model}"
-            f"{f' ({spec.clip_pretrained})' if spec.clip_pretrained else ''}: {error} -- {advice(spec.clip_model)}"
-        ) from error
+class ClipMetric(Metric):
+    """A metric on the embeddings of one open_clip model; those of one model share it."""
+
+    range = (-1.0, 1.0)
+    models = "an open_clip model"
+    shared: ClassVar[Mapping[str, str]] = {"model": "clip_model", "pretrained": "clip_pretrained"}
+
+    def __init__(self, model: str, pretrained: str | None = None):
+        """model: `embedded`, an open_clip name, `hf-hub:ORG/REPO` or `local-dir:FOLDER`. pretrained: of an open_clip
+        name, a pretrained tag or a checkpoint file.
+        """
+        self.model, self.pretrained = model, pretrained
+
+    def identity(self) -> str:
+        return f"{self.name}/1 ({identity(*resolve(self.model, self.pretrained))})"
+
+    def check(self) -> None:
+        try:
+            resolve(self.model, self.pretrained)
+        except (ValueError, FileNotFoundError) as error:
+            option = "pretrained" if "clip_pretrained" in str(error) else "model"
+            raise OptionError(option, f"{self.model!r}: {error}; {advice(self.model)}") from None
+
+    def load(self, device: str, batch_size: int) -> None:
+        import torch
+
+        super().load(device, batch_size)
+        try:
+            self.embedder = _embedder(*resolve(self.model, self.pretrained), torch.device(device))
+        except Exception as error:  # open_clip, hub, file and device errors of many types
+            name = f"{self.model} ({self.pretrained})" if self.pretrained else self.model
+            raise ScorerError(f"cannot load CLIP {name}: {error} -- {advice(self.model)}") from error
 
 
 @lru_cache(maxsize=4)

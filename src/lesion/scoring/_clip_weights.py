@@ -20,8 +20,6 @@ from lesion.models import facts
 if TYPE_CHECKING:
     import torch
 
-    from lesion.scoring import ScorerSpec
-
 EMBEDDED = models.EMBEDDED / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 PARTS = (".json", ".txt", ".safetensors", ".bin", ".pth", ".pt")  # of a model folder
@@ -75,11 +73,6 @@ def load(model: str, pretrained: str | None, device: torch.device) -> tuple[Any,
         )
         tokenizer = open_clip.get_tokenizer(model)
     return network.eval().requires_grad_(False), preprocess, tokenizer
-
-
-def clip_identity(spec: ScorerSpec) -> str:
-    """All of its CLIP that can change a value, known without loading it; ValueError, FileNotFoundError from resolve."""
-    return identity(*resolve(spec.clip_model, spec.clip_pretrained))
 
 
 def identity(model: str, pretrained: str | None) -> str:

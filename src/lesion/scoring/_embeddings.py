@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring import Shot
+from lesion.scoring._metric import Shot
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +50,16 @@ def cosine(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     return cosines.clip(-1.0, 1.0)
 
 
-class BaselineCosine:
-    """The metric that is the cosine of an image's and its baseline's embeddings; exactly 1 for identical pixels."""
+class ImageEmbedder(Protocol):
+    """images(images, batch_size) are their embeddings as unit vectors (n, d)."""
 
-    def __init__(self, column: str, embedder: Any, batch_size: int):
-        """embedder: `embedder.images(images, batch_size)` are their embeddings as unit vectors (n, d)."""
-        self.column, self.embedder, self.batch_size = column, embedder, batch_size
+    images: Memory[NDArray[np.uint8]]
 
-    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
-        embedded = self.embedder.images([s.image for s in shots] + [s.baseline for s in shots], self.batch_size)
-        values = cosine(embedded[: len(shots)], embedded[len(shots) :])
-        values[[shot.unchanged for shot in shots]] = 1.0
-        return values
+
+def with_baselines(embedder: ImageEmbedder, shots: Sequence[Shot], batch_size: int) -> NDArray[np.float64]:
+    """Cosines (n,) of the embeddings of images and their baselines."""
+    embedded = embedder.images([s.image for s in shots] + [s.baseline for s in shots], batch_size)
+    return cosine(embedded[: len(shots)], embedded[len(shots) :])
 
 
 def unit(vectors: torch.Tensor) -> Vectors:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast, and on CUDA no TF32: it is on for convolutions by default and costs three digits."""
+    import torch
+
     backends: tuple[Any, ...] = ()
     if device.type == "cuda":
         backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from lesion.scoring import Shot
+from lesion.scoring._metric import Shot
+
+if TYPE_CHECKING:
+    import torch
 
 
 def batches(shots: Sequence[Shot], size: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
@@ -23,4 +26,6 @@ def batches(shots: Sequence[Shot], size: int) -> Iterator[tuple[list[int], torch
 
 
 def _stack(images: list[np.ndarray]) -> torch.Tensor:
+    import torch
+
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -11,11 +11,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring import Shot
+from lesion.scoring._metric import Metric, Shot
 from lesion.toy_world import Reading, Scene, judge, parse_caption, read_image
 from lesion.toy_world.grammar import RELATIONS
 
@@ -26,11 +27,19 @@ _kept: OrderedDict[bytes, Reading] = OrderedDict()
 _scene = lru_cache(maxsize=4096)(parse_caption)
 
 
-class Read:
-    """One aspect, named as in `lesion.toy_world.Judgement`."""
+class Read(Metric):
+    """aspect: named as in `lesion.toy_world.Judgement`."""
 
-    def __init__(self, aspect: str):
-        self.aspect, self.column = aspect, f"read_{aspect}"
+    direction = "prompt"
+    range = (0.0, 1.0)
+    aspect: ClassVar[str]
+
+    def identity(self) -> str:
+        return f"{self.name}/{VERSION}"
+
+    def asks(self, prompt: str) -> bool:
+        scene = _scene(prompt)
+        return scene is not None and asks_of(scene, self.aspect)
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         values = np.full(len(shots), np.nan)
@@ -39,12 +48,6 @@ class Read:
             if scene and asks_of(scene, self.aspect):
                 values[number] = float(getattr(judge(_reading(shot.image), scene), self.aspect))
         return values
-
-
-def asks(prompt: str, aspect: str) -> bool:
-    """Whether a prompt says anything of an aspect."""
-    scene = _scene(prompt)
-    return scene is not None and asks_of(scene, aspect)
 
 
 def asks_of(scene: Scene, aspect: str) -> bool:

@@ -9,16 +9,19 @@ is 1 minus this. Raw values have little headroom, so read them beside the noise 
 
 from __future__ import annotations
 
-from lesion.scoring import ScorerSpec
-from lesion.scoring._clip_weights import clip_identity
-from lesion.scoring._embeddings import BaselineCosine
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lesion.scoring import Shot
+from lesion.scoring._clip import ClipMetric
+from lesion.scoring._embeddings import with_baselines
 
 
-def identity(spec: ScorerSpec) -> str:
-    return f"clip_similarity/1 ({clip_identity(spec)})"
+class ClipSimilarity(ClipMetric):
+    direction = "similarity"
+    identical = 1.0
 
-
-def build(spec: ScorerSpec, device: str) -> BaselineCosine:
-    from lesion.scoring._clip import embedder
-
-    return BaselineCosine("clip_similarity", embedder(spec, device), spec.batch_size)
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        return with_baselines(self.embedder, shots, self.batch_size)

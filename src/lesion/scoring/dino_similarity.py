@@ -11,17 +11,161 @@ et al. 2024, arXiv:2411.14430). Importance of a layer is 1 minus this if `scorer
 
 from __future__ import annotations
 
-from lesion.scoring import ScorerError, ScorerSpec
-from lesion.scoring._dino import dino_identity, embedder
-from lesion.scoring._embeddings import BaselineCosine
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import huggingface_hub
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lesion.scoring import Metric, OptionError, ScorerError, Shot
+from lesion.scoring._clip_weights import hub_answers
+from lesion.scoring._embeddings import Memory, Vectors, digest, unit, with_baselines
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+RESIZE, CROP = 256, 224  # pixels: the shorter side, then the middle
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on values in [0, 1]
 
 
-def identity(spec: ScorerSpec) -> str:
+class DinoSimilarity(Metric):
+    direction = "similarity"
+    range = (-1.0, 1.0)
+    identical = 1.0
+    models = "a DINOv2"
+    shared: ClassVar[Mapping[str, str]] = {"model": "dino_model"}
+
+    def __init__(self, model: str = "facebook/dinov2-base"):
+        """model: a name on the hub (ORG/REPO), or a folder."""
+        self.model = model
+
+    def identity(self) -> str:
+        name = self.model.rstrip("/").rpartition("/")[2]
+        return f"{self.name}/1 ({name} {_digest(*((file, file.stat().st_mtime_ns) for file in resolve(self.model)))})"
+
+    def check(self) -> None:
+        try:
+            resolve(self.model)
+        except (ValueError, OSError) as error:
+            raise OptionError("model", f"{self.model!r}: {error}") from None
+
+    def load(self, device: str, batch_size: int) -> None:
+        import torch
+
+        super().load(device, batch_size)
+        try:
+            config, _ = resolve(self.model)
+            self.embedder = _embedder(config.parent, torch.device(device))
+        except Exception as error:  # hub, file and device errors of many types
+            raise ScorerError(f"cannot load DINOv2 {self.model}: {error}") from error
+
+    def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        return with_baselines(self.embedder, shots, self.batch_size)
+
+
+def preprocess(image: NDArray[np.uint8]) -> torch.Tensor:
+    """As DINOv2's published `preprocessor_config.json` says (BitImageProcessor): bicubic, centre crop, ImageNet scale.
+
+    image: (height, width, 3), 0-255. Returns (3, 224, 224), float32.
+    """
+    import torch
+
+    height, width = image.shape[:2]
+    short = min(height, width)
+    height, width = RESIZE * height // short, RESIZE * width // short
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - CROP) // 2, (height - CROP) // 2
+    pixels = np.asarray(picture.crop((left, top, left + CROP, top + CROP)), dtype=np.float32) / 255
+    scaled = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
+    return scaled.permute(2, 0, 1).contiguous()
+
+
+class DinoEmbedder:
+    """Unit-length CLS embeddings of images, each computed once (see `Memory`)."""
+
+    def __init__(self, model: Any, device: torch.device):
+        self.model, self.device = model, device
+        self.images: Memory[NDArray[np.uint8]] = Memory(digest, self._embed)
+
+    def _embed(self, images: list[NDArray[np.uint8]]) -> Vectors:
+        import torch
+
+        from lesion.scoring._exact import exact
+
+        pixels = torch.stack([preprocess(image) for image in images])  # (n, 3, 224, 224)
+        with exact(self.device):
+            # The CLS token of the last layer behind the final LayerNorm: Dinov2Model's pooler_output.
+            return unit(self.model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0])
+
+
+def resolve(name: str) -> tuple[Path, Path]:
+    """Config and weights of a DINOv2 folder, or of a name on the hub: from its cache, or downloaded once.
+
+    ValueError for what is no DINOv2, FileNotFoundError where there is none; one line each.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        config = folder / CONFIG
+        weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+        if not config.is_file() or weights is None:
+            raise FileNotFoundError(f"the folder needs {CONFIG} and {' or '.join(WEIGHTS)}")
+    else:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
+        config, weights = _from_hub(name)
+    kind = _kind(config)
+    if kind != "dinov2":
+        raise ValueError(f"{CONFIG} is of {kind}; allowed: dinov2")
+    return config, weights
+
+
+def _kind(config: Path) -> str:
     try:
-        return f"dino_similarity/1 ({dino_identity(spec)})"
-    except (ValueError, OSError) as error:
-        raise ScorerError(f"scorer {spec.name}: DINOv2 {spec.dino_model}: {error}") from error
+        return str(json.loads(config.read_text())["model_type"])
+    except (ValueError, KeyError, TypeError):
+        return "no model"
 
 
-def build(spec: ScorerSpec, device: str) -> BaselineCosine:
-    return BaselineCosine("dino_similarity", embedder(spec, device), spec.batch_size)
+def _from_hub(name: str) -> tuple[Path, Path]:
+    for file in WEIGHTS:
+        found = [huggingface_hub.try_to_load_from_cache(name, part) for part in (CONFIG, file)]
+        if isinstance(found[0], str) and isinstance(found[1], str):
+            return Path(found[0]), Path(found[1])
+    advice = "download it once where there is network, or set scorer.dino_model to a folder of it"
+    if not hub_answers():
+        raise FileNotFoundError(f"not in the hub's cache, and the hub does not answer; {advice}")
+    try:
+        parts = [huggingface_hub.hf_hub_download(name, part) for part in (CONFIG, WEIGHTS[0])]
+    except Exception as error:  # the hub's client has errors of many types
+        raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
+    return Path(parts[0]), Path(parts[1])
+
+
+@lru_cache(maxsize=4)
+def _digest(*files: tuple[Path, int]) -> str:
+    total = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+@lru_cache(maxsize=2)
+def _embedder(folder: Path, device: torch.device) -> DinoEmbedder:
+    import torch
+    from transformers import Dinov2Model
+
+    model, report = Dinov2Model.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return DinoEmbedder(model.to(device).eval().requires_grad_(False), device)

@@ -2,9 +2,10 @@
 
     LPIPS(x, y) = sum over layers l of mean over positions of sum over channels c of w_lc (f_lc(x) - f_lc(y))^2
 
-with features f of AlexNet, each position's scaled to unit length, and the learned weights w of version 0.1 (Zhang,
-Isola, Efros, Shechtman and Wang 2018; computed by torchmetrics). Needs AlexNet's ImageNet weights: torchvision
-downloads them (233 MB) or finds them in its cache. Images of at least 31 x 31 pixels.
+with features f of AlexNet (option `net`: `alex`, or `vgg` for VGG-16, `squeeze` for SqueezeNet 1.1), each position's
+scaled to unit length, and the learned weights w of version 0.1 (Zhang, Isola, Efros, Shechtman and Wang 2018; computed
+by torchmetrics). Needs the network's ImageNet weights: torchvision downloads them (233, 528 or 5 MB) or finds them in
+its cache. Images of at least 31 x 31 pixels.
 """
 
 from __future__ import annotations
@@ -12,59 +13,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring import ScorerError, ScorerSpec, Shot
+from lesion.scoring import Metric, ScorerError, Shot
 
 if TYPE_CHECKING:
     import torch
 
+WEIGHTS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # of torchvision
 
-class Lpips:
-    column = "lpips"
 
-    def __init__(self, net: torch.nn.Module, device: torch.device, batch_size: int):
-        self.net, self.device, self.batch_size = net, device, batch_size
+class Lpips(Metric):
+    direction = "distance"
+    range = (0.0, np.inf)
+    identical = 0.0
+    models = "AlexNet, VGG-16 or SqueezeNet"
+
+    def __init__(self, net: Literal["alex", "vgg", "squeeze"] = "alex"):
+        self.net = net
+
+    def identity(self) -> str:
+        return f"lpips/1 ({self.net})"
+
+    def load(self, device: str, batch_size: int) -> None:
+        import torch
+        import torchvision  # type: ignore[import-untyped]
+
+        super().load(device, batch_size)
+        try:
+            self.network = _net(self.net, torch.device(device))
+        except Exception as error:  # network, cache and file errors of many types; each means there are no weights
+            url = getattr(torchvision.models, WEIGHTS[self.net]).DEFAULT.url
+            target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+            raise ScorerError(
+                f"lpips needs the weights of its network {self.net} ({error}); put {url} at {target} "
+                "or take lpips out of scorer.metrics"
+            ) from error
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        import torch
+
         from lesion.scoring._exact import exact
         from lesion.scoring._pixels import batches
 
         values = np.empty(len(shots))
-        with exact(self.device):
+        with exact(torch.device(self.device)):
             for rows, images, baselines in batches(shots, self.batch_size):
                 x, y = (pixels.to(self.device).float() / 127.5 - 1 for pixels in (images, baselines))
-                values[rows] = self.net(x, y).flatten().cpu().numpy()
-        values[[shot.unchanged for shot in shots]] = 0.0
+                values[rows] = self.network(x, y).flatten().cpu().numpy()
         return values
 
 
 @lru_cache(maxsize=4)
-def _net(device: torch.device) -> torch.nn.Module:
+def _net(net: Literal["alex", "vgg", "squeeze"], device: torch.device) -> torch.nn.Module:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    net: torch.nn.Module = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
-    return net.to(device)
-
-
-def identity(spec: ScorerSpec) -> str:
-    return "lpips/1 (alex)"
-
-
-def build(spec: ScorerSpec, device: str) -> Lpips:
-    import torch
-    from torchvision.models import AlexNet_Weights  # type: ignore[import-untyped]
-
-    try:
-        net = _net(torch.device(device))
-    except Exception as error:  # network, cache and file errors of many types; each means there are no weights
-        url = AlexNet_Weights.DEFAULT.url
-        target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        raise ScorerError(
-            f"scorer {spec.name}: lpips needs AlexNet's weights ({error}); put {url} at {target} "
-            "or take lpips out of scorer.metrics"
-        ) from error
-    return Lpips(net, torch.device(device), spec.batch_size)
+    network: torch.nn.Module = LearnedPerceptualImagePatchSimilarity(net_type=net).net
+    return network.to(device)

@@ -13,33 +13,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring import ScorerSpec, Shot
+from lesion.scoring import Metric, Shot
 
 
-class Psnr:
-    column = "psnr"
+class Psnr(Metric):
+    direction = "similarity"
+    range = (0.0, np.inf)
+    identical = np.inf
 
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
+    def identity(self) -> str:
+        return "psnr/1"
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         from torchmetrics.functional.image import peak_signal_noise_ratio
 
         from lesion.scoring._pixels import batches
 
-        values = np.empty(len(shots))
+        values = np.empty(len(shots))  # on the CPU whatever the device: not all of them have float64
         for rows, images, baselines in batches(shots, self.batch_size):
             found = peak_signal_noise_ratio(
                 images.double(), baselines.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
             )
             values[rows] = found.numpy()
-        values[[shot.unchanged for shot in shots]] = np.inf
         return values
-
-
-def identity(spec: ScorerSpec) -> str:
-    return "psnr/1"
-
-
-def build(spec: ScorerSpec, device: str) -> Psnr:
-    return Psnr(spec.batch_size)  # on the CPU whatever the device: not all of them have float64

@@ -1,19 +1,7 @@
 """Has each of two objects its own colour and shape? Read from pixels by rule; values: see `_reader`."""
 
-from __future__ import annotations
-
-from lesion.scoring import ScorerSpec
-from lesion.scoring._reader import VERSION, Read
-from lesion.scoring._reader import asks as _asks
+from lesion.scoring._reader import Read
 
 
-def asks(prompt: str) -> bool:
-    return _asks(prompt, "binding")
-
-
-def identity(spec: ScorerSpec) -> str:
-    return f"read_binding/{VERSION}"
-
-
-def build(spec: ScorerSpec, device: str) -> Read:
-    return Read("binding")
+class ReadBinding(Read):
+    aspect = "binding"

@@ -1,19 +1,7 @@
 """Does an image show just the shapes that its caption asks for? Read from pixels by rule; values: see `_reader`."""
 
-from __future__ import annotations
-
-from lesion.scoring import ScorerSpec
-from lesion.scoring._reader import VERSION, Read
-from lesion.scoring._reader import asks as _asks
+from lesion.scoring._reader import Read
 
 
-def asks(prompt: str) -> bool:
-    return _asks(prompt, "shape")
-
-
-def identity(spec: ScorerSpec) -> str:
-    return f"read_shape/{VERSION}"
-
-
-def build(spec: ScorerSpec, device: str) -> Read:
-    return Read("shape")
+class ReadShape(Read):
+    aspect = "shape"

@@ -16,14 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring import ScorerSpec, Shot
+from lesion.scoring import Metric, Shot
 
 
-class Ssim:
-    column = "ssim"
+class Ssim(Metric):
+    direction = "similarity"
+    range = (-1.0, 1.0)
+    identical = 1.0
 
-    def __init__(self, device: str, batch_size: int):
-        self.device, self.batch_size = device, batch_size
+    def identity(self) -> str:
+        return "ssim/1"
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         import torch
@@ -39,13 +41,4 @@ class Ssim:
                 found = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
                 assert isinstance(found, torch.Tensor)
                 values[rows] = found.cpu().numpy()
-        values[[shot.unchanged for shot in shots]] = 1.0
         return values
-
-
-def identity(spec: ScorerSpec) -> str:
-    return "ssim/1"
-
-
-def build(spec: ScorerSpec, device: str) -> Ssim:
-    return Ssim(device, spec.batch_size)
