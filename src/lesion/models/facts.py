@@ -47,5 +47,5 @@ def _known(group: str, name: str) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=1)
 def _data() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(FILE.read_text())
+    data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return data

@@ -90,7 +90,7 @@ def _shipped() -> dict[str, Any]:
     """defaults: by class. lists: of paths; a path with a number stands for so many heads. models: key -> {by: {kind:
     number of the list, or key and message of the refusal}}.
     """
-    data: dict[str, Any] = json.loads(FILE.read_text())
+    data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return data
 
 
@@ -153,14 +153,14 @@ def _remembered(source: Source, by: str, kind: str) -> Any:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with atomically(place) as temporary:
-                temporary.write_text(json.dumps({"found": found, "digest": _digest(found)}))
+                temporary.write_text(json.dumps({"found": found, "digest": _digest(found)}), encoding="utf-8")
     return found
 
 
 def _read(place: Path) -> Any:
     """None for what is not there or is damaged."""
     try:
-        data = json.loads(place.read_text())
+        data = json.loads(place.read_text(encoding="utf-8"))
         found = data["found"]
         return found if data["digest"] == _digest(found) else None
     except (OSError, ValueError, KeyError, TypeError):

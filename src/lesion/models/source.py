@@ -120,7 +120,7 @@ class Source:
     def index(self) -> dict[str, Any]:
         """model_index.json: component name -> [library, class]."""
         try:
-            index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text())
+            index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise RequestError("model.id", f"model_index.json of {self.spec.id!r} is no valid JSON: {error}") from None
         return index
@@ -274,7 +274,7 @@ def _config(folder: Path, file: str = "*config.json") -> dict[str, Any]:
     """The JSON config of a component; empty if it has none."""
     for path in sorted(folder.glob(file)):
         try:
-            config: dict[str, Any] = json.loads(path.read_text())
+            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RequestError("model.id", f"{path} is no valid JSON: {error}") from None
         return config

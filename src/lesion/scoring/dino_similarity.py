@@ -129,7 +129,7 @@ def resolve(name: str) -> tuple[Path, Path]:
 
 def _kind(config: Path) -> str:
     try:
-        return str(json.loads(config.read_text())["model_type"])
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError):
         return "no model"
 
