@@ -63,7 +63,9 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
     """
     data = first_read(config, start)
     model = ModelSpec.of(data["model"], data["performance"])
-    layers, device = Layers.of(data["layers"]), _device(data["device"])
+    layers = Layers.of(data["layers"])
+    _check_compiled(model, layers)
+    device = _device(data["device"])
     check_offload(model.offload, device)
     task = tasks.asked(data["generation"])
     generation, derived = filled(data["generation"], lambda: model)
@@ -77,7 +79,6 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         raise RequestError(
             "generation.negative_prompt", "is not read with generation.guidance <= 1; allowed there: null"
         )
-    _check_compiled(model, layers)
     given = {name: dict(options or {}) for name, options in data["replacement"].items()}
     if not given:
         raise RequestError("replacement", f"is empty; allowed: one or more of {', '.join(replacements.known())}")
