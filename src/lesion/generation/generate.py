@@ -71,15 +71,21 @@ def call(
     settings: Settings,
     clients: Sequence[Client] = (),
 ) -> NDArray[np.float32]:
-    """Call the pipeline with these clients taking part: (n, height, width, 3) float in [0, 1]."""
+    """Call the pipeline with these clients taking part: (n, height, width, 3) float in [0, 1].
+
+    Raises ValueError where the pipeline makes another size than is asked for.
+    """
     pipe, inputs = model.pipeline(settings.task), tasks.of(settings.task).inputs(prompts, settings)
     asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inputs, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
     run = Denoising(pipe, model.denoiser, len(prompts), clients)
     with run.running(), model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
-        images = pipe(**asked).images
-    return np.asarray(images)
+        images = np.asarray(pipe(**asked).images)
+    if images.shape[1:3] != (settings.height, settings.width):
+        made = " x ".join(map(str, images.shape[1:3]))
+        raise ValueError(f"{type(pipe).__name__} made {made} pixels instead of {settings.height} x {settings.width}")
+    return images
 
 
 def generate(

@@ -157,7 +157,7 @@ def run(request: Request, context: JobContext) -> None:
     try:
         try:
             failures |= _complete(request, source, study, store, scores, counts, tracker)
-            while rounds and rounds.look(scores.value, scores.spec.importance):
+            while rounds and _some_made(study, failures) and rounds.look(scores.value, scores.spec.importance):
                 study = rounds.part
                 log.info("round %d: %d images more", rounds.number, len(study))
                 counts = tally(study, store.known().lists)
@@ -285,6 +285,11 @@ def _complete(
         if not damaged:
             return failures
         remade |= damaged
+
+
+def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
+    """Whether any image of a round could be made: without one, a further round would show nothing."""
+    return any(key not in failures for key in study.keys())  # noqa: SIM118 - a study is no mapping
 
 
 def _generate(

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import filterfalse
 from typing import Self
 
 import numpy as np
@@ -58,6 +59,9 @@ class Maker:
         self.size = study.settings.batch_size or 0
         self.interventions: dict[str, Intervention] = {}
         self.broken: dict[str, str] = {}
+        self.alone: dict[str, str] = {}  # why each image failed that was made by itself, until the first is made
+        self.sound = False  # whether an image was made, or some fail for reasons of their own
+        self.hopeless = ""  # why none can be made
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Make everything that is missing, and wait for what other processes are making.
@@ -79,6 +83,9 @@ class Maker:
                     ours = [cell for cell in here if not self.store.has(cell.key)]  # or made since we looked
                     claims.release({cell.key for cell in here} - {cell.key for cell in ours})
                     self._make(ours, shelf, claims)
+                    if self.hopeless:
+                        self._stop()
+                        return
                     done, left = done + len(here), left + len(batch) - len(here)
                     progress(len(here))
                 shelf.drain()
@@ -142,6 +149,7 @@ class Maker:
             # No more is kept of it: the traceback holds every tensor of the failed call, whose room the retry needs.
             why, crowded = brief(error), memory.ran_out(error)
         else:
+            self.sound = True
             shelf.put(batch, images)
             return
         if crowded:
@@ -156,12 +164,42 @@ class Maker:
         else:
             log.error("%s failed: %s", label(batch[0]), why)
             self._give_up(batch, why, claims)
+            self._look_for_hope(batch[0], why)
             return
         rest = list(batch)
         while rest:  # cut as it is made, since the size may shrink further meanwhile
             number = self.size if crowded else 1
             self._make(rest[:number], shelf, claims)
             rest = rest[number:]
+            if self.hopeless:
+                claims.release(cell.key for cell in rest)
+                return
+
+    def _look_for_hope(self, cell: Cell, why: str) -> None:
+        """Find out whether every image will fail, as soon as a second one fails by itself before any was made.
+
+        So it is if all failed for one reason that another prompt and seed without a lesion does not change.
+        """
+        self.alone[cell.key] = why
+        if self.sound or len(self.alone) < 2:
+            return
+        last = self.study.cell(self.study.prompts[-1], self.study.seeds[-1], None)
+        if len(set(self.alone.values())) == 1 and last.key not in self.alone:
+            try:
+                generate(self.model, [last], {})
+            except Exception as error:  # whatever a model can raise
+                self.alone[last.key] = brief(error)
+            else:
+                self.sound = True
+        if not self.sound and set(self.alone.values()) == {why}:
+            self.hopeless = why
+        else:
+            self.sound = True
+
+    def _stop(self) -> None:
+        """Give up all that is missing."""
+        log.error("no image of this study can be made, so no more are tried: %s", self.hopeless)
+        self.failures |= dict.fromkeys(filterfalse(self._settled(), self.study.keys()), self.hopeless)
 
     def _give_up(self, batch: Sequence[Cell], why: str, claims: Claims) -> None:
         self.failures |= {cell.key: why for cell in batch}
