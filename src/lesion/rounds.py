@@ -207,7 +207,7 @@ class Rounds:
     def _verdict(self, found: Interval) -> str:
         if found.n_prompts < FEWEST:  # so many images are not valid
             return OPEN
-        if found.method == "n/a (no effect)":
+        if found.reason == "no effect":
             return NO_CHANGE if self.budget.ci_halfwidth >= NO_EFFECT else OPEN
         return TIGHT if (found.high - found.low) / 2 <= self.budget.ci_halfwidth else OPEN
 

@@ -135,7 +135,8 @@ def test_nominal_95_percent_intervals_cover_a_planted_nested_mean(model, prompts
 @pytest.mark.parametrize("method", bootstrap.METHODS)
 def test_what_cannot_be_said_is_not_a_false_zero(values, reason, method):
     found = interval(values, method)
-    assert found.method == reason
+    assert found.method == f"n/a ({found.reason})" == reason
+    assert found.used == ""
     assert math.isnan(found.low) and math.isnan(found.high)
 
 

@@ -26,14 +26,14 @@ prompts do not need; studentised limits then run away (up to 1000 times Student'
 STRETCH times Student's are therefore not used: BCa stands in where it is defined, else Student's t, at no measurable
 cost in coverage. Where nine prompts of ten are exactly alike no interval covers what it should.
 
-What cannot be said is NaN, with the reason in `Interval.method`: one prompt, or data without any spread. One seed a
+What cannot be said is NaN, with the reason in `Interval.reason`: one prompt, or data without any spread. One seed a
 prompt gives an interval over prompts, as their means hold the variance of seeds too, but no `sd_seeds`. Seeds count as
 nested: a seed's number says nothing across prompts.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -54,24 +54,30 @@ FLAT = 1e-9  # spread, as a share of the largest value, that is rounding
 class Interval:
     """Of a mean over prompts of means over seeds.
 
-    low, high: limits, NaN if there are none. method: the one used (`bootstrap-t`, `bca`, `t`), or `n/a (reason)`.
+    low, high: limits, NaN if there are none. used: the method of the limits (`bootstrap-t`, `bca`, `t`, `jackknife`).
     sd_prompts: sample standard deviation of the prompt means, NaN for one prompt. sd_seeds: within prompts, pooled over
-    them, NaN if none has two seeds.
+    them, NaN if none has two seeds. reason: why there are no limits; "" if there are.
     """
 
     mean: float
     low: float
     high: float
-    method: str
+    used: str
     sd_prompts: float
     sd_seeds: float
     n_prompts: int
     n_images: int
+    reason: str = ""
+
+    @property
+    def method(self) -> str:
+        """As tables name it: the method used, or `n/a (reason)`."""
+        return f"n/a ({self.reason})" if self.reason else self.used
 
     def columns(self, name: str = "mean") -> dict[str, Any]:
         """As table columns; `name` is that of the mean."""
-        values = asdict(self)
-        return {name: values.pop("mean"), **values}
+        figures = ("low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images")
+        return {name: self.mean, **{figure: getattr(self, figure) for figure in figures}}
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,11 @@ def interval(
         raise ValueError(f"confidence must lie between 0 and 1; got {confidence}")
     cells = tidy(values)
     if not cells.size:
-        return Interval(np.nan, np.nan, np.nan, "n/a (no data)", np.nan, np.nan, 0, 0)
+        return Interval(np.nan, np.nan, np.nan, "", np.nan, np.nan, 0, 0, "no data")
     means = np.nanmean(cells, axis=1)
     count, mean = len(means), float(means.mean())
     spread = float(means.std(ddof=1)) if count > 1 else np.nan
-    why = "n/a (one prompt)" if count == 1 else "n/a (constant)" if spread <= FLAT * np.nanmax(np.abs(cells)) else ""
+    why = "one prompt" if count == 1 else "constant" if spread <= FLAT * np.nanmax(np.abs(cells)) else ""
     limits = None
     if not why:
         from scipy.special import stdtrit
@@ -165,7 +171,8 @@ def interval(
         if limits is None:
             method, limits = "t", (mean - reach, mean + reach)
     low, high = limits or (np.nan, np.nan)
-    return Interval(mean, low, high, why or method, spread, _sd_seeds(cells), count, int(np.isfinite(cells).sum()))
+    images = int(np.isfinite(cells).sum())
+    return Interval(mean, low, high, "" if why else method, spread, _sd_seeds(cells), count, images, why)
 
 
 def _sd_seeds(cells: Floats) -> float:

@@ -7,6 +7,7 @@ Rows that are not ok, or have no score, are left out of every mean and counted: 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,24 +87,27 @@ def over_seeds(part: pd.DataFrame, column: str = "effect", confidence: float = 0
     """Student's t over the seeds of one prompt: it speaks of that prompt only. `n/a (one seed)` for one."""
     values = part[column].dropna().to_numpy(dtype=np.float64)
     found = interval(values[:, None], "t", confidence)
-    reason = found.method.replace("one prompt", "one seed")
+    reason = "one seed" if found.reason == "one prompt" else found.reason
     if found.n_images > 1 and bool((np.abs(values) <= NO_EFFECT).all()):
-        reason = "n/a (no effect)"
-    low, high = (found.low, found.high) if reason == "t" else (np.nan, np.nan)
-    n_prompts = min(found.n_images, 1)
-    return Interval(found.mean, low, high, reason, np.nan, found.sd_prompts, n_prompts, found.n_images)
+        reason = "no effect"
+    found = without_limits(found, reason) if reason else found
+    return replace(found, sd_prompts=np.nan, sd_seeds=found.sd_prompts, n_prompts=min(found.n_images, 1))
 
 
 def without_limits(found: Interval, reason: str) -> Interval:
     """The same without low and high."""
-    spread = (found.sd_prompts, found.sd_seeds, found.n_prompts, found.n_images)
-    return Interval(found.mean, np.nan, np.nan, f"n/a ({reason})", *spread)
+    return replace(found, low=np.nan, high=np.nan, used="", reason=reason)
+
+
+def reasons(methods: pd.Series) -> pd.Series:
+    """Of a table's column of methods, the reasons where there are no limits."""
+    texts = methods.astype(str)
+    return texts[texts.str.startswith("n/a (")].str.removeprefix("n/a (").str.removesuffix(")")
 
 
 def flipped(found: Interval) -> Interval:
     """Of 1 - x: from effects back to similarities."""
-    spread = (found.sd_prompts, found.sd_seeds, found.n_prompts, found.n_images)
-    return Interval(1.0 - found.mean, 1.0 - found.high, 1.0 - found.low, found.method, *spread)
+    return replace(found, mean=1.0 - found.mean, low=1.0 - found.high, high=1.0 - found.low)
 
 
 def matched(part: pd.DataFrame, columns: str = "layer", value: str = "effect") -> pd.DataFrame:

@@ -115,7 +115,7 @@ def _jackknife(bare: Interval, without: Floats, n: int, confidence: float) -> In
     if not error > 1e-12:
         return without_limits(bare, "constant")
     reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
-    return replace(bare, low=bare.mean - reach, high=bare.mean + reach, method="jackknife")
+    return replace(bare, low=bare.mean - reach, high=bare.mean + reach, used="jackknife", reason="")
 
 
 def of_setting(pairs: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
@@ -181,7 +181,7 @@ def _normalised(
     found = interval(nested(linear, "linear"), **(options if gone is None else {**options, "method": "t"}))
     if gone is not None and found.n_prompts:
         found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95))
-    if over_prompts(group, **options).method == "n/a (no effect)":
+    if over_prompts(group, **options).reason == "no effect":
         found = without_limits(found, "no effect")
     limits = {"": ratio, "_low": found.low, "_high": found.high, "_method": found.method}
     return {name: 1.0 - headroom, **{f"normalised_{name}{suffix}": value for suffix, value in limits.items()}}

@@ -179,7 +179,7 @@ def dose_response(frame: pd.DataFrame, metric: str | None = None, **options: Any
             rising = (steps >= -1e-6).all(axis=1).mean() if len(wide) else np.nan
             record = {**setting, "layer": layer, "strengths": group["strength"].nunique(), "top": top, "full": full}
             record |= found.columns("area")
-            record |= {"bend": np.nan if "no effect" in found.method or not full else found.mean / full}
+            record |= {"bend": np.nan if found.reason == "no effect" or not full else found.mean / full}
             records.append({**record, "rising": rising, "n_left_out": images(group) - len(wide)})
     names = ["layer", "strengths", "top", "full", "area", *FIGURES[1:], "bend", "rising", "n_left_out"]
     return pd.DataFrame(records, columns=[*keys, *names])

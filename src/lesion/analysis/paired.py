@@ -60,7 +60,7 @@ def _tested(cells: Floats, **options: Any) -> dict[str, Any]:
     part = pd.DataFrame({"prompt_id": prompt, "difference": cells[prompt, place]})
     found = over_prompts(part, "difference", **options)
     t, p = t_test(np.nanmean(cells, axis=1)) if cells.size else (np.nan, np.nan)
-    if found.method.startswith("n/a"):
+    if found.reason:
         t, p = np.nan, np.nan
     values = {"difference": found.mean, "low": found.low, "high": found.high, "method": found.method}
     return {**values, "t": float(t), "p": float(p), "n_prompts": found.n_prompts}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lesion.analysis.aspects import aspect_table
+from lesion.analysis.cells import reasons
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
 from lesion.analysis.reading import reading_table
 from lesion.analysis.settings import Setting
@@ -34,9 +35,9 @@ def interval_words(table: pd.DataFrame, columns: Iterable[str]) -> str:
     """How the limits were found, by the columns of methods, and of those that there are none of the reasons."""
     used = pd.concat([table[name] for name in columns if name in table] or [pd.Series(dtype=object)]).astype(str)
     found = [words for method, words in METHOD_WORDS.items() if (used == method).any()]
-    reasons = used[used.str.startswith("n/a")].str.removeprefix("n/a (").str.removesuffix(")").unique()
+    why = reasons(used).unique()
     words = f" Intervals: {', '.join(found)}." if found else ""
-    return words + (f" n/a: {', '.join(reasons)}." if len(reasons) else "")
+    return words + (f" n/a: {', '.join(why)}." if len(why) else "")
 
 
 def layers(found: Findings, setting: Setting) -> Table | None:

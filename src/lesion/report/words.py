@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from lesion.analysis.cells import reasons
 from lesion.analysis.importance import NO_EFFECT, layer_table
 from lesion.analysis.settings import Setting, rows, settings
 from lesion.report.contents import area_words, interaction_words, ranks_words
@@ -281,9 +282,8 @@ def _unsaid(table: pd.DataFrame) -> list[str]:
     """Intervals there are none of, and why."""
     out = []
     for measure in ("importance", "sufficiency"):
-        methods = table[f"{measure}_method"].astype(str) if len(table) else pd.Series(dtype=str)
-        reasons = methods[methods.str.startswith("n/a") & table[measure].notna()] if len(table) else methods
-        found = reasons.str.removeprefix("n/a (").str.removesuffix(")").value_counts(sort=False)
+        methods = table.loc[table[measure].notna(), f"{measure}_method"] if len(table) else pd.Series(dtype=str)
+        found = reasons(methods).value_counts(sort=False)
         if len(found):
             why = [f"{_count(int(n), 'layer')}: {reason}" for reason, n in found.items()]
             out.append(f"No interval of {measure} for {'; '.join(why)}.")
