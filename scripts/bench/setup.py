@@ -22,7 +22,7 @@ from bench import architectures
 from lesion import models, replacements
 from lesion.config.parsing import Request, parse
 from lesion.config.schema import conf_dir, register
-from lesion.generation.generate import generate
+from lesion.generation.generate import generate, make_deterministic
 from lesion.models import EMBEDDED, Model
 from lesion.models.source import resolve_dtype
 from lesion.run import job as runner
@@ -161,7 +161,7 @@ def job(store: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, pd.
 def loaded(overrides: Sequence[str]) -> tuple[Request, Study, Model]:
     asked = request(overrides)
     source, study = runner.survey(asked)
-    runner.make_deterministic()
+    make_deterministic()
     return asked, study, models.load(source, asked.device)
 
 
