@@ -191,7 +191,7 @@ def main() -> None:
     try:
         losses = train(recipe, examples, args.out, watch, cpu=device == "cpu")
     except Paused as pause:
-        print(f"{pause}; run the same command again to go on")
+        print(f"{pause}; run the same command again to resume")
         return
     trained = time.monotonic() - began
     rng = random.Random(SEED + 1)

@@ -58,7 +58,7 @@ def main() -> None:
         try:
             STAGES[name](run)
         except Paused as pause:
-            print(f"{pause}; run the same command again to go on")
+            print(f"{pause}; run the same command again to resume")
             return
         finally:
             with (run.folder / "times.txt").open("a") as log:

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         losses = train(recipe, examples, args.out, watch, cpu)
     except Paused as pause:
-        print(f"{pause}; run the same command again to go on")
+        print(f"{pause}; run the same command again to resume")
         return
     except (Refused, RequestError) as error:
         command.error(str(error))

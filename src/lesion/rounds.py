@@ -1,10 +1,10 @@
-"""Enough images and no more: a study made in rounds, that goes on only for layers whose interval is still too wide.
+"""Make a study in rounds, with further images only for layers whose interval is still too wide.
 
 Pure: imports nothing of torch. The subjects of a study are its prompts with its seeds. They stand in one order: every
-prompt with the first seed, then every prompt with the second…; prompts as good as random (`lesion.floor.scattered`), so
-that the first ones are a fair sample of all. A round adds the next few subjects for every lesion that is still open;
-so each lesion has a prefix of the order, and all lesions share that of the shortest. Nothing depends on what the store
-held before, on time or on chance: the same request gives the same study.
+prompt with the first seed, then every prompt with the second…; prompts as good as random
+(`lesion.study.pairs.scattered`), so that the first ones are a fair sample of all. A round adds the next few subjects
+for every lesion that is still open; so each lesion has a prefix of the order, and all lesions share that of the
+shortest. Nothing depends on what the store held before, on time or on chance: the same request gives the same study.
 
 A lesion (a layer under one selection, replacement, window, branch and strength) is closed when half the width of the
 95 % interval of its importance or sufficiency (`analysis.bootstrap`) is at most `ci_halfwidth`. Looking after every

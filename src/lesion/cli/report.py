@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--interval",
         choices=METHODS,
         default=METHODS[0],
-        help="95 %% intervals of means: bootstrap-t (the default; it covers best), BCa or Student's t over prompts",
+        help="95 %% intervals of means: bootstrap-t (the default), BCa or Student's t over prompts",
     )
     parser.add_argument("--siunitx", action="store_true", help="LaTeX tables with the S columns of siunitx")
     try:

@@ -255,7 +255,7 @@ def _main() -> None:
     except KeyboardInterrupt as stop:
         told = isinstance(stop, Terminated)
         what = "told to end" if told else "interrupted"
-        say("lesion", f"{what}; finished images are kept, run the same command again to go on")
+        say("lesion", f"{what}; finished images are kept, run the same command again to resume")
         sys.exit(143 if told else 130)
     except BrokenPipeError:  # who read our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

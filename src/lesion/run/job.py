@@ -185,11 +185,12 @@ def run(request: Request, context: JobContext) -> None:
     if stopped:
         raise StudyFailed(
             f"stopped by an unforeseen {place_of(stopped)}; results of what is there are in "
-            f"{context.folder / 'results.parquet'}, the same command goes on"
+            f"{context.folder / 'results.parquet'}, run the same command again to resume"
         ) from stopped
     if unwritten:
         raise StudyFailed(
-            f"{'; '.join(unwritten)}; the results are in {context.folder / 'results.parquet'}, the same command goes on"
+            f"{'; '.join(unwritten)}; the results are in {context.folder / 'results.parquet'}, "
+            "run the same command again to resume"
         )
     if code:
         bad = frame[frame["status"] != "ok"]
@@ -374,8 +375,8 @@ def _write(
         written = tables.write(folder, {"results": frame, **beside})
     except OSError as error:
         raise StudyFailed(
-            f"results.parquet could not be written to {folder}: {_why(error)}; images are kept in the store, the same "
-            "command goes on"
+            f"results.parquet could not be written to {folder}: {_why(error)}; images are kept in the store, run the "
+            "same command again to resume"
         ) from error
     unwritten = []
     try:

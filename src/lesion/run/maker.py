@@ -1,4 +1,4 @@
-"""Makes the images that a study lacks: each batch claimed, generated and stored; faults cost only their own cells."""
+"""Make the images that a study lacks: claim, generate and store each batch; an error fails only its own cells."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
 
 Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
 _Kind = tuple[models.ModelSpec, str, str, Settings]
-# Of this process; plain data, so that no model is held: sizes found for `auto`, and those to which memory has cut any.
+# Batch sizes of this process: those found for `auto`, and those reduced after running out of memory. Holds no model.
 _sizes: dict[_Kind, int] = {}
 _cut: dict[_Kind, int] = {}
 
@@ -46,10 +46,10 @@ def label(cell: Cell) -> str:
 
 
 class Maker:
-    """Makes what is missing of one study.
+    """Make what is missing of one study.
 
-    made: called for every image once it is stored, one at a time, in a thread of its own; may be used to score it.
-    failures: the reason for each key that could not be made.
+    made: called for every image after it is stored, one at a time, in a separate thread; may score it.
+    failures: why each failed cell could not be made, by key.
     """
 
     def __init__(self, request: Request, model: models.Model, study: Study, store: Store, made: Made):
@@ -66,7 +66,7 @@ class Maker:
     def run(self, progress: Callable[[int], None]) -> None:
         """Make everything that is missing, and wait for what other processes are making.
 
-        progress: told how many more images are there (made here, by others, or given up).
+        progress: called with the number of further images that are settled: made here, made by others, or failed.
         """
         self.size = _size(self.request, self.model, self.study)
         self._prepare()
@@ -80,7 +80,7 @@ class Maker:
                 for batch in batches(self.study, lambda: self.size, self._settled()):
                     mine = claims.take(cell.key for cell in batch)
                     here = [cell for cell in batch if cell.key in mine]
-                    ours = [cell for cell in here if not self.store.has(cell.key)]  # or made since we looked
+                    ours = [cell for cell in here if not self.store.has(cell.key)]  # made by others since planning
                     claims.release({cell.key for cell in here} - {cell.key for cell in ours})
                     self._make(ours, shelf, claims)
                     if self.hopeless:
@@ -102,7 +102,7 @@ class Maker:
         return lambda key: key in known or key in self.failures
 
     def _prepare(self) -> None:
-        """The replacements at work; one that cannot be made ready costs only its own cells."""
+        """Build every replacement of the study; one that cannot be built fails only its own cells."""
         for lesion in self.study.lesions():
             key, name = replacement_key(lesion), lesion.replacement.name
             if key in self.interventions or key in self.broken:
@@ -115,13 +115,13 @@ class Maker:
                 log.error(self.broken[key])
 
     def _built(self, name: str) -> tuple[Intervention | None, str]:
-        """The replacement at work, or None and why not. Out of memory it is tried again with half the batch."""
+        """Build a replacement; return None and why if that fails. Retry with half the batch if memory runs out."""
         while True:
             size = min(self.size, 32)
             bench = replacements.Bench(self.model, self.study.settings, self.store.means, size)
             try:
                 return replacements.build(name, self.request.replacements[name], bench), ""
-            except Exception as error:  # whatever a model can raise, the other replacements go on
+            except Exception as error:  # a model can raise anything; the other replacements continue
                 why, crowded = brief(error), memory.ran_out(error)  # see `_make`
             if crowded:
                 memory.release(self.request.device)
@@ -130,13 +130,13 @@ class Maker:
             self._shrink(size)
 
     def _shrink(self, tried: int) -> None:
-        """Go on with half the batch that did not fit, here and in later rounds and jobs of the same kind."""
+        """Continue with half the size that did not fit, also in later rounds and jobs of the same kind."""
         self.size = min(self.size, tried // 2)
         log.warning("out of memory with a batch of %d; going on with %d", tried, self.size)
         _cut[_kind(self.request, self.model, self.study)] = self.size
 
     def _make(self, batch: Sequence[Cell], shelf: _Shelf, claims: Claims) -> None:
-        """Generate and store a batch. Too large a batch is halved; after another fault each cell is made alone."""
+        """Generate and store a batch. Halve it if memory runs out; after any other error make each cell alone."""
         if not batch:
             return
         lesion = batch[0].lesion  # a batch has one kind of lesion
@@ -145,8 +145,8 @@ class Maker:
             return
         try:
             images = generate(self.model, batch, self.interventions, self.states, self.study.windows)
-        except Exception as error:  # whatever a model can raise, the other cells go on
-            # No more is kept of it: the traceback holds every tensor of the failed call, whose room the retry needs.
+        except Exception as error:  # a model can raise anything; the other cells continue
+            # The error is not kept: its traceback holds every tensor of the failed call; the retry needs the memory.
             why, crowded = brief(error), memory.ran_out(error)
         else:
             self.sound = True
@@ -167,7 +167,7 @@ class Maker:
             self._look_for_hope(batch[0], why)
             return
         rest = list(batch)
-        while rest:  # cut as it is made, since the size may shrink further meanwhile
+        while rest:  # split step by step, since the size may shrink further
             number = self.size if crowded else 1
             self._make(rest[:number], shelf, claims)
             rest = rest[number:]
@@ -220,7 +220,7 @@ class Maker:
 
 
 class _Shelf:
-    """Hands finished batches to a thread that stores them, so that generation goes on meanwhile."""
+    """Store finished batches in a separate thread while generation continues."""
 
     def __init__(self, put: Callable[[Sequence[Cell], NDArray[np.float32]], None]):
         self._put = put
@@ -231,32 +231,32 @@ class _Shelf:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True)  # what was handed over is stored, also after an interrupt
+        self._pool.shutdown(wait=True)  # batches already handed over are stored, also after an interrupt
 
     def put(self, batch: Sequence[Cell], images: NDArray[np.float32]) -> None:
-        """Waits only while IN_FLIGHT batches are not on disk yet. Raises what storing an earlier one raised."""
+        """Queue a batch for storing; wait while IN_FLIGHT are unwritten. Raises what storing an earlier one raised."""
         while len(self._waiting) >= IN_FLIGHT:
             self._waiting.pop(0).result()
         self._waiting.append(self._pool.submit(self._put, batch, images))
 
     def drain(self) -> None:
-        """Wait until all is on disk."""
+        """Wait until every queued batch is on disk."""
         while self._waiting:
             self._waiting.pop(0).result()
 
 
 def _probed(settings: Settings) -> Settings:
-    """Of the images that are made to see what memory they take: two steps need as much as many."""
+    """Return settings for images that measure memory: the fewest steps, since more steps need no more memory."""
     return tasks.of(settings.task).shortest(settings)
 
 
 def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
-    """What decides how many images fit: the model with its knobs, the device, the size and form of the images."""
+    """Return what decides how many images fit in memory: model and its options, device, and settings of the images."""
     return request.model, model.identity.fingerprint, request.device, _probed(study.settings)
 
 
 def _size(request: Request, model: models.Model, study: Study) -> int:
-    """Images in a batch: as asked or as memory allows, and no more than memory has taught so far."""
+    """Return the batch size: as requested or as memory allows, but no larger than an earlier reduction."""
     size = study.settings.batch_size or _fitting(request, model, study)
     most = _cut.get(_kind(request, model, study), size)
     if most < size:
@@ -265,16 +265,16 @@ def _size(request: Request, model: models.Model, study: Study) -> int:
 
 
 def _fitting(request: Request, model: models.Model, study: Study) -> int:
-    """The batch size that memory allows, found once a process for each model and kind of image.
+    """Return the batch size that memory allows, measured once per process for each model and kind of image.
 
-    1 where not even one image can be made to measure it: each cell then fails, or not, for a reason of its own.
+    Return 1 if not even one image can be made to measure it: each cell then succeeds or fails by itself.
     """
     kind = _kind(request, model, study)
     if kind not in _sizes:
         cell = Cell(model.identity, study.prompts[0], 0, _probed(study.settings), None)
         try:
             _sizes[kind] = memory.fitting(lambda number: generate(model, [cell] * number, {}), request.device)
-        except Exception as error:  # whatever a model can raise; it may be of this prompt alone, so it is not kept
+        except Exception as error:  # a model can raise anything; not kept, as this prompt may be the cause
             log.warning("batch_size=auto: 1, since the first image failed (%s)", brief(error))
             return 1
     return _sizes[kind]

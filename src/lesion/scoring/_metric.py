@@ -142,6 +142,6 @@ class Metric(ABC):
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         """One value a shot, (n,), for at least one shot; after `load`.
 
-        Values depend on the shots alone, not on their order or company, except for rounding: batches of other sizes may
+        Values depend on the shots alone, not on their order or batch, except for rounding: batches of other sizes may
         add up in another order (about 1e-6 in float32). Unchanged images get `identical` from the scorer.
         """

@@ -1,10 +1,10 @@
-"""Claims: who is making which image now, so that processes on one shared file system do not make the same one twice.
+"""Claims: which process is making which image, so that processes on a shared file system do not make the same one.
 
-Format: claims/<first 2 digits>/<key>, a JSON object of an `_Owner`; its owner keeps the modification time young.
-A claim stops counting when it grows old or its process is dead, so a killed process blocks nobody. Nor does anything
-else that has a claim's name: a folder, pipe or link is void at once, a file that names no owner after some seconds, a
-claim dated in the future when that is further away than claims last. Claims only save work: two owners of one key
-would both store the same image.
+Format: claims/<first 2 digits>/<key>, a JSON object of an `_Owner`, who updates its modification time regularly.
+A claim is void when its process is dead or its modification time is too old, so a killed process blocks nobody. Also
+void are a folder, pipe or link with a claim's name (at once), a file that names no owner (after some seconds), and a
+claim dated further into the future than claims last. Claims only save work: two owners of one key would both store the
+same image.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import Self
 from lesion.store.files import clear, gone
 
 log = logging.getLogger(__name__)
-_LONGEST = 4096  # bytes of a claim that are read
-_EMPTY_EXPIRES = 5.0  # seconds: a claim without content is one whose process was killed between making and writing it
+_LONGEST = 4096  # bytes that are read of a claim
+_EMPTY_EXPIRES = 5.0  # seconds; a claim is empty if its process was killed between creating and writing it
 
 
 @cache
 def machine() -> str:
-    """What two processes share that can see each other's ids: host, boot and process namespace."""
+    """Return host, boot and process namespace: processes with the same value can see each other's ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -44,7 +44,7 @@ def machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, as the kernel counts; None if it is dead, "" if one cannot tell."""
+    """Return when a process of this machine started, in the kernel's ticks; None if it is dead, "" if unknown."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
@@ -63,7 +63,11 @@ def _start_of(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class _Owner:
-    """What a claim says. start: tells a process from a later one with the same id. token: tells claimants apart."""
+    """The content of a claim.
+
+    start: distinguishes a process from a later one with the same id.
+    token: distinguishes claimants, also within one process.
+    """
 
     machine: str
     pid: int
@@ -77,9 +81,11 @@ class _Owner:
 
 @dataclass(frozen=True)
 class _Claim:
-    """What has a claim's name. owner: None if it names none. modified: seconds, by the file system's clock.
+    """Whatever is found under a claim's name.
 
-    file: False for what no claimant makes: a folder, pipe, device or link.
+    owner: None if it names none.
+    modified: seconds, by the file system's clock.
+    file: False for a folder, pipe, device or link, which no process creates as a claim.
     """
 
     owner: _Owner | None
@@ -88,7 +94,7 @@ class _Claim:
 
 
 def _read(path: str) -> _Claim | None:
-    """None if there is no claim. Never waits."""
+    """Read a claim; return None if there is none. Never blocks."""
     try:
         facts = os.lstat(path)
         if not stat.S_ISREG(facts.st_mode):
@@ -109,10 +115,11 @@ def _read(path: str) -> _Claim | None:
 
 
 class Claims:
-    """Claims on keys, one file a key: folder/ab/abcdef…. For use as a context, which gives them all back at its end.
+    """Claims on keys, one file per key: folder/ab/abcdef…. A context manager that releases all of them at its end.
 
-    expires: seconds without a sign of life after which a claim is void. required: whether methods raise OSError if the
-    file system does. Otherwise keys that cannot be claimed are worked on without, after one warning.
+    expires: seconds without an update by its owner after which a claim is void.
+    required: whether methods raise OSError if the file system does. Otherwise there is one warning, and keys that
+        cannot be claimed count as taken.
     """
 
     def __init__(self, folder: Path, expires: float = 120.0, required: bool = True):
@@ -123,7 +130,7 @@ class Claims:
         self._owner = _Owner(machine(), os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
         self._content = json.dumps(vars(self._owner)).encode()
         self._mine: set[str] = set()
-        self._lock = threading.Lock()  # guards _mine and the making and removing of its files
+        self._lock = threading.Lock()  # guards _mine and the creation and removal of its files
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -136,7 +143,7 @@ class Claims:
         self.close()
 
     def close(self) -> None:
-        """Give every claim back and stop the heartbeat."""
+        """Release every claim and stop the heartbeat."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join()
@@ -144,7 +151,7 @@ class Claims:
         self.release(set(self._mine))
 
     def take(self, keys: Iterable[str]) -> set[str]:
-        """Claim what nobody living holds; returns those of `keys` that are ours now."""
+        """Claim those of `keys` that no living process holds; return those that are now ours."""
         now = _Clock(self.folder, self.required)
         taken: set[str] = set()
         with self._lock:
@@ -162,7 +169,7 @@ class Claims:
         return taken
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give claims back; those that are not ours are left alone."""
+        """Release claims; leave those that are not ours."""
         with self._lock:
             for key in self._mine.intersection(keys):
                 self._mine.discard(key)
@@ -181,7 +188,7 @@ class Claims:
         self._warned = True
 
     def held(self, keys: Iterable[str]) -> set[str]:
-        """Those of `keys` that living others hold."""
+        """Return those of `keys` that other living owners hold."""
         now = _Clock(self.folder, self.required)
         found = ((key, _read(self._path(key))) for key in keys)
         return {key for key, claim in found if claim and not self._void(claim, now) and claim.owner != self._owner}
@@ -194,7 +201,7 @@ class Claims:
         return claim is not None and claim.owner == self._owner
 
     def _take(self, key: str, now: _Clock) -> bool:
-        for _ in range(3):  # a claim can go while one looks at it
+        for _ in range(3):  # a claim can disappear while it is read
             try:
                 self._create(self._path(key))
                 return True
@@ -205,7 +212,7 @@ class Claims:
         return False
 
     def _create(self, path: str) -> None:
-        """Raises FileExistsError."""
+        """Create a claim of ours. Raises FileExistsError."""
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         try:
             file = os.open(path, flags, 0o666)
@@ -227,10 +234,10 @@ class Claims:
         return abs(now.seconds - claim.modified) > lasts
 
     def _steal(self, key: str, judged: _Owner | None, now: _Clock) -> bool:
-        """Take the place of a void claim.
+        """Replace a void claim by ours; return whether that succeeded.
 
-        Several may try at once. The lock on the void file lets one of them in; where locks do not reach other hosts,
-        the look at what was moved away finds nearly every mistake.
+        Several processes may try at once. The lock on the void file admits one of them. Where locks do not reach other
+        hosts, checking the file that was moved away detects nearly every conflict.
         """
         path = self._path(key)
         aside = f"{path}.{uuid.uuid4().hex}"
@@ -243,7 +250,7 @@ class Claims:
             with suppress(FileNotFoundError):
                 os.rename(path, aside)
             claim = _read(aside)
-            if claim is None:  # given back in this moment
+            if claim is None:  # released at this moment
                 return False
             try:
                 if claim.owner != judged:
@@ -257,7 +264,7 @@ class Claims:
         return True
 
     def _beat(self) -> None:
-        """Keep our claims young, and forget those that were lost."""
+        """Update our claims regularly, and forget those that were lost."""
         stop = self._stop
         while not stop.wait(self.expires / 4):
             with self._lock:
@@ -271,13 +278,13 @@ class Claims:
                             os.utime(self._path(key))
                         else:
                             self._mine.discard(key)
-                            log.warning("the claim on %s was lost: this process stood still for too long", key)
+                            log.warning("the claim on %s was lost: this process was suspended for too long", key)
                 except OSError as error:
-                    log.warning("a claim could not be kept young: %s", error)
+                    log.warning("a claim could not be renewed: %s", error)
 
 
 def _put_back(aside: str, path: str) -> None:
-    """Raises FileExistsError if somebody has the place by now."""
+    """Move a claim back. Raises FileExistsError if another process has claimed the key meanwhile."""
     try:
         os.link(aside, path)
     except FileExistsError:
@@ -288,7 +295,7 @@ def _put_back(aside: str, path: str) -> None:
 
 @contextmanager
 def _alone_with(path: str) -> Iterator[bool]:
-    """Whether no other process is at this file now; the kernel ends the lock with the process. True without locks."""
+    """Yield whether we alone lock this file; True without locks. The kernel releases the lock with the process."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -297,7 +304,7 @@ def _alone_with(path: str) -> Iterator[bool]:
     except OSError:
         if stat.S_ISREG(os.lstat(path).st_mode):
             raise
-        yield True  # a folder or link, which nobody locks
+        yield True  # a folder or link, which no process locks
         return
     try:
         alone = True
@@ -313,9 +320,9 @@ def _alone_with(path: str) -> Iterator[bool]:
 
 
 class _Clock:
-    """The file system's own time, in seconds, looked up when first asked for: other hosts' clocks may differ.
+    """The file system's own time in seconds, read on first use, since the clocks of hosts may differ.
 
-    required: whether to raise OSError where it does not tell, instead of taking this host's.
+    required: whether to raise OSError if it cannot be read, instead of using this host's clock.
     """
 
     def __init__(self, folder: Path, required: bool):

@@ -21,8 +21,8 @@ def batches(
     size: at least 1, or what to ask for it at the start of every batch (it can shrink when memory runs out).
     exists: whether the image of a key is made; asked right before the cell is put in a batch.
 
-    A batch mixes prompts, seeds and layers, but not kinds of lesion: so a cell meets the same company whether its kind
-    is one of several in a job or a job of its own in a sweep, and comes out the same to the bit.
+    A batch mixes prompts, seeds and layers, but not kinds of lesion: so a cell is in the same batch whether its kind
+    is one of several in a job or a job of its own in a sweep, and comes out bit for bit identical.
     Raises ValueError for a size below 1.
     """
     waiting: list[Cell] = []

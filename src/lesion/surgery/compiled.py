@@ -23,7 +23,7 @@ _WEIGHT, _VALUE = "lesion_weight", "lesion_value"
 
 
 def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Row by row as `hook_points.blend`: weight 0 keeps the output and 1 takes the value, both to the bit."""
+    """Row by row as `hook_points.blend`: weight 0 keeps the output and 1 takes the value, both bit for bit."""
     rows = output.shape[0]  # of at least as many: a buffer's own length is a constant to the compiler
     weight, value = getattr(module, _WEIGHT)[:rows], getattr(module, _VALUE)[:rows]  # (rows, 1, 1), (rows, 1, channels)
     mixed = torch.where(weight == 1, value, output + weight * (value - output))

@@ -33,7 +33,7 @@ class Share:
 
 
 def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
-    """Row by row: weight 0 keeps the output and 1 takes the value, both to the bit; between, a linear mixture.
+    """Row by row: weight 0 keeps the output and 1 takes the value, both bit for bit; between, a linear mixture.
 
     output: (rows, tokens, channels); values: broadcastable to it.
     """

@@ -1,8 +1,8 @@
-"""Lesions as a client of a denoising run: what each image's lesion does to the calls of a site.
+"""Lesions as a client of a denoising run: apply each image's lesion to the calls of its sites.
 
-The `forward` of the modules that hook points name is wrapped, so this works under any attention processor and swaps
-none. Each image of a batch has its own lesion or none: weights are data, and an image without a lesion keeps every bit
-of its output. A module that is replaced in every row of the batch is not computed where that can be.
+This wraps the `forward` of the modules that hook points name, so it works with any attention processor and swaps none.
+Each image of a batch has its own lesion or none, given as a weight per row; the output of an image without a lesion
+stays bit for bit identical. A module that is replaced in every row of the batch is not computed where possible.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lesion.surgery.intervention import Intervention
 
 
 def replacement_key(lesion: Lesion) -> str:
-    """Tell the replacements of one batch apart (two calibrations of `mean` are two replacements)."""
+    """Return a key that is different for different replacements; two calibrations of `mean` have two keys."""
     return f"{lesion.replacement.name}:{sorted(lesion.replacement.identity.items())}"
 
 
@@ -35,12 +35,12 @@ class Lesions(Client):
     """The lesions of one batch: image i is made under lesions[i] (None: no lesion).
 
     anatomy: of the denoiser.
-    interventions: the replacement at work for each `replacement_key`.
+    interventions: the built replacement for each `replacement_key`.
     """
 
     def __init__(self, anatomy: Anatomy, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]):
         self.lesions = [lesion if lesion and lesion.strength else None for lesion in lesions]
-        self.inside: tuple[bool, ...] = (False,) * len(lesions)  # whose window holds the present denoiser call
+        self.inside: tuple[bool, ...] = (False,) * len(lesions)  # whose window contains the current call
         of_site: dict[str, list[Lesion | None]] = {}
         for index, lesion in enumerate(self.lesions):
             for path in (site for layer in lesion.layers for site in anatomy.sites[layer]) if lesion else ():
@@ -53,7 +53,7 @@ class Lesions(Client):
 
     @contextmanager
     def attached(self, run: Denoising) -> Iterator[None]:
-        """Wrap the modules of the lesioned sites; with no lesion in the batch nothing is wrapped at all."""
+        """Wrap the modules of the lesioned sites; if no image has a lesion, wrap nothing."""
         self.run = run
         together = itertools.groupby(self.sites.values(), lambda lesions: lesions.site.hook.module)
         with ExitStack() as stack:
@@ -88,7 +88,7 @@ class Rows:
 
 
 class SiteLesions:
-    """The lesions of a batch at one site, of which lesions[i] is image i's."""
+    """The lesions of a batch at one site; lesions[i] is that of image i, None if it has none here."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class SiteLesions:
         self._prepared: dict[tuple[Any, ...], Rows] = {}
 
     def rows(self, like: Tensor) -> Rows:
-        """What the present denoiser call does to rows of this number, device, dtype and form; worked out once."""
+        """Return what the current denoiser call does to rows like these; cached by number, device, dtype and rank."""
         key = (self.client.inside, len(like), like.device, like.dtype, like.dim())
         if key not in self._prepared:
             self._prepared[key] = self._rows(like)
@@ -134,13 +134,13 @@ class SiteLesions:
         return Rows(branches.to(like.device), shares, bool(weights.any()), bool((weights == 1).all()), {})
 
     def spares(self, like: Tensor) -> bool:
-        """Whether nothing of the module's own output is left at the present denoiser call, nor looked at."""
+        """Return whether the current denoiser call neither keeps nor reads any of the module's own output."""
         return not self.output_needed and self.rows(like).whole
 
     def output(self, call: Call) -> Any:
-        """Return what the module puts out where rows read another text or run under another condition.
+        """Return the module's output, with rows that read another text or run under another condition where asked.
 
-        A row in part gets a mixture of outputs.
+        A row with a strength between 0 and 1 gets a mixture of both outputs.
         """
         if not self.texts and not self.reruns:
             return call.run()
@@ -157,7 +157,7 @@ class SiteLesions:
         return output
 
     def changes(self, call: Call, output: Any) -> Iterator[tuple[int, Tensor, Share]]:
-        """Yield what interventions put in the place of the site's quantity, as `HookPoint.write` takes it."""
+        """Yield the values that replace the site's quantity, in the form that `HookPoint.write` takes."""
         for part, name in self.site.parts(output) if self.fills else ():
             quantity = self.site.hook.read(call, output, part)
             rows = self.rows(quantity)
@@ -166,12 +166,15 @@ class SiteLesions:
                 yield part, values.to(quantity.dtype), rows.shares[key]
 
     def _rerun(self, key: str, call: Call) -> Any:
-        """Every tensor is handed over as a new object, so that nothing remembered of it is used."""
+        """Run the module under the intervention. Tensors are passed as new objects, so no cached result is used."""
         with self.interventions[key].rerun(self.site.path, call.module):
             return call.forward(*map(_anew, call.args), **{name: _anew(value) for name, value in call.kwargs.items()})
 
     def _reading(self, call: Call, keys: tuple[str, ...]) -> Any:
-        """The module's output where the rows of these interventions read their text; the same tensor at every step."""
+        """Return the module's output with the rows of these interventions reading their text.
+
+        That text is the same tensor object at every step, so what the module caches of it stays valid.
+        """
         text, mask = call.kwargs.get("encoder_hidden_states"), call.kwargs.get("attention_mask")
         if text is None:
             raise RuntimeError(f"{self.site.path} is given no text by name, so it cannot be given another")
@@ -193,7 +196,7 @@ class SiteLesions:
 def _lesioned(
     sites: Sequence[SiteLesions], module: nn.Module, text: TextLength, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The module's forward under the lesions of its sites: one, or those of its heads."""
+    """Return the module's forward with the lesions of its sites applied: one site, or one for each head."""
     hook = sites[0].site.hook
 
     def lesioned(*args: Any, **kwargs: Any) -> Any:
@@ -211,7 +214,7 @@ def _lesioned(
 
 
 def _spared(sites: Sequence[SiteLesions], norm: Callable[..., Any]) -> Callable[..., Any]:
-    """The norm before a module, not computed where the module is not."""
+    """Return the forward of the norm before a module, which is skipped whenever the module is."""
 
     def spared(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return hidden if all(site.spares(hidden) for site in sites) else norm(hidden, *args, **kwargs)
@@ -220,16 +223,16 @@ def _spared(sites: Sequence[SiteLesions], norm: Callable[..., Any]) -> Callable[
 
 
 def _norm_before(denoiser: nn.Module, path: str) -> nn.Module | None:
-    """The layer norm that this attention or feed-forward alone reads, where the block is known to be built so."""
+    """Return the layer norm whose output only this module reads; None unless the block is known to be built so."""
     parent, _, leaf = path.rpartition(".")
     block, module = denoiser.get_submodule(parent), denoiser.get_submodule(path)
     if not isinstance(block, BasicTransformerBlock) or block.norm_type != "layer_norm" or block.pos_embed is not None:
         return None
     norm = {"attn1": block.norm1, "attn2": block.norm2, "ff": block.norm3}.get(leaf)
-    # A module that changes the shape is computed anyway.
+    # A module that changes the shape is always computed.
     return norm if isinstance(norm, nn.LayerNorm) and keeps_shape(module) else None
 
 
 def _anew(value: Any) -> Any:
-    """The same numbers as another tensor object: `text_projected_once` goes by identity."""
+    """Return a tensor as a new object with the same data: `text_projected_once` caches by identity."""
     return value.view_as(value) if isinstance(value, Tensor) else value

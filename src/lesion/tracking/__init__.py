@@ -1,7 +1,7 @@
-"""The tracking room: tells an experiment tracker what the store already holds.
+"""Report the results of a study to an experiment tracker.
 
 A tracker is one module here with `build(options) -> Tracker`, and one `conf/tracker/NAME.yaml`. It only reads;
-whatever goes wrong in it, the study goes on.
+if it fails, the study continues.
 """
 
 from __future__ import annotations
