@@ -65,7 +65,7 @@ def planning(this: Setup, options: Options) -> tuple[str, list[Row]]:
         ),
         Row("planning, memory", "peak of the whole process", [run["peak"] / MIB for run in runs], " MiB", at_most=1024),
     ]
-    note = "A study of leave-one-out and only-one lesions over an empty store (`lesion.plan.tally` and `batches`)."
+    note = "Leave-one-out and only-one lesions over an empty store (`lesion.study.plan.tally` and `batches`)."
     return note, rows
 
 

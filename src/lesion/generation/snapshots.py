@@ -256,7 +256,7 @@ class States:
             tensorfiles.write(path, state.tensors, metadata)
         except OSError as error:
             if not self._warned:
-                log.warning("half-made images cannot be kept, so late windows take longer (%s)", error)
+                log.warning("snapshots cannot be kept, so late windows take longer (%s)", error)
             self._warned = True
 
     def get(self, key: str, step: int, calls: int) -> State | None:

@@ -1,4 +1,4 @@
-"""Safetensors files that show a changed bit and whose they are: calibration means and half-made images.
+"""Safetensors files that show damage and whom they belong to: calibration means and snapshots.
 
 Format: the caller's tensors and metadata (texts), and in the metadata `digest`, of both (`digest_of`). What they hold
 decides pixels, so a file counts as not there if its digest is missing or wrong, or if its metadata names another owner
