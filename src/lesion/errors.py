@@ -37,17 +37,14 @@ class RequestError(Exception):
     """The request is wrong: says which key, and what is allowed. One line; raised before any model loads."""
 
     def __init__(self, key: str, message: str):
+        """key: "" where the message names it already, as Hydra's do."""
         self.key = key
-        super().__init__(visible(f"{key}: {' '.join(message.split())}"))
+        text = " ".join(message.split())
+        super().__init__(visible(f"{key}: {text}" if key else text))
 
     def __reduce__(self) -> tuple[object, ...]:  # jobs may run in other processes
-        return _rebuild, (str(self),)
+        return RequestError, (self.key, str(self).removeprefix(f"{self.key}: "))
 
 
 class StudyFailed(Exception):
     """Some cells failed; everything else is complete and on disk."""
-
-
-def _rebuild(text: str) -> RequestError:
-    key, _, message = text.partition(": ")
-    return RequestError(key, message)

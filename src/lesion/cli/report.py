@@ -32,17 +32,9 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
     `write_report`.
     """
     from lesion.report import write_report
-    from lesion.report.merging import Refused, alike, apart, check, gather, merge, read
+    from lesion.report.merging import alike, gather, put_together
 
-    found = [read(run, out) for run in runs]
-    notes: list[str] = []
-    if mix:
-        found, notes = apart(found)
-    else:
-        check(found)
-    frame, floor = merge(found)
-    if frame.empty:
-        raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
+    frame, floor, notes = put_together(runs, out, mix)
     if again := alike(frame):
         message = f"{again} images repeat others of another run in all that the results name; they are averaged"
         say("lesion-report", message)

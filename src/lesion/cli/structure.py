@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from lesion import models
-from lesion.cli import one_line, say, unforeseen
+from lesion.cli import say, unforeseen
+from lesion.config.compose import one_line
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, visible
 from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS

@@ -24,11 +24,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.cli import is_from, keep_traceback, one_line, say, unforeseen
+from lesion.cli import is_from, keep_traceback, say, unforeseen
+from lesion.config.compose import one_line, plain, with_prompt_files
 from lesion.config.overrides import metrics_as_lists
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
-from lesion.study.prompts import ENDINGS
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="lesion")
@@ -46,7 +46,7 @@ def job(config: DictConfig) -> None:
         folder=Path(details.runtime.output_dir),
         name=f"{details.job.name}-{details.job.override_dirname or 'defaults'}"[:120],
         group=Path(details.sweep.dir).as_posix() if multirun else None,
-        config=_plain(config),
+        config=plain(config),
     )
     request = parse(config, Path(details.runtime.cwd))
     if not request.dry_run:
@@ -56,12 +56,6 @@ def job(config: DictConfig) -> None:
 
 
 _started: list[Path] = []  # folders of the jobs of this process that began: from then on what is there is written
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    data = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(data, dict)
-    return {str(key): value for key, value in data.items()}
 
 
 class CheckFirst(Callback):
@@ -151,7 +145,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
         own = place / given.hydra.sweep.subdir if mode == "sweep" else place
-        asked = folder.asked(_plain(task), study)
+        asked = folder.asked(plain(task), study)
         if wanted.setdefault(own, asked) != asked:
             raise RequestError("hydra.sweep.subdir", f"several jobs would write to {str(own)!r}; give each its own")
         if not timed:
@@ -188,18 +182,6 @@ def _refuse(error: Exception) -> int:
     """Print why the request is wrong in one line; 2."""
     say("lesion", one_line(error))
     return 2
-
-
-def _with_prompt_files(arguments: list[str]) -> list[str]:
-    """`prompts=my.csv` is short for `prompts=file prompts.path=my.csv`."""
-    out = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key == "prompts" and all(part.strip("'\" ").endswith(ENDINGS) for part in value.split(",")):
-            out += ["prompts=file", f"prompts.path={value}"]
-        else:
-            out.append(argument)
-    return out
 
 
 class Terminated(KeyboardInterrupt):
@@ -242,7 +224,7 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
-    sys.argv[1:] = metrics_as_lists(_with_prompt_files(sys.argv[1:]))
+    sys.argv[1:] = metrics_as_lists(with_prompt_files(sys.argv[1:]))
     try:
         _check_groups(sys.argv[1:])
         job()

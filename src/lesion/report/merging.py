@@ -36,6 +36,25 @@ class Run:
     floor: pd.DataFrame | None = None
 
 
+def put_together(
+    runs: Sequence[Path], out: Path, mix: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame | None, list[str]]:
+    """The results of these run folders in one frame, image paths relative to `out`; the noise floor; what was done.
+
+    mix: runs that cannot be compared stand side by side, never averaged together; else Refused.
+    """
+    found = [read(run, out) for run in runs]
+    notes: list[str] = []
+    if mix:
+        found, notes = apart(found)
+    else:
+        check(found)
+    frame, floor = merge(found)
+    if frame.empty:
+        raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
+    return frame, floor, notes
+
+
 def run_folders(folders: Sequence[Path]) -> list[Path]:
     """Every run folder among or below `folders`, each once. Refused when one holds no results."""
     found: dict[Path, Path] = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -63,3 +66,9 @@ def number(value: object, digits: int = 3) -> str:
     if value is None or value is pd.NA or value != value:
         return "n/a"
     return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0.0: no "-0.000"
+
+
+def as_html(title: str, facts: Mapping[str, Any]) -> str:
+    """A heading and a line of facts for a notebook."""
+    line = " · ".join(f"{html.escape(name)} <b>{html.escape(str(value))}</b>" for name, value in facts.items())
+    return f"<div>{html.escape(title)}<br>{line}</div>"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring, tasks
@@ -133,12 +133,50 @@ def _check_store(request: Request, study: Study) -> None:
 
 
 def run(request: Request, context: JobContext) -> None:
-    """Run one study and write its run folder. Raises RequestError before, StudyFailed after all that could be made."""
-    source, study = survey(request)
-    store = Store(request.store)
+    """Run one study as the command line does: `complete`, with a report and the ranking on standard output.
+
+    Raises RequestError before, StudyFailed after all that could be made.
+    """
     if request.dry_run:
+        _, study = survey(request)
+        store = Store(request.store)
         print("\n".join(map(visible, plan_lines(study, tally(study, store.known().lists), store, request))))
         return
+    outcome = complete(request, context)
+    from lesion.report import ranking_lines
+
+    print("\n".join(ranking_lines(outcome.frame)))
+    print(f"\nwritten to {visible(str(context.folder))}:")
+    for name in dict.fromkeys(path.relative_to(context.folder).parts[0] for path in outcome.written):
+        print(visible(f"  {context.folder / name}"))
+    if outcome.trouble:
+        raise StudyFailed(outcome.trouble) from outcome.stopped
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a study.
+
+    frame: results, one row an image; failed ones are among them.
+    written: paths of the run folder.
+    trouble: in one line why it is not all well; "" if it is.
+    stopped: the error that stopped it, if one did.
+    """
+
+    frame: pd.DataFrame
+    written: list[Path]
+    trouble: str = ""
+    stopped: Exception | None = None
+
+
+def complete(request: Request, context: JobContext, report: bool = True) -> Outcome:
+    """Make and score what the store lacks of a study, and write its run folder.
+
+    report: with tables, figures and the page. Raises RequestError before anything is made, StudyFailed where the
+    results themselves cannot be written.
+    """
+    source, study = survey(request)
+    store = Store(request.store)
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
@@ -178,26 +216,26 @@ def run(request: Request, context: JobContext) -> None:
             beside["floor"] = table.floor(study, scores)
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
-        unwritten = _write(frame, beside, partial(_publish, publisher, pictured), context.folder, tracker)
-        code = int(bool(unwritten) or (frame["status"] != "ok").any())
+        publish = partial(_publish, publisher, pictured)
+        written, unwritten = _write(frame, beside, publish, context.folder, tracker, report)
+        bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
+        trouble = ""
+        if stopped:
+            trouble = (
+                f"stopped by an unforeseen {place_of(stopped)}; results of what is there are in {where}, "
+                "run the same command again to resume"
+            )
+        elif unwritten:
+            trouble = f"{'; '.join(unwritten)}; the results are in {where}, run the same command again to resume"
+        elif len(bad):
+            trouble = (
+                f"{len(bad)} of {len(frame)} images failed or are invalid, the first because: {bad['reason'].iloc[0]} "
+                f"(all are named in {where}); the rest is complete"
+            )
+        code = int(bool(trouble))
     finally:
         tracker.close(code)
-    if stopped:
-        raise StudyFailed(
-            f"stopped by an unforeseen {place_of(stopped)}; results of what is there are in "
-            f"{context.folder / 'results.parquet'}, run the same command again to resume"
-        ) from stopped
-    if unwritten:
-        raise StudyFailed(
-            f"{'; '.join(unwritten)}; the results are in {context.folder / 'results.parquet'}, "
-            "run the same command again to resume"
-        )
-    if code:
-        bad = frame[frame["status"] != "ok"]
-        raise StudyFailed(
-            f"{len(bad)} of {len(frame)} images failed or are invalid, the first because: {bad['reason'].iloc[0]} "
-            f"(all are named in {context.folder / 'results.parquet'}); the rest is complete"
-        )
+    return Outcome(frame, written, trouble, stopped)
 
 
 def results(request: Request) -> pd.DataFrame:
@@ -223,7 +261,6 @@ def results(request: Request) -> pd.DataFrame:
 def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
     """What a study would make, for `dry_run=true`."""
     settings = study.settings
-    size = counts.missing * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL
     each = (counts.rows - counts.baselines) // counts.baselines
     return [
         f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
@@ -235,10 +272,15 @@ def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> l
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {_shown(store.folder)}: {counts.stored}",
-        f"  to make: {counts.missing}, about {size / 2**20:.1f} MiB on disk",
+        f"  to make: {counts.missing}, about {mebibytes(study, counts.missing):.1f} MiB on disk",
         *_budget_lines(study, request.budget),
         "dry run: nothing was generated",
     ]
+
+
+def mebibytes(study: Study, images: int) -> float:
+    """What so many images of the study take on disk, roughly."""
+    return images * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL / 2**20
 
 
 def _shown(folder: Path) -> str:
@@ -360,15 +402,15 @@ def _write(
     publish: Callable[[], None],
     folder: Path,
     tracker: Tracker,
-) -> list[str]:
-    """Write results.parquet and the tables beside it, then pictures, report and tracker; print the ranking.
+    report: bool,
+) -> tuple[list[Path], list[str]]:
+    """Write results.parquet and the tables beside it, then pictures and report; tell the tracker.
 
-    beside: by name. publish: puts the pictures in place. Returns what could not be written, and why. Raises
-    StudyFailed where that is results.parquet.
+    beside: by name. publish: puts the pictures in place. Returns the paths written, and what could not be written with
+    the reason. Raises StudyFailed where that is results.parquet.
     """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
-    from lesion.report import ranking_lines, write_report
     from lesion.store import tables
 
     try:
@@ -384,7 +426,10 @@ def _write(
     except OSError as error:
         unwritten.append(f"not all pictures could be put into {folder / 'images'}: {_why(error)}")
     try:
-        written += write_report(folder, frame, beside.get("floor"))
+        if report:
+            from lesion.report import write_report
+
+            written += write_report(folder, frame, beside.get("floor"))
     except OSError as error:
         unwritten.append(f"the report could not be written: {_why(error)}; `lesion-report {folder}` tries again")
     except Exception as error:  # the results are there
@@ -402,11 +447,7 @@ def _write(
                     name = setting.slug.split("--", 1)[1]
                     summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
     tracker.finish(frame, folder, summary)
-    print("\n".join(ranking_lines(frame)))
-    print(f"\nwritten to {visible(str(folder))}:")
-    for name in dict.fromkeys(path.relative_to(folder).parts[0] for path in written):
-        print(visible(f"  {folder / name}"))
-    return unwritten
+    return written, unwritten
 
 
 def _why(error: OSError) -> str:

@@ -152,6 +152,11 @@ class Study:
         for _, _, _, key in self._planned():
             yield key
 
+    def keyed(self) -> Iterator[tuple[Lesion | None, str]]:
+        """`keys()`, each with its lesion."""
+        for _, _, lesion, key in self._planned():
+            yield lesion, key
+
     def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
         # Two cells of a study have one key if their prompts' texts, seeds and lesions' digests are equal: to make these
         # unique takes far less memory than to remember every key.

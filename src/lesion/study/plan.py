@@ -56,10 +56,14 @@ def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
 
 @dataclass
 class Tally:
-    """Counts of a study's images by mode, for `dry_run` and the progress bar."""
+    """Counts of a study's images by mode, for `dry_run` and the progress bar.
+
+    missing_by_mode: different images to make; one that two modes share counts for the first.
+    """
 
     rows: int = 0
     by_mode: dict[str, int] = field(default_factory=dict)
+    missing_by_mode: dict[str, int] = field(default_factory=dict)
     baselines: int = 0
     unique: int = 0
     stored: int = 0
@@ -70,10 +74,24 @@ class Tally:
 
     def add(self, lesion: Lesion | None, rows: int = 1) -> None:
         """Count `rows` more rows under this lesion."""
-        mode = f"{lesion.selection} / {lesion.replacement.name}" if lesion else "baseline"
+        mode = mode_of(lesion)
         self.rows += rows
         self.by_mode[mode] = self.by_mode.get(mode, 0) + rows
         self.baselines += rows if lesion is None else 0
+
+    def meet(self, lesion: Lesion | None, exists: bool) -> None:
+        """Count one more different image."""
+        self.unique += 1
+        if exists:
+            self.stored += 1
+        else:
+            mode = mode_of(lesion)
+            self.missing_by_mode[mode] = self.missing_by_mode.get(mode, 0) + 1
+
+
+def mode_of(lesion: Lesion | None) -> str:
+    """Under what `Tally` counts an image: selection and replacement."""
+    return f"{lesion.selection} / {lesion.replacement.name}" if lesion else "baseline"
 
 
 def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally:
@@ -82,12 +100,11 @@ def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally
     if isinstance(cells, Study):
         for lesion, rows in cells.rows():
             counts.add(lesion, rows)
-        keys = cells.keys()
+        for lesion, key in cells.keyed():
+            counts.meet(lesion, exists(key))
     else:
-        keys = (cell.key for cell in _once(_counted(cells, counts)))
-    for key in keys:
-        counts.unique += 1
-        counts.stored += exists(key)
+        for cell in _once(_counted(cells, counts)):
+            counts.meet(cell.lesion, exists(cell.key))
     return counts
 
 

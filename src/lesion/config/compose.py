@@ -1,0 +1,153 @@
+"""From overrides to a composed config without a command line: for Python, and what both ways share.
+
+Hydra keeps its state in singletons of the process. A notebook may have an application of its own, so that all of it is
+put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from os import PathLike, fspath
+from typing import Any
+
+from hydra import compose as _compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
+from hydra.version import VersionBase
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lesion.config.overrides import metrics_as_lists
+from lesion.config.schema import conf_dir, register
+from lesion.errors import RequestError
+from lesion.study.prompts import ENDINGS
+
+CHOSEN = ("selection", "replacement")  # groups of which several are chosen, each with options of its own
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of ours, Hydra's or OmegaConf's, with the key and what is allowed."""
+    if isinstance(error, RequestError):
+        return str(error)
+    text = " ".join(str(error).split())
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            detail = " ".join(str(cause.msg or cause).split())
+            if detail and detail not in text:
+                text += f" ({detail})"
+            if cause.full_key and cause.full_key not in text:
+                text += f" (key: {cause.full_key})"
+            parent = getattr(cause, "parent_node", None)
+            if isinstance(parent, DictConfig) and "not in" in text:
+                text += f"; allowed: {', '.join(sorted(str(key) for key in parent))}"
+                break
+        cause = cause.__cause__
+    return text
+
+
+def with_prompt_files(overrides: Sequence[str]) -> list[str]:
+    """`prompts=my.csv` is short for `prompts=file prompts.path=my.csv`."""
+    out = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "prompts" and all(part.strip("'\" ").endswith(ENDINGS) for part in value.split(",")):
+            out += ["prompts=file", f"prompts.path={value}"]
+        else:
+            out.append(override)
+    return out
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts and lists."""
+    data = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The config of one job, with Hydra's own part under `hydra`. Raises RequestError in the command line's words."""
+    try:
+        with _hydra_put_back():
+            register(conf_dir())
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                given = metrics_as_lists(with_prompt_files(overrides))
+                config: DictConfig = _compose("lesion", given, return_hydra_config=True)
+                return config
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RequestError("", one_line(error)) from None
+
+
+@contextmanager
+def _hydra_put_back() -> Iterator[None]:
+    """Whatever is done to Hydra's state inside, afterwards it is as before."""
+    Plugins.instance()  # their configs are registered once a process, so before anything is put aside
+    kept = dict(Singleton._instances)
+    Singleton._instances.pop(GlobalHydra, None)
+    for kind in (ConfigStore, VersionBase):
+        Singleton._instances[kind] = copy.deepcopy(kind.instance())  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        Singleton._instances.clear()
+        Singleton._instances.update(kept)
+
+
+def overrides_of(keys: Mapping[str, Any]) -> list[str]:
+    """Keys with values of Python as overrides; texts reach the config letter by letter.
+
+    A dict stands for its keys below this one; of `selection` and `replacement` it names what is chosen, each with its
+    options. Raises RequestError for a value that a config cannot hold.
+    """
+    found: list[str] = []
+    for key, value in keys.items():
+        if not isinstance(value, Mapping) or not value:
+            found.append(f"{key}={_text(key, value)}")
+            continue
+        if key in CHOSEN:
+            found.append(f"{key}={_text(key, list(value))}")
+            value = {name: options for name, options in value.items() if options}
+        found += overrides_of({f"{key}.{name}": part for name, part in value.items()})
+    return found
+
+
+def _text(key: str, value: Any) -> str:
+    """A value in Hydra's grammar of overrides."""
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays, without importing it
+        value = value.tolist()
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isinstance(value, Real):
+        number = float(value)
+        return repr(number) if math.isfinite(number) else str(number)
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    if isinstance(value, str):
+        value = value.replace("${", "\\${")  # a text, no interpolation
+        return str(QuotedString(text=value, quote=Quote.single).with_quotes())
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_name(key, name)}:{_text(key, part)}" for name, part in value.items()) + "}"
+    if isinstance(value, Sequence | range | set | frozenset) and not isinstance(value, bytes | bytearray):
+        return "[" + ",".join(_text(key, part) for part in value) + "]"
+    raise RequestError(key, f"got {value!r}; allowed: text, numbers, true, false, null, lists and dicts of them")
+
+
+def _name(key: str, name: Any) -> str:
+    """The key of a dict inside a list: the grammar has no quotes there, but escapes."""
+    if not isinstance(name, str) or not name:
+        raise RequestError(key, f"has a dict with the key {name!r}; allowed: texts")
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)

@@ -1,0 +1,139 @@
+"""From Python: every example of docs/python.md and the notebook run; cells and numbers are the command line's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from nbclient import NotebookClient
+from PIL import Image
+
+import lesion
+from lesion.models import EMBEDDED
+
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)
+
+
+def test_import_costs_little():
+    """The modules that take time are not imported before they are used."""
+    code = (
+        "import sys, lesion; heavy = {'torch', 'diffusers', 'pandas', 'hydra', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy; assert lesion.__version__ and 'study' in dir(lesion)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def keys(cli):
+    """The keys of the `cli` fixture, as Python has them."""
+    return dict(
+        model="local",
+        prompts="inline",
+        seeds=0,
+        layers={"include": ["down_blocks.0.*", "mid_block.*", "up_blocks.1.attentions.1"]},
+        generation={"steps": 3, "height": 16, "width": 16, "batch_size": 4},
+        **{
+            one.split("=")[0]: one.split("=", 1)[1]
+            for one in cli.defaults
+            if one.startswith(("model.id", "scorer.clip"))
+        },
+        **{"prompts.items": ["a red circle", "two stars"]},
+    )
+
+
+def test_a_study_is_that_of_the_command_line_to_the_bit(cli, keys, no_report, monkeypatch):
+    assert cli("store.dir=a", "hydra.run.dir=typed")[0] == 0
+    study = lesion.study(**keys, **{"store.dir": "b"})
+    plan = study.plan()
+    assert plan.loc["in all", ["images", "in_store", "to_make"]].tolist() == [14, 0, 14]
+    results = study.run(folder="stated")
+    typed = pd.read_parquet(cli.folder / "typed" / "results.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(results.folder / "results.parquet"), typed)
+    for cell in typed.cell:
+        place = Path("cells") / cell[:2] / f"{cell}.png"
+        assert np.array_equal(Image.open(cli.folder / "a" / place), Image.open(cli.folder / "b" / place))
+
+    # Again: no network runs. Then opened, with everything that is there.
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("ran a network"))
+    again = lesion.study(**keys, **{"store.dir": "b"})
+    assert again.plan().loc["in all", "to_make"] == 0
+    pd.testing.assert_frame_equal(again.run().frame.drop(columns="image"), results.frame.drop(columns="image"))
+    opened = lesion.open(results.folder)
+    by_hand = typed[typed.selection == "leave_one_out"].groupby("layer").clip_similarity.mean()
+    importance = opened.importance().set_index("layer")["mean"]
+    assert importance.to_dict() == pytest.approx((1 - by_hand).to_dict())
+    assert set(opened.sufficiency()["layer"]) == set(typed[typed.selection == "only_one"].layer)
+    layer = typed[typed.selection == "leave_one_out"].layer.iloc[0]
+    row = typed[(typed.selection == "leave_one_out") & (typed.layer == layer) & (typed.prompt == "two stars")].iloc[0]
+    picture = opened.image(layer=layer, selection="leave_one_out", prompt="two stars")
+    assert np.array_equal(picture, Image.open(results.folder / row.image).convert("RGB"))
+    assert isinstance(opened.plot.layers(), Figure) and opened.plot.grid(prompt=1)._repr_png_()[:4] == b"\x89PNG"
+    assert opened.failures.empty and "14" in repr(opened) and "14" in opened._repr_html_()
+    with pytest.raises(lesion.RequestError, match=r"prompt: name one of: 0 a-red-circle.*, 1 two-stars"):
+        opened.image(layer=layer, selection="leave_one_out")
+    with pytest.raises(lesion.RequestError, match=r"layer: 'mid' is not here; there are: down_blocks.0"):
+        opened.image(layer="mid", prompt=0)
+    with pytest.raises(lesion.RequestError, match=r"folder: .* holds the results of another request"):
+        lesion.study(**{**keys, "seeds": 1}, **{"store.dir": "b"}).run(folder="stated")
+
+
+@pytest.mark.parametrize(
+    "text", ["a, b = c", 'it\'s "quoted"', "[x] {y: z}", "${seeds}", "ein Kreis, 丸", "a\\'b", " padded "]
+)
+def test_any_text_arrives_as_it_is(keys, text):
+    study = lesion.study(**{**keys, "prompts.items": [text, {"text": f"{text}2", "id": "two"}]})
+    assert [one.text for one in study._study.prompts] == [text, f"{text}2"]
+    negative = lesion.study(**keys, **{"generation.negative_prompt": text}, dry_run=True)
+    assert negative.config["generation"]["negative_prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((["generation.step=3"], {}), "step"),
+        (([], {"generation.steps": 0}), "generation.steps"),
+        (([], {"selection": "some"}), "selection"),
+        (([], {"seeds": object()}), "seeds: got <object"),
+        (([3], {}), "takes overrides as texts"),
+        (([], {"replacement": {"mean": {"calibrations": 1}}}), "replacement"),
+    ],
+)
+def test_a_wrong_request_is_one_line(keys, given, says):
+    overrides, more = given
+    with pytest.raises(lesion.RequestError) as error:
+        lesion.study(*overrides, **{**keys, **more})
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.timeout(300)
+def test_every_example_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"FOLDER": EMBEDDED}
+    assert len(EXAMPLES) >= 8
+    for example in EXAMPLES:
+        if "lesion.study(" in example:  # as written but for the number of prompts and layers
+            example = example.replace(
+                "seeds=[0],", 'seeds=[0], layers={"include": ["up_blocks.2.*"]}, prompts="shape",'
+            ).replace('"generation.steps": 8', '"generation.steps": 2')
+        example = example.replace('pipe("a red circle")', 'pipe("a red circle", num_inference_steps=1)')
+        exec(example, names)
+    assert isinstance(names["image"], Image.Image)
+    assert names["again"].frame.equals(names["results"].frame)
+
+
+@pytest.mark.timeout(300)
+def test_the_notebook_runs(tmp_path):
+    notebook = nbformat.read(DOCS / "example.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert sum("image/png" in data for data in shown) == 3 and sum("text/html" in data for data in shown) >= 4
