@@ -96,6 +96,13 @@ def test_any_text_arrives_as_it_is(keys, text):
     assert negative.config["generation"]["negative_prompt"] == text
 
 
+def test_metrics_take_options_as_a_dict(keys):
+    given = {"clip_similarity": {}, "lpips": {"net": "vgg"}}
+    for how in ({"scorer.metrics": given}, {"scorer": {"metrics": given}}, {"scorer.metrics": list(given)}):
+        metrics = lesion.study(**{**keys, **how})._request.scorer.metrics
+        assert [getattr(one, "name", one) for one in metrics] == list(given)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -111,6 +111,8 @@ def overrides_of(keys: Mapping[str, Any]) -> list[str]:
     """
     found: list[str] = []
     for key, value in keys.items():
+        if key == "scorer.metrics" and isinstance(value, Mapping):  # a list in the config, with options as mappings
+            value = [{name: dict(options)} if options else name for name, options in value.items()]
         if not isinstance(value, Mapping) or not value:
             found.append(f"{key}={_text(key, value)}")
             continue
