@@ -91,7 +91,7 @@ from types import SimpleNamespace
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from lesion import tasks
-from lesion.cli import one_line
+from lesion.config.compose import one_line
 from lesion.config.parsing import parse
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError

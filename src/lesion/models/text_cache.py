@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lesion.denoising.wrapping import forward_replaced
 
+_CAPTURING = "transformers.utils.output_capturing"  # puts hooks that only look on a model at its first call
 KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used first out
 
 
@@ -141,7 +142,9 @@ def state_of(part: nn.Module, forward: Callable[..., Any]) -> int:
         if module is not part:
             found.append(id(own["forward"]) if "forward" in own else 0)
         for name in ("_forward_hooks", "_forward_pre_hooks"):
-            found.append(tuple(id(hook) for hook in own[name].values()))
+            found.append(
+                tuple(id(hook) for hook in own[name].values() if getattr(hook, "__module__", "") != _CAPTURING)
+            )
         for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
             if tensor is None or moving:
                 continue
