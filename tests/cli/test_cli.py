@@ -60,7 +60,7 @@ def test_a_study_from_command_to_run_folder(cli):
     assert str(folder) in out
 
 
-def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch):
+def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch, no_report):
     made = []
 
     def counting(model, cells, *rest):
@@ -199,7 +199,7 @@ def test_one_wrong_job_of_a_sweep_stops_it_before_the_first(cli):
     assert list(cli.folder.iterdir()) == []
 
 
-def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
+def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch, no_report):
     def failing(model, cells, *rest):
         if any(cell.lesion and cell.lesion.layer == LAYERS[1] and cell.seed == 0 for cell in cells):
             raise RuntimeError("planted fault")
@@ -242,7 +242,7 @@ def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
     assert np.isnan(table.importance[LAYERS[0]])
 
 
-def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):
+def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch, no_report):
     def failing(model, cells, *rest):
         if any(cell.lesion is None and cell.prompt.text == "two stars" for cell in cells):
             raise RuntimeError("planted fault")
@@ -257,7 +257,7 @@ def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch
     assert lesioned.reason.str.contains("baseline").all()
 
 
-def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch):
+def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch, no_report):
     calls = []
 
     def interrupted(model, cells, *rest):
@@ -278,7 +278,7 @@ def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch):
     assert len(made) == 14 - kept
 
 
-def test_a_damaged_image_is_noticed_and_made_again(cli):
+def test_a_damaged_image_is_noticed_and_made_again(cli, no_report):
     assert cli()[0] == 0
     victim = next((cli.folder / "store").rglob("*.png"))
     whole = victim.read_bytes()
@@ -365,7 +365,7 @@ def test_a_replacement_that_cannot_be_made_ready_costs_only_its_own_cells(cli, m
     assert bad.reason.str.contains("planted fault").all()
 
 
-def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch):
+def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch, no_report):
     from lesion.scoring import ssim
 
     monkeypatch.setattr(ssim.Ssim, "__call__", None)

@@ -101,6 +101,7 @@ def loud_again():
     log.setLevel(level)
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu(tmp_path, capfd, no_report):
     out = tmp_path / "benchmarks.md"
     assert benchmark.main(["--quick", "--device", "cpu", "--out", str(out)]) == 0, capfd.readouterr().err
