@@ -12,12 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.version import getbase
 from matplotlib.figure import Figure
 from nbclient import NotebookClient
 from PIL import Image
 
 import lesion
+from lesion.generation.generate import generate
 from lesion.models import EMBEDDED
+from lesion.run import maker
 
 DOCS = Path(__file__).parents[1] / "docs"
 EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)
@@ -119,6 +125,69 @@ def test_a_wrong_request_is_one_line(keys, given, says):
     with pytest.raises(lesion.RequestError) as error:
         lesion.study(*overrides, **{**keys, **more})
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["generation.step=3", "model=nope", "seeds=-1", "generation.steps=[1", "prompts=none.csv"]
+)
+def test_a_refusal_is_the_line_of_the_command_line(cli, override):
+    code, _, err = cli(override)
+    kept = [one for one in cli.defaults if one.split("=")[0] != override.split("=")[0]]
+    with pytest.raises(lesion.RequestError) as error:
+        lesion.study(*kept, override)
+    assert code == 2 and err.strip().splitlines()[-1] == f"lesion: {error.value}"
+
+
+def test_hydra_elsewhere_in_the_process_is_left_alone(keys, tmp_path):
+    """A notebook may have a Hydra application of its own, initialised, with a schema of the same name."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("a: 1\n")
+    registered = ConfigStore.instance().repo.get("schema.yaml")
+    ConfigStore.instance().store(name="schema", node={"theirs": 1})
+    try:
+        with initialize_config_dir(str(folder), version_base="1.2"):
+            hydra = GlobalHydra.instance().hydra
+            for _ in range(2):
+                lesion.study(**keys)
+                with pytest.raises(lesion.RequestError):
+                    lesion.study("nope=1")
+            assert GlobalHydra.instance().hydra is hydra and str(getbase()) == "1.2" and compose("mine").a == 1
+            assert ConfigStore.instance().repo["schema.yaml"].node == {"theirs": 1}
+        lesion.study(**keys)
+        assert not GlobalHydra.instance().is_initialized()
+    finally:
+        ConfigStore.instance().repo["schema.yaml"] = registered
+        if registered is None:
+            del ConfigStore.instance().repo["schema.yaml"]
+
+
+def test_failures_are_in_the_results_and_multiruns_open(cli, keys, monkeypatch, no_report):
+    def failing(model, cells, *rest):
+        if any(cell.lesion and cell.lesion.layer.startswith("mid") for cell in cells):
+            raise RuntimeError("boom")
+        return generate(model, cells, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(maker, "generate", failing)
+        with pytest.warns(UserWarning, match="boom"):
+            results = lesion.study(**keys).run(folder="failed")
+    assert len(results.frame) == 14 and set(results.failures.layer) == {"mid_block.attentions.0"}
+    assert len(results.failures) == 4 and results.failures.reason.str.contains("boom").all()
+    with pytest.raises(lesion.RequestError, match="boom"):
+        results.image("mid_block.attentions.0", "only_one", prompt=1)
+
+    assert cli("-m", "seeds=0,1", "hydra.sweep.dir=both")[0] == 0
+    both = lesion.open("both")
+    assert len(both.frame) == 28 and both.failures.empty
+    with pytest.raises(lesion.RequestError, match=r"seed: name one of: 0, 1"):
+        both.image(prompt=0)
+    place = pd.read_parquet("both/1/results.parquet").query("selection == 'none'").image.iloc[0]
+    assert np.array_equal(both.image(prompt=0, seed=1), Image.open(Path("both/1") / place).convert("RGB"))
+    lesion.study(**{**keys, "generation": {**keys["generation"], "steps": 2}}).run(folder="other")
+    with pytest.raises(lesion.RequestError, match=r"open: these runs cannot be compared: steps"):
+        lesion.open("both", "other")
+    assert len(lesion.open("both", "other", mix=True).settings) == 2
 
 
 @pytest.mark.timeout(300)
