@@ -80,7 +80,7 @@ def rerun(overrides: list[str], run: str) -> dict[str, Any]:
     folder.mkdir(parents=True)
     began = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        runner.run(asked, runner.JobContext(folder, folder.name, None, {}))
+        runner.run(asked, runner.JobContext(folder, folder.name, None, {}), runner.survey(asked))
     seconds = time.perf_counter() - began
     import pandas as pd
 

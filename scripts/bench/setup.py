@@ -154,7 +154,7 @@ def job(store: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, pd.
     folder.mkdir(parents=True)
     began = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        runner.run(asked, runner.JobContext(folder, folder.name, None, {}))
+        runner.run(asked, runner.JobContext(folder, folder.name, None, {}), runner.survey(asked))
     return time.perf_counter() - began, pd.read_parquet(folder / "results.parquet")
 
 

@@ -105,19 +105,18 @@ class StatedStudy:
         """
         from lesion.report.results import Results
         from lesion.run import folder as folders
-        from lesion.run.job import JobContext, complete
+        from lesion.run.job import JobContext, complete, survey
 
         if self._request.dry_run:
             raise RequestError("dry_run", "makes nothing; allowed with run(): false. The plan is plan()")
         hydra = copy.deepcopy(self._hydra).hydra  # resolved anew, or the time of an earlier run would be this one's
-        asked = folders.asked(self.config, self._study)
-        if folder is None:
-            out = folders.fresh(Path(hydra.run.dir).absolute())
-        else:
-            out = _made(Path(folder).expanduser().absolute())
+        surveyed = survey(self._request)  # anew: the model or a prompt file may have changed since it was stated
+        asked = folders.asked(self.config, surveyed[1])
+        own = Path(hydra.run.dir).absolute()
+        out = folders.fresh(own) if folder is None else Path(folder).expanduser().absolute()
         folders.claim(out, asked, "folder")
         name = f"{hydra.job.name}-{hydra.job.override_dirname or 'defaults'}"[:120]
-        outcome = complete(self._request, JobContext(out, name, None, self.config), report)
+        outcome = complete(self._request, JobContext(out, name, None, self.config), surveyed, report)
         OmegaConf.save(self._config, out / ".hydra" / "config.yaml")
         OmegaConf.save(hydra.overrides.task, out / ".hydra" / "overrides.yaml")
         if outcome.trouble:
@@ -144,14 +143,6 @@ class StatedStudy:
         from lesion.report.text import as_html
 
         return as_html("Study, not made yet: .plan(), .run()", self._facts())
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError("folder", f"{str(folder)!r} cannot be made: {error.strerror}") from None
-    return folder
 
 
 def lesioned(

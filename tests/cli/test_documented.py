@@ -16,8 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lesion.config.compose import with_prompt_files
-from lesion.config.overrides import metrics_as_lists
+from lesion.config.overrides import prepared
 from lesion.config.reading import first_read
 from lesion.config.schema import conf_dir, register
 
@@ -63,7 +62,7 @@ def test_every_command_line():
     assert len(commands()) > 15
     for words in commands():
         words = [word for word in words if not word.startswith("-") and "NAME" not in word]
-        given = metrics_as_lists(with_prompt_files(words))
+        given = prepared(words)
         for jobs in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None):
             for job in jobs:
                 composed(*job)

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lesion.cli import is_from, keep_traceback, say, unforeseen
-from lesion.config.compose import one_line, plain, with_prompt_files
-from lesion.config.overrides import metrics_as_lists
+from lesion.config.compose import one_line, plain
+from lesion.config.overrides import prepared
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
 
@@ -49,10 +49,11 @@ def job(config: DictConfig) -> None:
         config=plain(config),
     )
     request = parse(config, Path(details.runtime.cwd))
+    surveyed = survey(request)
     if not request.dry_run:
-        folder.claim(context.folder, folder.asked(context.config, survey(request)[1]), "hydra.run.dir")
+        folder.claim(context.folder, folder.asked(context.config, surveyed[1]), "hydra.run.dir")
     _started.append(context.folder)
-    run(request, context)
+    run(request, context, surveyed)
 
 
 _started: list[Path] = []  # folders of the jobs of this process that began: from then on what is there is written
@@ -224,7 +225,7 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
-    sys.argv[1:] = metrics_as_lists(with_prompt_files(sys.argv[1:]))
+    sys.argv[1:] = prepared(sys.argv[1:])
     try:
         _check_groups(sys.argv[1:])
         job()

@@ -27,10 +27,9 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.config.overrides import metrics_as_lists
+from lesion.config.overrides import prepared
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError
-from lesion.study.prompts import ENDINGS
 
 CHOSEN = ("selection", "replacement")  # groups of which several are chosen, each with options of its own
 
@@ -56,18 +55,6 @@ def one_line(error: BaseException) -> str:
     return text
 
 
-def with_prompt_files(overrides: Sequence[str]) -> list[str]:
-    """`prompts=my.csv` is short for `prompts=file prompts.path=my.csv`."""
-    out = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key == "prompts" and all(part.strip("'\" ").endswith(ENDINGS) for part in value.split(",")):
-            out += ["prompts=file", f"prompts.path={value}"]
-        else:
-            out.append(override)
-    return out
-
-
 def plain(config: DictConfig) -> dict[str, Any]:
     """The config as plain dicts and lists."""
     data = OmegaConf.to_container(config, resolve=True)
@@ -81,8 +68,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         with _hydra_put_back():
             register(conf_dir())
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-                given = metrics_as_lists(with_prompt_files(overrides))
-                config: DictConfig = _compose("lesion", given, return_hydra_config=True)
+                config: DictConfig = _compose("lesion", prepared(overrides), return_hydra_config=True)
                 return config
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError("", one_line(error)) from None

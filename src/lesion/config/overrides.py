@@ -9,8 +9,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
+from lesion.study.prompts import ENDINGS
 
-def metrics_as_lists(arguments: Sequence[str]) -> list[str]:
+
+def prepared(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides as Hydra is to read them."""
+    return _metrics_as_lists(_with_prompt_files(overrides))
+
+
+def _with_prompt_files(overrides: Sequence[str]) -> list[str]:
+    """`prompts=my.csv` is short for `prompts=file prompts.path=my.csv`."""
+    out = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "prompts" and all(part.strip("'\" ").endswith(ENDINGS) for part in value.split(",")):
+            out += ["prompts=file", f"prompts.path={value}"]
+        else:
+            out.append(override)
+    return out
+
+
+def _metrics_as_lists(arguments: Sequence[str]) -> list[str]:
     """Turns `scorer.metrics={a: {}, b: {…}}` into `scorer.metrics=[{a: {}}, {b: {…}}]`, in sweeps too.
 
     Hydra merges a mapping into the value below it, and cannot merge it into a list: a list is replaced.

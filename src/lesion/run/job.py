@@ -132,17 +132,17 @@ def _check_store(request: Request, study: Study) -> None:
     )
 
 
-def run(request: Request, context: JobContext) -> None:
+def run(request: Request, context: JobContext, surveyed: tuple[models.Source, Study]) -> None:
     """Run one study as the command line does: `complete`, with a report and the ranking on standard output.
 
-    Raises RequestError before, StudyFailed after all that could be made.
+    surveyed: what `survey` said of the request. Raises RequestError before, StudyFailed after all that could be made.
     """
     if request.dry_run:
-        _, study = survey(request)
+        _, study = surveyed
         store = Store(request.store)
         print("\n".join(map(visible, plan_lines(study, tally(study, store.known().lists), store, request))))
         return
-    outcome = complete(request, context)
+    outcome = complete(request, context, surveyed)
     from lesion.report import ranking_lines
 
     print("\n".join(ranking_lines(outcome.frame)))
@@ -169,13 +169,17 @@ class Outcome:
     stopped: Exception | None = None
 
 
-def complete(request: Request, context: JobContext, report: bool = True) -> Outcome:
+def complete(
+    request: Request, context: JobContext, surveyed: tuple[models.Source, Study], report: bool = True
+) -> Outcome:
     """Make and score what the store lacks of a study, and write its run folder.
 
-    report: with tables, figures and the page. Raises RequestError before anything is made, StudyFailed where the
-    results themselves cannot be written.
+    surveyed: what `survey` said of the request.
+    report: with tables, figures and the page.
+
+    Raises RequestError before anything is made, StudyFailed where the results themselves cannot be written.
     """
-    source, study = survey(request)
+    source, study = surveyed
     store = Store(request.store)
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
     from lesion.run.publish import Publisher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
@@ -12,6 +11,8 @@ from lesion import replacements
 from lesion.denoising.run import Denoising, Enough, sample_of
 from lesion.denoising.wrapping import forward_replaced, method_replaced
 from lesion.errors import RequestError
+from lesion.study import layer_patterns
+from lesion.study.checks import one_of, share
 from lesion.study.lesions import BRANCHES, Lesion
 from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, text_sites
 from lesion.surgery.intervention import Intervention
@@ -38,7 +39,7 @@ def lesioned(
     Any number of calls of any batch size, with and without guidance; blocks may be nested.
 
     pipe: a diffusers pipeline with a UNet or a transformer, not compiled.
-    layers: module paths as `lesion-inspect` lists them, with * and ?; one or a list.
+    layers: module paths as `lesion-inspect` lists them, with * and ?, or re:REGEX; one or a list.
     replacement: a name of `lesion.replacements`, but for `mean` and `resample`, which need a study.
     by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`; kind None: the first
         that the model has.
@@ -57,10 +58,8 @@ def lesioned(
     start, end = window
     if not 0 <= start < end <= 1:
         raise RequestError("window", f"must be (start, end) with 0 <= start < end <= 1; got {window!r}")
-    if branch not in BRANCHES:
-        raise RequestError("branch", f"got {branch!r}; allowed: {', '.join(BRANCHES)}")
-    if not 0 <= strength <= 1:
-        raise RequestError("strength", f"must be a number in [0, 1]; got {strength!r}")
+    one_of("branch", branch, BRANCHES)
+    share("strength", strength)
     try:
         anatomy = examine(denoiser, by, kind or next(iter(kinds_of(denoiser)), "cross_attention"))
     except AnatomyError as error:
@@ -78,10 +77,14 @@ def lesioned(
 
 def _chosen(layers: str | Sequence[str], anatomy: Anatomy) -> tuple[str, ...]:
     patterns = [layers] if isinstance(layers, str) else list(layers)
+    found: set[str] = set()
     for pattern in patterns:
-        if not fnmatch.filter(anatomy.paths, pattern):
+        layer_patterns.check(pattern, "layers")
+        matched = [path for path in anatomy.paths if layer_patterns.matches(path, pattern, "layers")]
+        if not matched:
             raise RequestError("layers", f"{pattern!r} matches no layer; allowed: {', '.join(anatomy.paths)}")
-    return tuple(path for path in anatomy.paths if any(fnmatch.fnmatchcase(path, one) for one in patterns))
+        found.update(matched)
+    return tuple(path for path in anatomy.paths if path in found)
 
 
 def _built(pipe: Any, denoiser: Any, anatomy: Anatomy, name: str, options: Mapping[str, Any]) -> Intervention:
