@@ -1,0 +1,136 @@
+"""Which columns of an attention map belong to which word of the prompt, as the model's tokenizers cut it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from lesion.study.words import Word, named, words_in
+
+
+@dataclass(frozen=True)
+class Words:
+    """The text tokens of a prompt.
+
+    text: the prompt.
+    length: how many columns a map has.
+    columns: those of each word, by its name ("circle#2" is the second circle), in the order of the prompt. A word's
+        pieces are together; where a denoiser reads several encoders one after the other, those of all of them.
+    special: of start, end and padding.
+    unseen: words that come after the limits of all encoders, at least in part.
+
+    Columns of punctuation are in none of these.
+    """
+
+    text: str
+    length: int
+    columns: Mapping[str, tuple[int, ...]]
+    special: tuple[int, ...]
+    unseen: tuple[str, ...]
+
+    def find(self, phrase: str) -> tuple[int, ...]:
+        """Return the columns of a word or of several that follow one another, as "red circle" or "red circle#2".
+
+        Raises KeyError, with a sentence that says why, where the prompt lacks it or no encoder sees it.
+        """
+        names = named(self.text, phrase)
+        if unseen := [name for name in names if name in self.unseen]:
+            raise KeyError(f"{', '.join(unseen)} of {self.text!r}: beyond the limit of the text encoders")
+        return tuple(column for name in names for column in self.columns[name])
+
+
+def words_of(pipe: Any, text: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> Words:
+    """Find the words of a prompt among the text tokens that a pipeline's denoiser reads.
+
+    arguments: of the pipeline's call, of which `max_sequence_length` counts.
+
+    Raises ValueError for a pipeline without a tokenizer.
+    """
+    return in_parts(encoders(pipe, arguments), text)
+
+
+def encoders(pipe: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[tuple[Any, int]]:
+    """Return the tokenizers whose tokens the denoiser's text has in a row, each with its number of tokens.
+
+    Encoders that stand beside the first, as the second of SDXL, or that give one vector only, as FLUX's CLIP, are left
+    out. Read in the source of diffusers 0.42.
+    """
+    name = type(pipe).__name__
+    limit = arguments.get("max_sequence_length")
+    if limit is None:
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+        limit = parameter.default if parameter else None
+    if name.startswith("StableDiffusion3"):
+        return [(pipe.tokenizer, pipe.tokenizer_max_length), (pipe.tokenizer_3, limit)]
+    if name.startswith("Flux"):
+        return [(pipe.tokenizer_2, limit)]
+    if name.startswith("Hunyuan"):
+        return [(pipe.tokenizer, 77), (pipe.tokenizer_2, 256)]
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer, so the words of its prompts cannot be told apart")
+    return [(tokenizer, limit or tokenizer.model_max_length)]
+
+
+def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
+    """Find the words of a text in the tokens of several tokenizers, one after the other.
+
+    parts: each tokenizer, None where its tokens are empty, and its number of tokens, padding included.
+    """
+    there = words_in(text)
+    columns: dict[str, list[int]] = {}
+    special: list[int] = []
+    before = 0
+    for tokenizer, length in parts:
+        if tokenizer is None:
+            special += range(before, before + length)
+        else:
+            first, last, pieces = _pieces(tokenizer, text, there)
+            fits = length - first - last  # pieces of text that are not cut off
+            end = first + min(fits, pieces.total)
+            special += [before + at for at in (*range(first), *range(end, length))]
+            for word, own in zip(there, pieces.of_word, strict=True):
+                if own and own[-1] < fits:
+                    columns.setdefault(word.name, []).extend(before + first + piece for piece in own)
+        before += length
+    return Words(
+        text,
+        before,
+        {word.name: tuple(columns[word.name]) for word in there if word.name in columns},
+        tuple(special),
+        tuple(word.name for word in there if word.name not in columns),
+    )
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """total: pieces of a text, special ones not counted. of_word: numbers of each word's pieces, from 0."""
+
+    total: int
+    of_word: list[list[int]]
+
+
+def _pieces(tokenizer: Any, text: str, words: Sequence[Word]) -> tuple[int, int, _Pieces]:
+    """Special tokens in front of a text and behind it, and its pieces."""
+    offsets = getattr(tokenizer, "is_fast", False)
+    found = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=offsets, verbose=False)
+    mask = list(found["special_tokens_mask"])
+    first = mask.index(0) if 0 in mask else len(mask)
+    total = mask.count(0)
+    last = len(mask) - first - total
+    if offsets:
+        spans = found["offset_mapping"][first : first + total]
+        of_word = [
+            [piece for piece, (start, end) in enumerate(spans) if start < word.end and end > word.start]
+            for word in words
+        ]
+    else:  # how many pieces there are up to a word's start and its end
+
+        def count(upto: int) -> int:
+            return len(tokenizer(text[:upto].rstrip(), add_special_tokens=False, verbose=False)["input_ids"])
+
+        of_word = [list(range(count(word.start), count(word.end))) for word in words]
+    return first, last, _Pieces(total, of_word)

@@ -1,0 +1,101 @@
+"""Words of a prompt and their columns, under the tokenizers of every family."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import CLIPTokenizer
+
+from conftest import byte_tokenizer
+from lesion.models import EMBEDDED
+from lesion.models.words import encoders, in_parts
+from lesion.study.words import named, words_in
+from pipelines import bert_tokenizer, gemma_tokenizer, t5_tokenizer
+
+TEXT = "A red circle, and a blue circle: café-bar"
+NAMES = ["a", "red", "circle", "and", "a#2", "blue", "circle#2", "café-bar"]
+
+
+class WithoutOffsets:
+    """A tokenizer of the kind written in Python."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, return_offsets_mapping=False, **more):
+        assert not return_offsets_mapping
+        return self.tokenizer(text, **more)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    return {
+        "clip": CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer"),
+        "bytes": byte_tokenizer(),
+        "t5": t5_tokenizer(),
+        "gemma": gemma_tokenizer(),
+        "bert": bert_tokenizer(tmp_path_factory.mktemp("bert") / "bert"),
+    }
+
+
+def test_words_of_a_text_and_phrases_in_it():
+    assert [word.name for word in words_in(TEXT)] == NAMES
+    assert all(TEXT[word.start : word.end].lower() == word.plain for word in words_in(TEXT))
+    assert named(TEXT, "circle") == ("circle",)
+    assert named(TEXT, "blue Circle") == ("blue", "circle#2")
+    assert named(TEXT, "a#2") == ("a#2",)
+    for wrong in ("green", "red blue", "circle#3", "circle#x", ""):
+        with pytest.raises(KeyError, match=r"its words: a, red, circle, and"):
+            named(TEXT, wrong)
+
+
+@pytest.mark.parametrize("name", ["clip", "bytes", "t5", "gemma", "bert"])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_pieces_of_a_word_spell_it(name, offsets, tokenizers):
+    tokenizer = tokenizers[name]
+    words = in_parts([(tokenizer if offsets else WithoutOffsets(tokenizer), 60)], TEXT)
+    ids = tokenizer(TEXT, padding="max_length", max_length=60, truncation=True, padding_side="right")["input_ids"]
+    assert list(words.columns) == NAMES
+    for word, columns in words.columns.items():
+        spelt = tokenizer.decode([ids[column] for column in columns]).replace(" ", "").lower()
+        assert spelt in (word.partition("#")[0], "cafe-bar"), word
+    mask = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    assert list(words.special) == [at for at, special in enumerate(mask) if special]
+    assert words.find("blue circle") == (*words.columns["blue"], *words.columns["circle#2"])
+    assert words.unseen == ()
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_words_beyond_the_limit_are_named(offsets, tokenizers):
+    clip = tokenizers["clip"] if offsets else WithoutOffsets(tokenizers["clip"])
+    words = in_parts([(clip, 8)], TEXT)  # start, a red circle, and a, end
+    assert list(words.columns) == ["a", "red", "circle", "and", "a#2"]
+    assert words.unseen == ("blue", "circle#2", "café-bar")
+    assert words.special == (0, 7)
+    with pytest.raises(KeyError, match="beyond the limit"):
+        words.find("blue")
+
+
+def test_columns_of_encoders_in_a_row(tokenizers):
+    """Of Stable Diffusion 3: CLIP's tokens, then T5's; a word that CLIP cuts off is seen by T5."""
+    alone = [in_parts([(tokenizers[name], 60)], TEXT) for name in ("clip", "t5")]
+    both = in_parts([(tokenizers["clip"], 8), (tokenizers["t5"], 60)], TEXT)
+    assert both.length == 68
+    assert both.columns["red"] == (*alone[0].columns["red"], *(8 + column for column in alone[1].columns["red"]))
+    assert both.columns["blue"] == tuple(8 + column for column in alone[1].columns["blue"])
+    assert both.unseen == ()
+    without = in_parts([(tokenizers["clip"], 60), (None, 9)], TEXT)
+    assert without.columns == alone[0].columns
+    assert without.special[-9:] == tuple(range(60, 69))
+
+
+def test_text_without_words(tokenizers):
+    assert in_parts([(tokenizers["clip"], 8)], "").special == tuple(range(8))
+
+
+def test_a_pipeline_without_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        encoders(SimpleNamespace())
