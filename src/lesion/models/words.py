@@ -59,10 +59,8 @@ def encoders(pipe: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> 
     out. Read in the source of diffusers 0.42.
     """
     name = type(pipe).__name__
-    limit = arguments.get("max_sequence_length")
-    if limit is None:
-        parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-        limit = parameter.default if parameter else None
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    limit: Any = arguments.get("max_sequence_length") or (parameter.default if parameter else None)
     if name.startswith("StableDiffusion3"):
         return [(pipe.tokenizer, pipe.tokenizer_max_length), (pipe.tokenizer_3, limit)]
     if name.startswith("Flux"):

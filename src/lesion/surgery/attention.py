@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -163,13 +163,13 @@ def _joint(module: Any, hidden: Any, text: Any, mask: Any, rotary: Any, text_tok
 
 def _heads(module: Any, projected: Tensor, norm_name: str) -> Tensor:
     """Split a projection into heads, normalised as the module does: (rows, heads, tokens, channels)."""
-    norm = None if type(getattr(module, "processor", None)).__name__ in _UNNORMED else getattr(module, norm_name, None)
+    left_out = type(getattr(module, "processor", None)).__name__ in _UNNORMED
+    norm: nn.Module | None = None if left_out else getattr(module, norm_name, None)
     width = projected.shape[-1] // module.heads
-    across = norm is not None and _width(norm) == projected.shape[-1] != width  # over all heads at once, as in Sana
-    if across:
-        projected = norm(projected)
+    if norm is not None and _width(norm) == projected.shape[-1]:  # over all heads at once, as in Sana
+        projected, norm = norm(projected), None
     split = projected.unflatten(-1, (module.heads, width)).transpose(1, 2)
-    return split if norm is None or across else norm(split)
+    return split if norm is None else cast(Tensor, norm(split))
 
 
 # Processors of diffusers 0.42 that leave out the norms of queries and keys.
