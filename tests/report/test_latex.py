@@ -14,7 +14,7 @@ from lesion.analysis.settings import settings
 from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
 from lesion.report.tables import Column, Table
-from lesion.report.text import latex
+from lesion.report.text import beyond_t1, latex
 from planted import planted
 
 NASTY = r"\input{/etc/passwd} 50% & $x_1^2$ # {~} \\ " "\n\n" + r"\end{tabular} < > | ` ' \" [a]"
@@ -80,7 +80,7 @@ def test_rows_that_begin_with_a_bracket_or_a_star_are_not_options(tmp_path, siun
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
 def test_every_character_that_is_let_through_can_be_set(tmp_path):
     characters = [chr(code) for code in [*range(0x20, 0x250), *range(0x2000, 0x2070), 0x20AC, 0x5D0, 0x1F600]]
-    characters = [one for one in characters if latex(one).strip()]
+    characters = [one for one in characters if latex(one).strip() and not beyond_t1(one)]
     said = compiled(tmp_path, " ".join(f"({latex(one)})" for one in characters))
     # Accents are composed of two glyphs in some fonts, and read as such.
-    assert said.count("(") == len(characters) + 1 and "(z)" in said and said.count("(?)") > 9
+    assert said.count("(") == len(characters) + 1 and "(z)" in said and len(characters) > 280

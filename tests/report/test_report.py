@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 from pandas.io.formats.style_render import _escape_latex
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lesion.analysis.importance import layer_table
 from lesion.analysis.settings import settings
 from lesion.cli.report import main
 from lesion.cli.study import SweepReport, report_sweep
-from lesion.report import ranking_lines, write_report
-from lesion.report.canvas import font, wrap
+from lesion.report import figures, fonts, ranking_lines, write_report
+from lesion.report.canvas import font, line_height, wrap, write
 from lesion.report.findings import findings
 from lesion.report.grids import comparison, layers_by_prompts
 from lesion.report.merging import Refused, apart, check, merge, read
@@ -160,18 +163,71 @@ def test_wrapped_lines_fit():
     assert wrap("down_blocks.0.attentions.0", face, 128, 4) == ["down_blocks.0.", "attentions.0"]
 
 
+@pytest.fixture
+def one_font(tmp_path, monkeypatch):
+    """The only installed font: 红 and 🍎 as filled squares."""
+    fonts._having.cache_clear()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord("红"): "square", ord("🍎"): "square"})
+    pen = TTGlyphPen(None)
+    for number, corner in enumerate([(0, 0), (0, 1000), (1000, 1000), (1000, 0)]):
+        (pen.lineTo if number else pen.moveTo)(corner)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", "square"], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupNameTable({"familyName": "Squares of a test", "styleName": "Regular", "psName": "SquaresOfATest"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "squares.ttf")
+    monkeypatch.setattr(fonts, "_installed", lambda: [tmp_path / "squares.ttf"])
+    monkeypatch.setattr(fonts, "_said", set())
+    yield
+    fonts._having.cache_clear()
+
+
+def test_letters_that_dejavu_lacks_are_drawn_in_a_font_that_has_them_or_named(one_font, tmp_path, caplog, recwarn):
+    canvas = Image.new("L", (400, 40), 255)
+    face = font(20)
+    below = write(ImageDraw.Draw(canvas), (0, 0), ["a红b🍎"], face, fill=0)
+    ink = np.asarray(canvas) == 0
+    left = round(face.getlength("a"))
+    base = face.getmetrics()[0]
+    assert ink[base - 20 : base, left + 1 : left + 19].all()  # a square as high as the font's size, on the line
+    assert below == line_height(face) and wrap("红🍎" * 30, face, 100, 9)[0] == "红🍎红🍎红"  # 20 px each
+    assert not caplog.records
+
+    with figures.styled():
+        figure = figures.heat_map(pd.DataFrame({"红红": [0.0, 1.0]}, index=["🍎", "b"]), "importance", "红")
+    figures.save(figure, tmp_path / "map")
+    drawn = {text.get_text(): text.get_fontfamily() for text in figure.findobj(Text)}
+    assert all(drawn[text] == ["DejaVu Sans", "Squares of a test"] for text in ("红红", "🍎", "红"))
+    assert drawn["b"] == ["DejaVu Sans"] and b"SquaresOfATest" in (tmp_path / "map.pdf").read_bytes()
+    assert not caplog.records and not recwarn.list
+
+    frame = study(tmp_path, ("p",)).assign(prompt="红 圆 \ufe0f é")
+    write_report(tmp_path, frame)
+    write_report(tmp_path, frame)
+    (said,) = caplog.messages  # the one letter that no font has, once
+    assert "has 圆:" in said and "lesion[fonts]" in said
+
+
 def test_latex_escapes_like_pandas_and_stays_on_one_line():
     text = "a_b % & # $ { } ~x^y\\"
     assert latex(text) == _escape_latex(text).replace(r"\textbackslash ", r"\textbackslash{}").replace(
         r"\textasciitilde ", r"\textasciitilde{}"
     ).replace(r"\textasciicircum ", r"\textasciicircum{}")
     assert latex("one\n\ntwo\r\n") == "one two"
-    assert latex("<שלם> é …") == r"\textless{}???\textgreater{} é …"
+    assert latex("<שלם> é …") == r"\textless{}שלם\textgreater{} é …"
     frame = pd.DataFrame([["1", "n/a"]], columns=["50%_x\ny", "a&b"])
     shown = Table.of("x", "", "100% of a_b\n\n& c", [Column(name, name, "text") for name in frame], frame)
     table = to_latex(shown)
     assert r"50\%\_x y & a\&b \\" in table and r"\caption{100\% of a\_b \& c}\label{tab:x}" in table
     assert [name in table for name in (r"\toprule", r"\midrule", r"\bottomrule")] == [True] * 3
+    assert not table.startswith("%")
+    chinese = to_latex(Table.of("x", "", "", [Column("a", "a", "text")], pd.DataFrame({"a": ["é 红圆 🍎"]})))
+    assert "é 红圆 🍎" in chinese and chinese.startswith("% 圆红🍎: ") and r"% \usepackage{fontspec}" in chinese
 
 
 def test_tables(tmp_path):

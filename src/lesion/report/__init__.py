@@ -11,7 +11,7 @@ from PIL import Image
 
 from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
-from lesion.report import contents, crossing, html, illustrations, pictures, tables
+from lesion.report import contents, crossing, fonts, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
 from lesion.report.findings import Findings, findings
 from lesion.report.pictures import Drawn
@@ -48,6 +48,12 @@ def _left_out(kind: str, drawn: Drawn) -> list[str]:
     ]
 
 
+def _texts(frame: pd.DataFrame) -> set[str]:
+    """All that a frame says in words."""
+    words = frame.select_dtypes(["object", "string"])
+    return {value for column in words for value in words[column].unique() if isinstance(value, str)}
+
+
 def _thumbnails(run_dir: Path, frame: pd.DataFrame) -> dict[str, str]:
     """Of the images that may be large: without recorded sizes each file is asked."""
     names = frame["image"].fillna("").map(inside)
@@ -79,6 +85,7 @@ def write_report(
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     frame = frame.reset_index(drop=True)
+    fonts.families("".join(_texts(frame)))  # in one line, what cannot be drawn
     known = findings(frame, floor, interval)
     chosen = settings(frame)
     most, sheets = (

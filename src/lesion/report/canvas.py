@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from lesion.report import fonts
 from lesion.report.text import clean
 
 INK, FAINT, PAPER, HOLE = (20, 20, 20), (105, 105, 105), (255, 255, 255), (232, 232, 232)
@@ -21,8 +22,26 @@ MAX_WIDTH = 2400  # px
 @lru_cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as bundled with matplotlib: Pillow's own font has Latin letters only."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+    return ImageFont.truetype(str(fonts.regular(bold)), size)
+
+
+def runs(text: str, face: ImageFont.FreeTypeFont) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+    """Pieces of a line, each with the font that has its letters: `face`, or another of the same size."""
+    others = fonts.covering(fonts.lacking(text))
+    if not others:
+        return [(text, face)]
+    parts = groupby(text, key=others.get)
+    return [("".join(part), _other(path, face.size) if path else face) for path, part in parts]
+
+
+@lru_cache
+def _other(path: Path, size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(path), size)
+
+
+def length(text: str, face: ImageFont.FreeTypeFont) -> float:
+    """Width of a line in px."""
+    return sum(one.getlength(piece) for piece, one in runs(text, face))
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
@@ -32,16 +51,17 @@ def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> list
 
 @lru_cache(maxsize=4096)  # the same layer names and prompts stand in picture after picture
 def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> tuple[str, ...]:
+    fonts.covering(fonts.lacking(text))  # says at once what cannot be drawn
     pieces = re.findall(r"[^ .]*[ .]|[^ .]+", clean(text))
     lines, line = [], ""
     for piece in pieces:
-        if line and face.getlength((line + piece).rstrip()) > width:
+        if line and length((line + piece).rstrip(), face) > width:
             lines.append(line.rstrip())
             line = ""
         line += piece
-        while face.getlength(line.rstrip()) > width and len(line) > 1:
+        while length(line.rstrip(), face) > width and len(line) > 1:
             fits = len(line) - 1
-            while fits > 1 and face.getlength(line[:fits]) > width:
+            while fits > 1 and length(line[:fits], face) > width:
                 fits -= 1
             lines.append(line[:fits])
             line = line[fits:]
@@ -51,7 +71,7 @@ def _wrapped(text: str, face: ImageFont.FreeTypeFont, width: int, most: int) -> 
         lines.append(line.rstrip())
     if len(lines) > most:
         last = lines[most - 1]
-        while last and face.getlength(last + "…") > width:
+        while last and length(last + "…", face) > width:
             last = last[:-1]
         lines = [*lines[: most - 1], last + "…"]
     return tuple(lines)
@@ -74,8 +94,11 @@ def write(
     """Write lines downwards from `at`, centred in `centre` px if given; the y below the last line."""
     x, y = at
     for line in lines:
-        shift = 0 if centre is None else max(0, int(centre - face.getlength(line)) // 2)
-        draw.text((x + shift, y), line, font=face, fill=fill)
+        right: float = x if centre is None else x + max(0, int(centre - length(line, face)) // 2)
+        base = y + face.getmetrics()[0]  # fonts share the line they stand on
+        for piece, one in runs(line, face):
+            draw.text((right, base), piece, font=one, fill=fill, anchor="ls")
+            right += one.getlength(piece)
         y += line_height(face)
     return y
 

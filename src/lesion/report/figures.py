@@ -18,10 +18,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from lesion.report import fonts
 from lesion.report.text import clean, number
 from lesion.store.files import atomically
 
@@ -46,9 +49,22 @@ def styled() -> AbstractContextManager[None]:
     return matplotlib.rc_context(style)
 
 
+class _Lettered(Figure):
+    """A figure that draws letters which its font lacks in other fonts."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        for axes in self.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.get_ticklabels()  # they get their texts when asked for
+        for text in self.findobj(Text):
+            if others := fonts.families(text.get_text()):
+                text.set_fontfamily([fonts.FAMILY, *others])
+        super().draw(renderer)
+
+
 def blank(width: float, height: float) -> Figure:
     """An empty figure in inches, no higher than a page."""
-    return Figure(figsize=(width, min(TALL, height)), layout="constrained")
+    return _Lettered(figsize=(width, min(TALL, height)), layout="constrained")
 
 
 def entitle(figure: Figure, title: str) -> None:
@@ -63,7 +79,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.pdf"]
     with styled(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a letter the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph")  # `fonts` says in one line which letters no font has
         # Not by `savefig`, which draws everything once more beforehand, to find a layout.
         figure.set_dpi(matplotlib.rcParams["savefig.dpi"])
         with atomically(paths[0]) as temporary:

@@ -1,7 +1,7 @@
 """Tables of ready-made cells, written as CSV (raw numbers), Markdown and LaTeX, and shown on the page.
 
 LaTeX needs \\usepackage[T1]{fontenc} and \\usepackage{array,booktabs}; long tables also longtable; with `siunitx` the
-package of that name.
+package of that name. A table with Chinese, emoji and the like needs LuaLaTeX: its first lines say with which preamble.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 from lesion.analysis.importance import NO_EFFECT
 from lesion.analysis.settings import Setting
 from lesion.errors import visible
-from lesion.report.text import clean, code, latex, markdown, number
+from lesion.report.text import beyond_t1, clean, code, latex, markdown, number
 from lesion.store.files import atomically
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
@@ -27,6 +27,12 @@ BROKEN = 45  # characters from which a cell is broken over lines
 LONG = 45  # rows from which a LaTeX table runs over pages
 LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
 ABOVE, BELOW = "*", "†"
+UNICODE = r"""% {letters}: pdfLaTeX cannot set these; LuaLaTeX can, with this in place of fontenc (name fonts you have):
+% \usepackage{{fontspec}}
+% \directlua{{luaotfload.add_fallback("others", {{"Noto Sans CJK SC:mode=harf;", "Noto Emoji:mode=harf;"}})}}
+% \setmainfont{{Latin Modern Roman}}[RawFeature={{fallback=others}}]
+% \setmonofont{{Latin Modern Mono}}[RawFeature={{fallback=others}}]
+"""
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,9 @@ def to_latex(table: Table, siunitx: bool = False) -> str:
         if len(parts) > 1:
             words, label = f"{words} Part {index} of {len(parts)}.", f"{label}--{index}"
         out.append(_environment(part, latex(words, 2000), label, siunitx))
-    return "\n".join(out)
+    text = "\n".join(out)
+    letters = "".join(beyond_t1(text.replace("\n", "")))
+    return UNICODE.format(letters=clean(letters, HEAD)) + text if letters else text
 
 
 def _split(table: Table, siunitx: bool) -> list[Table]:

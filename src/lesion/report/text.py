@@ -42,13 +42,14 @@ def _dropped(character: str) -> bool:
 def latex(text: object, limit: int = 400) -> str:
     """Escaped for LaTeX text mode, on one line (an empty line would end the paragraph inside a table cell).
 
-    A character that pdflatex with T1 fonts cannot set, and would stop at, becomes a question mark.
+    Characters that pdfLaTeX with T1 fonts cannot set (`beyond_t1`) stay: LuaLaTeX and XeLaTeX can.
     """
-    return "".join(_LATEX.get(c, c if _settable(c) else "?") for c in clean(text, limit))
+    return "".join(_LATEX.get(c, c) for c in clean(text, limit))
 
 
-def _settable(character: str) -> bool:
-    return character in _KNOWN or (ord(character) < 0x180 and character not in _UNKNOWN)
+def beyond_t1(text: str) -> list[str]:
+    """The characters of a text at which pdfLaTeX with T1 fonts would stop, in the order of their code points."""
+    return sorted({c for c in text if not (c in _KNOWN or (ord(c) < 0x180 and c not in _UNKNOWN))})
 
 
 def markdown(text: object, limit: int = 400) -> str:
