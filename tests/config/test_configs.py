@@ -116,7 +116,7 @@ def test_the_calibration_set_shares_no_caption_with_a_study():
 
 def test_the_demo_is_as_large_as_it_says():
     request = parse(composed("experiment=demo"))
-    assert (len(request.prompts), request.seeds, request.model.id) == (4, (0, 1), "embedded")
+    assert (len(request.prompts), request.seeds, request.model.id) == (16, (0,), "embedded")
     assert list(request.axes.selections) == ["leave_one_out", "only_one"]
     assert {aspect for prompt in request.prompts for aspect in prompt.aspects} >= {
         "colour", "shape", "size", "count", "relation", "background"

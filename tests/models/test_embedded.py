@@ -64,7 +64,7 @@ def test_the_demo_tells_layers_apart(cli):
     code, out, err = cli("experiment=demo", "tracker=none")
     assert code == 0, err
     frame = pd.read_parquet(cli.newest() / "results.parquet")
-    assert len(frame) == 264
+    assert len(frame) == 528
     lines = [line for line in out.splitlines() if "attentions" in line]
     silent = [line for line in lines if line.endswith("no effect")]
     assert len(lines) == 16 and len(silent) <= 8

@@ -278,8 +278,8 @@ def test_page_escapes_prompts_and_links_to_files_that_exist(tmp_path):
     assert [tag for tag, _ in page.tags].count("script") == 2 and "&lt;script&gt;" in text  # the page's own two
     assert "b" not in {tag for tag, _ in page.tags}
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(pictures) == 9 and all((tmp_path / one["src"]).is_file() for one in pictures)
-    assert sum(one.get("loading") == "lazy" for one in pictures) == 4
+    assert len(pictures) == 9 + 2 * 3 and all((tmp_path / one["src"]).is_file() for one in pictures)  # and three pairs
+    assert all(one.get("loading") == "lazy" for one in pictures)
     assert "http" not in text.replace("http-equiv", "") and "prefers-color-scheme" in text
     assert "mid_block.attentions.0 has no measurable effect" in text
 

@@ -131,7 +131,17 @@ def test_the_page_is_marked_up_for_readers_that_do_not_see_it(run):
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert all(after - before <= 1 for before, after in pairwise(levels))
     names = {one.get("name") for one in page.of("select")}
-    assert names == {"setting", "mode", "layer", "prompt", "aspect", "seed", "status"}
+    assert names == {
+        "metric",
+        "setting",
+        "mode",
+        "layer",
+        "prompt",
+        "aspect",
+        "seed",
+        "status",
+        None,
+    }  # None: the order
 
 
 def test_the_layer_table_holds_exact_numbers_to_sort_by(run):
@@ -147,7 +157,7 @@ def test_the_page_explains_the_marks_of_its_layer_table(run):
     folder, frame = run
     known = contents.layers(findings(frame), settings(frame)[0])
     shown = " ".join(" ".join(page_of(folder).inner[""]).split())
-    assert known.caption in shown and "The headings sort." in shown
+    assert known.caption in shown and "The headings sort;" in shown
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -210,7 +220,7 @@ def test_the_data_agree_with_the_frame(tmp_path):
     data = page_data(frame, {})
     rows = data["rows"]
     assert data["layers"] == LAYERS and data["prompts"][0] == {
-        "id": "p", "text": "a red circle p", "aspects": ["colour", "shape"]
+        "id": "p", "text": "a red circle p", "aspects": ["colour", "shape"], "short": "p"
     }  # fmt: skip
     assert {len(column) for column in rows.values()} == {len(frame)}
     for place, record in enumerate(frame.to_dict("records")):
@@ -410,9 +420,8 @@ def opened(request, browser, tmp_path_factory) -> tuple[Browser, pd.DataFrame, P
     )
     frame = spoil(frame, 0, "failed", "out of memory")
     (folder / frame["image"].iloc[0]).unlink()
-    sections = [
-        html.Section("embedded, zero replacement", "s", [], contents.layers(findings(frame), settings(frame)[0]))
-    ]
+    table = contents.layers(findings(frame), settings(frame)[0])
+    sections = [html.Section("embedded, zero", "s", ["Short."], parts=[html.Part("Which?", tables=[table])], setting=0)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "INLINE_ROWS", 10 if request.param == "beside" else 10_000)
         assert len(html.write(folder, frame, sections, page_data(frame, {}))) == (2 if request.param == "beside" else 1)
@@ -440,9 +449,9 @@ def test_in_a_browser_the_table_sorts(opened):
 def test_in_a_browser_the_heat_map_agrees_with_the_analysis_and_opens_its_images(opened):
     browser, frame, _ = opened
     words = browser.js("[...document.querySelectorAll('#heat td button')].map(one => one.ariaLabel)")
-    shown = [float(re.search(r"importance (\S+),", one)[1]) for one in words]
+    shown = [float(re.search(r"change (\S+),", one)[1]) for one in words]
     np.testing.assert_allclose(shown, layer_by_prompt(frame).to_numpy().ravel(), atol=6e-4)
-    assert words[0] == "down_blocks.0.attentions.0, prompt p: importance 0.100, 2 images"
+    assert words[0] == "down_blocks.0.attentions.0, prompt p: change 0.100, 2 images"
     browser.js("document.querySelector('#heat button').focus()")
     for key in ("ArrowRight", "ArrowDown", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp"):
         browser.key(key)
@@ -451,19 +460,29 @@ def test_in_a_browser_the_heat_map_agrees_with_the_analysis_and_opens_its_images
     browser.key("Enter")
     assert browser.js("document.querySelector('dialog').open")
     title = "document.getElementById('compare-title').textContent"
-    assert browser.js(title) == "leave-one-out, down_blocks.0.attentions.0, prompt q, seed 0, clip_similarity 0.900"
+    assert browser.js(title) == "leave-one-out, down_blocks.0.attentions.0, seed 0"
+    scores = "document.getElementById('compare-scores').textContent"
+    assert browser.js(scores) == "change 0.100clip_similarity 0.900"
+    for place, view in enumerate(("slider", "side", "blink", "difference")):  # arrows page in every view, from any knob
+        browser.js(f"document.querySelector('#views [value={view}]').click()")
+        browser.js(f"document.getElementById('{'cut' if view == 'slider' else 'gain'}').focus()")
+        browser.key("ArrowLeft" if place % 2 else "ArrowRight")
+        assert f"seed {1 - place % 2}" in browser.js(title)
+        assert view in browser.js("document.getElementById('stage').className")
     browser.key("ArrowRight")
-    assert (
-        "seed 1" in browser.js(title)
-        and browser.js("document.getElementById('compare-at').textContent") == "image 2 of 2"
-    )
+    assert browser.js("document.getElementById('compare-at').textContent") == "Image 2 of 2."
+    width = "document.querySelector('#stage img').getBoundingClientRect().width"
+    fit = browser.js(width)
+    browser.js("document.getElementById('larger').click()")
+    assert browser.js(width) == pytest.approx(2 * fit)
+    browser.js("document.getElementById('smaller').click(), document.querySelector('#views [value=slider]').click()")
     browser.js("Promise.all([...document.querySelectorAll('#stage img')].map(one => one.decode())).then(() => 1)")
     assert browser.js("[...document.querySelectorAll('#stage img')].map(one => one.naturalWidth)") == [32, 32]
     style = "getComputedStyle(document.querySelector('#stage .lesioned')).{}"
     browser.js("document.getElementById('cut').value = 25")
     browser.js("document.getElementById('cut').dispatchEvent(new Event('input', {bubbles: true}))")
     assert browser.js(style.format("clipPath")) == "inset(0px 0px 0px 25%)"
-    browser.js("document.querySelector('[value=difference]').click()")
+    browser.js("document.querySelector('#views [value=difference]').click()")
     assert browser.js(style.format("mixBlendMode")) == "difference"
     assert browser.js("document.getElementById('gain-knob').hidden") is False
     browser.key("Escape")
@@ -482,7 +501,12 @@ def test_in_a_browser_filters_choose_the_images(opened):
         const all = [...document.querySelectorAll('#gallery li')];
         return [all.length, document.getElementById('gallery-words').textContent];
     }})()"""
+    said = "{} image{} of 60, baseline to the left."
+    left_out = int((frame["selection"] == "leave_one_out").sum())
+    words = "document.getElementById('gallery-words').textContent"
+    assert browser.js(words) == said.format(left_out, "s")  # the page opens with leave-one-out
     chosen = frame
+    assert browser.js(choose.format(name="mode", text="every mode")) == [48, said.format(60, "s")]
     for name, text, keep in (
         ("mode", "leave-one-out", frame["selection"] == "leave_one_out"),
         ("aspect", "shape", frame["aspects"].str.contains("shape")),
@@ -492,18 +516,73 @@ def test_in_a_browser_filters_choose_the_images(opened):
     ):
         chosen = chosen[keep.reindex(chosen.index)]
         assert browser.js(choose.format(name=name, text=text)) == [
-            len(chosen), f"{len(chosen)} image{'s' * (len(chosen) != 1)} of 60."
+            len(chosen), said.format(len(chosen), "s" * (len(chosen) != 1))
         ], name  # fmt: skip
     assert len(chosen) == 1 and browser.js("document.querySelectorAll('#heat button').length") == 1
+    address = "decodeURIComponent(location.hash)"
+    assert browser.js(address).startswith("#mode=leave_one_out") is False  # as the page opens
+    assert f"layer={LAYERS[2]}&seed=1" in browser.js(address).replace("&aspect=shape", "")
     browser.js("document.querySelector('#filters [type=reset]').click()")
     browser.js("new Promise(done => setTimeout(done, 200))")
-    assert browser.js("document.querySelectorAll('#gallery li').length") == 60
+    assert browser.js(words) == said.format(left_out, "s") and browser.js(address) == ""
+    browser.js(choose.format(name="mode", text="baseline"))
     assert browser.js("[...document.querySelectorAll('#gallery img')].every(one => one.loading === 'lazy')")
     browser.js("document.querySelector('#gallery li').scrollIntoView()")  # those out of sight are not loaded
     hole = "document.querySelector('#gallery li .hole')?.textContent"
     browser.js(f"(async () => {{ while (!{hole}) await new Promise(done => setTimeout(done, 20)); }})()")
     assert browser.js(hole) == "missing: no readable image file"
     assert browser.js("document.querySelector('#gallery .score').textContent") == "baseline"
+    browser.js("document.querySelector('#filters [type=reset]').click()")
+    browser.js("new Promise(done => setTimeout(done, 200))")
+
+
+def test_in_a_browser_a_link_shows_the_same_and_rows_open_images(opened):
+    browser, frame, folder = opened
+    page = (folder / "report.html").as_uri()
+    valid = frame[(frame["selection"] == "leave_one_out") & (frame["status"] == "ok")]
+    most = valid.loc[valid["clip_similarity"].idxmin()]
+    first = "document.querySelector('#gallery button').ariaLabel"
+    assert f"{most['layer']}, prompt {most['prompt_id']}, seed {most['seed']}" in browser.js(
+        first
+    )  # most changed first
+    assert browser.js("document.querySelectorAll('#gallery li:first-child img').length") == 2  # beside its baseline
+    browser.js("document.querySelector('#gallery button').click()")
+    link = browser.js("location.href")
+    assert most["image"] in unquote(link)
+    browser.open("about:blank")
+    browser.open(link)
+    title = "document.querySelector('dialog').open && document.getElementById('compare-title').textContent"
+    assert browser.js(title) == f"leave-one-out, {most['layer']}, seed {most['seed']}"
+    browser.open("about:blank")
+    browser.open(f"{page}#mode=only_one&order=least&layer={LAYERS[0]}&seed=1&metric=nonesuch")
+    shown = "[...document.querySelectorAll('#gallery button')].map(one => one.ariaLabel)"
+    assert browser.js(shown) == [f"only-one, {LAYERS[0]}, prompt {one}, seed 1, change 0.400" for one in "pqr"]
+    browser.open("about:blank")
+    browser.open(page)
+    browser.js("document.querySelector('tr.opens td:nth-child(3)').click()")
+    assert LAYERS[0] in browser.js(title)
+    browser.key("Escape")
+    browser.js("document.querySelector('#profile button[data-layer=\"2\"]').click()")
+    assert LAYERS[2] in browser.js(title)
+    browser.key("Escape")
+
+
+@pytest.mark.slow
+def test_in_a_browser_no_screen_scrolls_sideways(opened):
+    browser, _, folder = opened
+    try:
+        for width in (1440, 1024, 390):
+            options = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.call("Emulation.setDeviceMetricsOverride", **options)
+            browser.open((folder / "report.html").as_uri())
+            assert browser.js("document.documentElement.scrollWidth") <= width
+            browser.js("document.querySelector('#gallery button').click()")
+            inside = (
+                "(() => { const one = document.querySelector('dialog'); return one.scrollWidth <= one.clientWidth; })()"
+            )
+            assert browser.js(inside), width
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
 
 
 def test_in_a_browser_nothing_is_complained_about_nor_fetched(opened):
@@ -530,19 +609,19 @@ def test_in_a_browser_ten_thousand_images_are_shown_a_page_at_a_time(browser, tm
         "document.getElementById('gallery-words').textContent",
     )
     elements = "document.querySelectorAll('*').length"
-    assert browser.js(words) == "10,000 images of 10,000." and 0 < browser.js(items) <= 200
+    assert browser.js(words).startswith("4,000 images of 10,000,") and 0 < browser.js(items) <= 200
     assert browser.js(elements) < 20_000  # of these the filter has an option a prompt
     changed = f"""(async () => {{
         const before = {words}, began = performance.now();
         const field = document.getElementById('filters').elements.mode;
-        field.value = [...field.options].find(one => one.text === 'leave-one-out').value;
+        field.value = [...field.options].find(one => one.text === 'every mode').value;
         field.dispatchEvent(new Event('input', {{bubbles: true}}));
         while ({words} === before) await new Promise(done => setTimeout(done, 10));
         document.body.offsetHeight;
         return performance.now() - began;
     }})()"""
     assert browser.js(changed) < 5000
-    assert browser.js(words) == "4,000 images of 10,000." and 0 < browser.js(items) <= 200
+    assert browser.js(words).startswith("10,000 images of 10,000,") and 0 < browser.js(items) <= 200
     turned = "[...document.querySelectorAll('#gallery-pager button')].at(-1).click()"
     first = "document.querySelector('#gallery li').textContent"
     before = browser.js(first)

@@ -11,12 +11,12 @@ from PIL import Image
 
 from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
-from lesion.report import contents, crossing, fonts, html, illustrations, pictures, tables
+from lesion.report import contents, crossing, examples, fonts, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
 from lesion.report.findings import Findings, findings
 from lesion.report.pictures import Drawn
 from lesion.report.text import clean
-from lesion.report.words import comparison, ranking_lines, summary
+from lesion.report.words import QUESTIONS, answer, answers, comparison, ranking_lines
 
 __all__ = ["ranking_lines", "write_report"]
 
@@ -102,14 +102,13 @@ def write_report(
         made = contents.of_setting(known, setting)
         listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
         written += [path for path, _ in (*comparisons.pictures, *layer_grids.pictures, *drawn)] + listed
-        first = made[:1] if made and made[0].stem.startswith("layers--") else []
         sections.append(
             html.Section(
                 clean(setting.label),
                 setting.slug,
-                summary(known, setting),
-                first[0] if first else None,
-                _shown(drawn, run_dir),
+                answer(known, setting),
+                examples.pairs(known, setting),
+                _parts(answers(known, setting), made, _shown(drawn, run_dir)),
                 _shown(comparisons.pictures, run_dir),
                 [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]],
                 [
@@ -117,18 +116,36 @@ def write_report(
                     *_left_out("pictures of layers by prompts", layer_grids),
                     *([f"Only the first {illustrations.SETTINGS} settings have every figure; {ALL}"] if short else []),
                 ],
-                # The page has a heat map of its own for layers by prompts.
-                [table for table in made[len(first) :] if not table.stem.startswith("prompts--")],
+                number,
             )
         )
     over = _over_settings(run_dir, known, siunitx)
     if over is not None:
-        sections.insert(0 if len(chosen) > 1 else len(sections), over)
+        sections.append(over)
         written += [run_dir / unquote(path) for path in over.files]
     written += tables.write(run_dir / "tables", contents.status(frame), siunitx)
     thumbs = _thumbnails(run_dir, frame)
     written += [run_dir / path for path in thumbs.values()]
     return written + html.write(run_dir, frame, sections, page_data(frame, thumbs, known.metric), known.metric, notes)
+
+
+_UNDER = {
+    **{"layers": "layers", "order": "layers", "profile": "layers", "heatmap": "layers", "heatmap-clustered": "layers"},
+    **{"modes": "alone", "aspects": "aspects", "aspects-clustered": "aspects", "reading": "aspects"},
+    **{"alone": "aspects", "pairs": "together", "cumulative": "together", "shapley": "together"},
+}  # the question under which a table or figure stands, by the first part of its file's name
+
+
+def _parts(said: dict[str, list[str]], made: Sequence[tables.Table], drawn: Sequence[html.Picture]) -> list[html.Part]:
+    """Sentences, tables and figures under the question that they answer; the page's heat map has layers by prompts."""
+    parts = {name: html.Part(question, said[name]) for name, question in QUESTIONS.items()}
+    for table in made:
+        if (kind := table.stem.partition("--")[0]) != "prompts":
+            parts[_UNDER.get(kind, "layers")].tables.append(table)
+    for picture in drawn:
+        kind = picture.path.rpartition("/")[2].partition("--")[0]
+        parts[_UNDER.get(kind, "layers")].figures.append(picture)
+    return [part for part in parts.values() if part.sentences or part.tables or part.figures]
 
 
 def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Section | None:
@@ -140,5 +157,5 @@ def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Sectio
         return None
     listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
     files = [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]]
-    figures = _shown(drawn, run_dir)
-    return html.Section("Agreement and noise", "over-settings", sentences, None, figures, files=files, tables=[*made])
+    part = html.Part("Do settings agree, and how large is noise?", sentences, [*made], _shown(drawn, run_dir))
+    return html.Section("Agreement and noise", "over-settings", parts=[part], files=files)

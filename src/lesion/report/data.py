@@ -13,8 +13,9 @@ import matplotlib
 import pandas as pd
 
 from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
-from lesion.report.text import clean
-from lesion.scoring import known_metrics
+from lesion.report.profile import levels
+from lesion.report.text import clean, short_layer, short_names
+from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import GENERATION
 
 PROMPT_LIMIT = 2000  # characters of a prompt that the page shows
@@ -74,6 +75,20 @@ def _baselines(frame: pd.DataFrame) -> list[int]:
     ]
 
 
+def _change(metric: str) -> str:
+    """How the page reads a metric as change from the baseline; "" where it cannot.
+
+    similarity: 1 - value; distance: the value; prompt: the baseline's value less the image's, so above 0 where an image
+    shows less of its prompt.
+    """
+    if metric not in known_metrics():
+        return "similarity"  # what importance is computed from in results of other versions
+    facts = metric_class(metric)
+    if facts.direction == "similarity":
+        return "similarity" if facts.identical == 1 else ""
+    return facts.direction if facts.direction in ("distance", "prompt") else ""
+
+
 def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "clip_similarity") -> dict[str, Any]:
     """Everything the script shows, as plain lists; paths are quoted for URLs and lie below the page's folder."""
     frame = frame.reset_index(drop=True)
@@ -91,15 +106,18 @@ def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "cli
     images = [inside(name) for name in frame["image"].fillna("")]
     extra = [name for name in known_metrics() if name != metric and name in frame]
     colours = matplotlib.colormaps["cividis"]
+    short = short_names(dict(zip(prompt_ids, firsts["prompt"], strict=True)))
     return {
         "metric": metric,
-        "metrics": [metric, *extra],
+        "metrics": [{"name": name, "change": _change(name)} for name in (metric, *extra)],
         "settings": named,
         "prompts": [
-            {"id": clean(one), "text": clean(text, PROMPT_LIMIT), "aspects": _tags(tags)}
+            {"id": clean(one), "text": clean(text, PROMPT_LIMIT), "aspects": _tags(tags), "short": short[one]}
             for one, text, tags in zip(prompt_ids, firsts["prompt"], aspects, strict=True)
         ],
         "layers": [clean(name) for name in layer_names],
+        "short": [short_layer(name) for name in layer_names],
+        "levels": levels(layer_names),
         "groups": [clean(names, PROMPT_LIMIT).replace("+", " + ") for names in groups],
         "modes": [clean(name) for name in modes],
         "statuses": [clean(name) for name in statuses],

@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lesion.analysis.importance import status_counts
-from lesion.report.data import as_json
+from lesion.report.data import as_json, inside
+from lesion.report.examples import Pair
 from lesion.report.tables import Table
 from lesion.report.text import clean, number
 from lesion.store.files import atomically
 
-SCRIPTS = ("data", "table", "filters", "compare", "heatmap", "gallery", "main")  # page/*.js, in this order
+SCRIPTS = ("data", "table", "filters", "compare", "profile", "heatmap", "gallery", "main")  # page/*.js, in this order
 DATA_FILE = "report_data.js"
 INLINE_ROWS = 2000  # more images than this go to DATA_FILE, so that the page itself opens at once
 PROMPTS = 200  # rows of the table of prompts
@@ -38,18 +40,41 @@ class Picture:
 
 
 @dataclass
+class Part:
+    """What is said in full to one question, folded on the page."""
+
+    question: str
+    sentences: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Picture] = field(default_factory=list)
+
+
+@dataclass
 class Section:
-    """What the page says about one setting, or of all together. table: of layers; tables: the others."""
+    """What the page says about one setting, or of all together.
+
+    answer: the few sentences the page opens with, layers between backquotes. pairs: image pairs beside them. setting:
+    its number in the page's data; -1 for what is said of all together.
+    """
 
     title: str
     anchor: str
-    sentences: list[str]
-    table: Table | None = None
-    figures: list[Picture] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     comparisons: list[Picture] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # links to tables and figures
     notes: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    setting: int = -1
+
+
+def with_layers(text: str) -> Markup:
+    """Escaped text in which what stands between backquotes is code."""
+    pieces = text.split("`")
+    whole = Markup("").join(
+        Markup("<code>{}</code>").format(piece) if place % 2 else escape(piece) for place, piece in enumerate(pieces)
+    )
+    return whole if len(pieces) % 2 else escape(text)
 
 
 def _asset(name: str) -> str:
@@ -78,7 +103,8 @@ def page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, clean=clean)
+    environment.filters.update(number=number, clean=clean, with_layers=with_layers)
+    images = [quote(inside(name), errors="replace") for name in frame["image"].fillna("")] if len(frame) else []
     style = _asset("style.css")
     script = "\n".join(['(() => {"use strict";', *(_asset(f"{name}.js") for name in SCRIPTS), "})();"])
     beside = "" if data is not None else " 'self' file:"
@@ -94,7 +120,8 @@ def page(
         n_prompts=len(firsts),
         metric=metric,
         most=ROWS,
-        opened=sum(section.table is not None for section in sections) <= 1,
+        answered=[section for section in sections if section.answer],
+        images=images,
         notes=notes,
         policy=policy,
         style=Markup(style),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,52 @@ def number(value: object, digits: int = 3) -> str:
     if value is None or value is pd.NA or value != value:
         return "n/a"
     return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)  # + 0.0: no "-0.000"
+
+
+_WEAK = frozenset(["a", "an", "the", "of", "on", "in", "at", "to", "with", "and", "is", "are", "its"])
+_PARTS = {"attentions": "a", "transformer_blocks": "t", "single_transformer_blocks": "s", "resnets": "r", "blocks": "b"}
+SHORT = 26  # characters of a short name
+
+
+def short_names(prompts: Mapping[str, str], limit: int = SHORT) -> dict[str, str]:
+    """A short name for each prompt (id -> text), all different: its id where that is short, else its telling words.
+
+    Left out are articles and the like, and words that nearly every prompt has ("background").
+    """
+    words = {one: re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", clean(text).lower()) for one, text in prompts.items()}
+    shared = Counter(word for found in words.values() for word in set(found))
+    common = {word for word, count in shared.items() if len(prompts) > 3 and count > 0.8 * len(prompts)}
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for one, found in words.items():
+        telling = " ".join(word for word in found if word not in _WEAK | common) or clean(prompts[one])
+        own = clean(one, limit + 1)
+        name = own if len(own) <= min(limit, 16) or not telling else _to_length(telling, limit)
+        unique, number = name, 2
+        while unique in taken:
+            unique, number = f"{name[: limit - 3].rstrip()} {number}", number + 1
+        taken.add(unique)
+        names[one] = unique
+    return names
+
+
+def _to_length(text: str, limit: int) -> str:
+    """Cut at a word where there is one."""
+    if len(text) <= limit:
+        return text
+    cut = text[: limit - 1]
+    return (cut.rpartition(" ")[0] if " " in cut[limit // 2 :] else cut).rstrip() + "…"
+
+
+def short_layer(path: str) -> str:
+    """A module path for narrow places: up_blocks.2.attentions.1 is up2.a1."""
+    pieces: list[str] = []
+    for part in clean(path).split("."):
+        if part.isdigit() and pieces:
+            pieces[-1] += part
+        else:
+            pieces.append(_PARTS.get(part, part.removesuffix("_blocks").removesuffix("_block")))
+    return ".".join(pieces)
 
 
 def as_html(title: str, facts: Mapping[str, Any]) -> str:

@@ -67,29 +67,155 @@ def _p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {number(float(value))}"
 
 
-def summary(found: Findings, setting: Setting) -> list[str]:
-    """Sentences computed from one setting's results (plain text, not escaped)."""
+QUESTIONS = {
+    "layers": "Which layers matter most, and how sure is the order?",
+    "noise": "Is that more than noise?",
+    "alone": "What does a layer alone keep of the image?",
+    "prompts": "Do prompts agree on the order?",
+    "aspects": "Which layers carry which part of the prompt?",
+    "together": "What happens when several layers are lesioned together?",
+    "missing": "What is missing?",
+}  # what the page answers in full, folded, in this order
+
+
+def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
+    """What there is to say to each of QUESTIONS about one setting, in sentences (plain text, not escaped)."""
     part, table = found.rows(setting), found.summary(setting)
     counts = part["status"].value_counts()
     bad = [f"{counts[name]} {name}" for name in ("invalid", "failed") if counts.get(name, 0)]
-    sentences = [
+    said: dict[str, list[str]] = {name: [] for name in QUESTIONS}
+    said["layers"].append(
         f"{_count(len(part), 'image')} of {_count(part['prompt_id'].nunique(), 'prompt')} and "
         f"{_count(part['seed'].nunique(), 'seed')}, {_count(len(table), 'layer')} lesioned; "
         + (f"{_listed(bad)}, left out of every mean." if bad else "none invalid or failed.")
-    ]
+    )
     if len(table):
-        sentences += [*_importance(found, table), *_noise(found, table), *_sufficiency(found, setting, table)]
+        said["layers"] += _importance(found, table)
+        said["noise"] += _noise(found, table)
+        said["alone"] += _sufficiency(found, setting, table)
     control = found.control(setting)
     if not missing(control):
         blind = part[(part["selection"] == "all") & (part["status"] == "ok")]
-        sentences.append(f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')}).")
-    sentences += [
-        *_prompts(found, setting),
-        *_aspects(found, setting),
-        *_read(found, setting),
-        *_together(found, setting),
-    ]
-    return sentences + _unsaid(table)
+        said["alone"].append(
+            f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')})."
+        )
+    said["prompts"] += _prompts(found, setting)
+    said["aspects"] += [*_aspects(found, setting), *_read(found, setting)]
+    said["together"] += _together(found, setting)
+    said["missing"] += _unsaid(table)
+    return said
+
+
+def summary(found: Findings, setting: Setting) -> list[str]:
+    """Every sentence of `answers`."""
+    return [sentence for sentences in answers(found, setting).values() for sentence in sentences]
+
+
+def answer(found: Findings, setting: Setting) -> list[str]:
+    """What one setting shows in at most five short sentences: what is sure first, then what is not settled.
+
+    Plain text. Layers stand between backquotes, as in Markdown.
+    """
+    table = found.summary(setting)
+    sure, open_ = [], []
+    for part in (_first_layer(found, table), _broken(found, setting, table), _beyond_noise(table), _best_alone(table)):
+        sure += part[0]
+        open_ += part[1]
+    if table.empty:
+        sure += _together(found, setting)[:2]
+    bad = found.rows(setting)["status"].isin(("invalid", "failed")).sum()
+    if bad:
+        open_.insert(0, f"{_count(int(bad), 'image')} failed or {'is' if bad == 1 else 'are'} invalid and not counted.")
+    if not sure and not open_:
+        return ["These are baselines only: no layer is lesioned."]
+    return [*sure, *open_][:MOST_SENTENCES]
+
+
+MOST_SENTENCES = 5
+_Said = tuple[list[str], list[str]]  # what is sure, what is not
+
+
+def _named(layer: object) -> str:
+    return f"`{clean(layer)}`"
+
+
+def _first_layer(found: Findings, table: pd.DataFrame) -> _Said:
+    """The most important layer, and whether its place is settled."""
+    if table.empty or not table["importance"].notna().any():
+        return [], []
+    ranked = table[table["importance"].notna()]
+    ranked = ranked.sort_values(["rank", "importance"], ascending=[True, False], kind="stable")
+    top = ranked.iloc[0]
+    if top["effect"] == "none":
+        return [f"No layer's absence changes an image: every similarity ({found.metric}) stays 1."], []
+    first = (
+        f"Leaving out {_named(top['layer'])} changes images most: importance {_interval_of(top, 'importance')}, "
+        "where 0 is no change."
+    )
+    none = int((ranked["effect"] == "none").sum())
+    quiet = [f"{none} of {_count(len(ranked), 'layer')} change{'s' if none == 1 else ''} no image."] if none else []
+    if top["rank_high"] is not pd.NA and top["rank_high"] == 1:
+        return [f"{first} That it comes first is settled.", *quiet], []
+    rivals = [name for name in ranked.loc[ranked["rank_low"].eq(1).fillna(False), "layer"] if name != top["layer"]]
+    names = _listed([_named(name) for name in rivals], 3) if rivals else ""
+    why = f"{names} may too" if names else "there are too few prompts"
+    return [first, *quiet], [f"Which layer comes first is not settled: {why}."]
+
+
+def _interval_of(record: Any, name: str) -> str:
+    low, high = record[f"{name}_low"], record[f"{name}_high"]
+    limits = "" if missing(low) or missing(high) else f" ({number(float(low), 2)} to {number(float(high), 2)})"
+    return f"{number(float(record[name]), 2)}{limits}"
+
+
+def _broken(found: Findings, setting: Setting, table: pd.DataFrame) -> _Said:
+    """What lesions break as read from pixels; and where a layer does so that similarity places low."""
+    drops = found.of("reading", setting)
+    if drops.empty:
+        return [], []
+    sure = drops[(drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0))]
+    if sure.empty:
+        return [], ["No single layer's absence can be shown to break what the prompt asks for, read from pixels."]
+    worst = sure.loc[sure.groupby("aspect", sort=False)["drop"].idxmax()].sort_values("drop", ascending=False)
+    by_layer = {layer: part.head(3) for layer, part in worst.groupby("layer", sort=False)}
+    named = []
+    for layer, part in list(by_layer.items())[:2]:
+        parts = [f"{one['aspect']} ({100 * one['drop']:.0f} %)" for one in part.to_dict("records")]
+        named.append(f"without {_named(layer)} images lose {_listed(parts)}")
+    out = [f"Read from pixels, {_listed(named)}."]
+    top = worst.iloc[0]
+    place = table.set_index("layer").loc[top["layer"]] if (table["layer"] == top["layer"]).any() else None
+    if place is not None and not missing(place["rank"]) and place["rank"] > 3:
+        out.append(
+            f"Similarity hides this: by {found.metric} {_named(top['layer'])} is only number {int(place['rank'])} of "
+            f"{int(table['rank'].notna().sum())}."
+        )
+    return out, []
+
+
+def _beyond_noise(table: pd.DataFrame) -> _Said:
+    """The effects beside those of another seed."""
+    tested = table[table["p_floor"].notna()] if len(table) else table
+    if tested.empty:
+        return [], []
+    more = int((tested["p_floor"].map(certain) & (tested["beyond_floor"] > 0)).sum())
+    seeds = number(1 - float(tested["other_seeds"].mean()), 2)
+    if more:
+        verb = "changes" if more == 1 else "change"
+        return [f"{more} of {_count(len(tested), 'layer')} {verb} images more than another seed does ({seeds})."], []
+    return [], [f"No layer's absence can be shown to change images more than another seed does ({seeds})."]
+
+
+def _best_alone(table: pd.DataFrame) -> _Said:
+    """Which layer alone keeps most."""
+    alone = table[table["sufficiency"].notna()] if len(table) else table
+    if alone.empty:
+        return [], []
+    top = alone.sort_values("sufficiency", ascending=False, kind="stable").iloc[0]
+    return [
+        f"With only {_named(top['layer'])} intact, images stay closest to the baseline: similarity "
+        f"{_interval_of(top, 'sufficiency')}, where 1 is the same image."
+    ], []
 
 
 def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
@@ -104,7 +230,9 @@ def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
         out.append(f"Most important by leave-one-out (1 - {found.metric} to the baseline): {_listed(top)}.")
         maybe = ranked[ranked["rank_low"].eq(1).fillna(False)]
         firsts = [clean(name) for name in maybe["layer"]]
-        if len(firsts) > 1:
+        if len(ranked) and ranked["rank_high"].head(1).eq(1).fillna(False).any():
+            out.append(f"{clean(ranked['layer'].iloc[0])} is first also by its rank interval (1 to 1).")
+        elif len(firsts) > 1:
             out.append(f"Who comes first is not settled: the rank intervals of {_listed(firsts, MOST)} include 1.")
         elif firsts:
             out.append(f"{firsts[0]} is first also by its rank interval (1 to {maybe['rank_high'].iloc[0]}).")

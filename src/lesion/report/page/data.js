@@ -24,14 +24,50 @@ const lesioned = (row) => D.groups[R.lesioned[row]]; // the members, where more 
 const prompt = (row) => D.prompts[R.prompt[row]];
 const status = (row) => D.statuses[R.status[row]];
 const reason = (row) => D.reasons[R.reason[row]];
-const similarity = (row) => (status(row) === "ok" ? D.scores[D.metric][row] : null);
 const number = (value, digits = 3) => (value === null || value === undefined ? "n/a" : value.toFixed(digits));
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+
+// Few characters: 0, .004, .31
+function brief(value) {
+  if (value === null || value === undefined) return "n/a";
+  if (Math.abs(value) < 0.0005) return "0";
+  return value.toFixed(Math.abs(value) < 0.0995 ? 3 : 2).replace(/^(-?)0\./, "$1.");
+}
+
+// How far an image is from its baseline by a measure: the page's one scale, 0 for no change. null: not known.
+const MEASURES = D ? D.metrics.filter((one) => one.change) : [];
+const COLUMNS = D ? new Map(D.metrics.map(({ name, change }) => {
+  const values = D.scores[name];
+  return [name, R.baseline.map((base, row) => {
+    const value = values[row];
+    if (value === null || status(row) !== "ok") return null;
+    if (change === "distance") return value;
+    if (change === "similarity") return 1 - value;
+    const before = change === "prompt" && base >= 0 ? values[base] : null;
+    return before === null ? null : before - value;
+  })];
+})) : null;
+const chosenMetric = () => MEASURES[Number(byId("filters").elements.metric.value) || 0] || { name: D.metric, change: "" };
+const changeBy = (name, row) => COLUMNS.get(name)[row];
+const change = (row) => changeBy(chosenMetric().name, row);
+
+function measureWords({ name, change: kind }, importance) {
+  if (name.startsWith("read_")) return `${name.slice(5)} lost, read from pixels (1: the baseline shows it, the image does not)`;
+  if (kind === "prompt") return `${name} of the baseline less that of the image`;
+  if (kind === "distance") return `${name}, a distance`;
+  return `1 − ${name}${importance ? ", that is importance" : ""}`;
+}
+
+// What the image lost of what the baseline shows, read from pixels.
+function lost(row) {
+  return MEASURES.filter(({ name }) => name.startsWith("read_") && changeBy(name, row) === 1)
+    .map(({ name }) => name.slice(5));
+}
 
 function describe(row) {
   const parts = [modeName(mode(row)), layer(row) || lesioned(row), `prompt ${prompt(row).id}`, `seed ${R.seed[row]}`];
   if (status(row) !== "ok") parts.push(status(row));
-  else if (mode(row) !== "none") parts.push(`${D.metric} ${number(similarity(row))}`);
+  else if (mode(row) !== "none") parts.push(`change ${number(change(row))}`);
   return parts.filter(Boolean).join(", ");
 }
 
@@ -43,11 +79,29 @@ function hole(words) {
 function picture(row, { thumb = false, lazy = false, alt = describe(row) } = {}) {
   if (!R.image[row]) return hole(`${status(row)}: ${reason(row) || "no image"}`);
   const source = (thumb && R.thumb[row]) || R.image[row];
-  const image = el("img", { alt, decoding: "async", loading: lazy ? "lazy" : "eager" });
+  const image = el("img", { alt, decoding: "async", loading: lazy ? "lazy" : "eager", draggable: "false" });
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 160));
   image.addEventListener("error", () => image.replaceWith(hole("missing: no readable image file")), { once: true });
   image.src = source;
   return image;
+}
+
+// The colour of a share of the scale, and an ink that can be read on it. Square root: most changes are small.
+function shade(value, low, high) {
+  const share = Math.sqrt(Math.max(0, Math.min(1, (value - low) / (high - low))));
+  return { background: D.palette[Math.round(share * (D.palette.length - 1))], ink: share > 0.5 ? "#000" : "#fff" };
+}
+
+function paint(node, value, low, high) {
+  const { background, ink } = shade(value, low, high);
+  node.style.backgroundColor = background;
+  node.style.color = ink;
+}
+
+// A layer's path, and a short form for narrow screens.
+function layerName(place) {
+  return el("code", { title: D.layers[place] }, el("span", { class: "long" }, D.layers[place]),
+    el("span", { class: "brief", "aria-hidden": "true" }, D.short[place]));
 }
 
 // A pager over `total` things; calls back with the first and last index to show.

@@ -1,5 +1,5 @@
 // Layers x prompts of the images that pass the filters, mean over seeds; a click on a cell opens its images.
-const heat = { cells: new Map(), prompts: [], layers: [], low: 0, high: 1, measure: "" };
+const heat = { cells: new Map(), prompts: [], layers: [], low: 0, high: 1 };
 
 function heatMode() {
   const wanted = filters.elements.mode.value;
@@ -11,37 +11,37 @@ function heatMode() {
 function collect() {
   const chosen = heatMode();
   const name = D.modes[chosen];
-  const importance = name === "leave_one_out";
-  heat.measure = importance ? "importance" : name === "only_one" ? "sufficiency" : "similarity";
+  const metric = chosenMetric();
+  const importance = name === "leave_one_out" && metric.name === D.metric;
   heat.cells = new Map();
   const prompts = new Set();
   const layers = new Set();
   for (const row of chosen < 0 ? [] : passing({ mode: chosen })) {
     if (R.layer[row] < 0) continue;
     const key = `${R.layer[row]} ${R.prompt[row]}`;
-    if (!heat.cells.has(key)) heat.cells.set(key, { rows: [], sum: 0, count: 0, value: null });
+    if (!heat.cells.has(key)) heat.cells.set(key, { layer: R.layer[row], rows: [], sum: 0, count: 0, value: null });
     const cell = heat.cells.get(key);
-    const value = similarity(row);
+    const value = change(row);
     cell.rows.push(row);
     if (value !== null) { cell.sum += value; cell.count += 1; }
     prompts.add(R.prompt[row]);
     layers.add(R.layer[row]);
   }
-  let [low, high] = [Infinity, -Infinity];
+  let [low, high] = [0, 1e-3]; // rounding errors alone stay dark
   for (const cell of heat.cells.values()) {
     if (!cell.count) continue;
-    cell.value = importance ? 1 - cell.sum / cell.count : cell.sum / cell.count;
+    cell.value = cell.sum / cell.count;
     low = Math.min(low, cell.value);
     high = Math.max(high, cell.value);
   }
-  heat.low = Number.isFinite(low) ? (importance ? Math.min(0, low) : low) : 0;
-  heat.high = Math.max(Number.isFinite(high) ? high : 1, heat.low + 1e-3); // rounding errors alone stay dark
+  Object.assign(heat, { low: Math.max(low, -high / 4), high }); // what an image gains stays at the dark end
   heat.prompts = [...prompts].sort((a, b) => a - b);
   heat.layers = [...layers].sort((a, b) => a - b);
-  const meaning = importance ? `importance, 1 − ${D.metric}` : `${heat.measure}, ${D.metric}`;
   const shown = `${plural(heat.layers.length, "layer")}, ${plural(heat.prompts.length, "prompt")}`;
+  byId("measure-words").textContent = heat.cells.size
+    ? `Change by ${modeName(name)}: ${measureWords(metric, importance)}. 0: as the baseline.` : "";
   byId("heat-words").textContent = heat.cells.size
-    ? `${modeName(name)}: ${meaning}, mean over seeds; ${shown}. Cells without a valid image say n/a.`
+    ? `${shown}, mean over seeds; colours on a square-root scale. Cells without a valid image say n/a.`
     : "No lesioned image of a single layer passes these filters.";
   byId("heat-low").textContent = number(heat.low);
   byId("heat-high").textContent = number(heat.high);
@@ -51,23 +51,20 @@ function heatCell(layerNumber, promptNumber) {
   const cell = heat.cells.get(`${layerNumber} ${promptNumber}`);
   const where = `${D.layers[layerNumber]}, prompt ${D.prompts[promptNumber].id}`;
   if (!cell) return el("td", { class: "none", role: "gridcell" }, "–");
-  const words = `${where}: ${heat.measure} ${number(cell.value)}, ${plural(cell.rows.length, "image")}`;
-  const button = el("button", { type: "button", tabindex: "-1", "aria-label": words, title: words },
-    cell.value === null ? "n/a" : cell.value.toFixed(2));
+  const words = `${where}: change ${number(cell.value)}, ${plural(cell.rows.length, "image")}`;
+  const button = el("button", { type: "button", tabindex: "-1", "aria-label": words, title: words }, brief(cell.value));
   button.dataset.cell = `${layerNumber} ${promptNumber}`;
   if (cell.value === null) return el("td", { class: "none", role: "gridcell" }, button);
-  const share = Math.max(0, Math.min(1, (cell.value - heat.low) / (heat.high - heat.low)));
-  button.style.backgroundColor = D.palette[Math.round(share * (D.palette.length - 1))];
-  button.style.color = share > 0.5 ? "#000" : "#fff";
+  paint(button, cell.value, heat.low, heat.high);
   return el("td", { role: "gridcell" }, button);
 }
 
 function drawHeat(start, end) {
   const shown = heat.prompts.slice(start, end);
   const head = el("tr", { role: "row" }, el("td", { role: "gridcell" }), ...shown.map((one) => el(
-    "th", { scope: "col", role: "columnheader", title: D.prompts[one].text.slice(0, 300) }, D.prompts[one].id)));
+    "th", { scope: "col", role: "columnheader", title: `${D.prompts[one].id}: ${D.prompts[one].text.slice(0, 300)}` }, D.prompts[one].short)));
   const body = heat.layers.map((one) => el("tr", { role: "row" },
-    el("th", { scope: "row", role: "rowheader" }, el("code", {}, D.layers[one])),
+    el("th", { scope: "row", role: "rowheader" }, layerName(one)),
     ...shown.map((column) => heatCell(one, column))));
   const table = byId("heat");
   table.replaceChildren(el("thead", { role: "rowgroup" }, head), el("tbody", { role: "rowgroup" }, ...body));

@@ -1,4 +1,4 @@
-// Layer tables that sort by a click on a heading; missing values stay last.
+// Layer tables that sort by a click on a heading; missing values stay last. A layer's row opens its images.
 function sortable(table) {
   const heads = [...table.tHead.rows[0].cells];
   const sort = (column) => {
@@ -23,4 +23,23 @@ function sortable(table) {
     head.append(button);
     button.addEventListener("click", () => sort(column));
   });
+}
+
+function opening(table) {
+  const setting = Number(table.dataset.setting);
+  if (!(setting >= 0)) return;
+  for (const row of table.tBodies[0].rows) {
+    const name = row.querySelector("th[scope=row] code");
+    const place = name ? D.layers.indexOf(name.textContent) : -1;
+    if (place < 0) continue;
+    const button = el("button", { type: "button", class: "open", title: "show the images of this layer" });
+    name.replaceWith(button);
+    button.append(name);
+    row.classList.add("opens");
+    row.addEventListener("click", (event) => {
+      if (String(getSelection())) return; // text is being marked
+      if (event.target.closest("button:not(.open), a")) return;
+      openLayer(place, { setting: String(setting) });
+    });
+  }
 }
