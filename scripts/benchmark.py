@@ -114,9 +114,9 @@ def pending() -> dict[str, str]:
 
 
 def write(out: Path, title: str, text: str) -> None:
-    old = out.read_text() if out.exists() else ""
+    old = out.read_text(encoding="utf-8") if out.exists() else ""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(merge(old, pending(), {title: text}))
+    out.write_text(merge(old, pending(), {title: text}), encoding="utf-8")
 
 
 def command(case: Case, args: argparse.Namespace) -> str:

@@ -146,7 +146,7 @@ def main() -> None:
         shown = [f"{right / asked:.1%} ({right}/{asked})" if asked else "" for right, asked in cells]
         print(f"{aspect:12}" + "".join(f"{text:>24}" for text in shown))
     if args.json:
-        args.json.write_text(json.dumps(columns, indent=2) + "\n")
+        args.json.write_text(json.dumps(columns, indent=2) + "\n", encoding="utf-8")
     if args.pictures:
         rows = [np.concatenate(images[i : i + 16], axis=1) for i in range(0, len(images) // 16 * 16, 16)]
         Image.fromarray(np.concatenate(rows)).save(args.pictures)

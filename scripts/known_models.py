@@ -53,7 +53,7 @@ PIXART = {
 }
 # The published configs, less what `layers.SHAPELESS` leaves out and what is the class's default anyway.
 DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "embedded": ("UNet2DConditionModel", json.loads((EMBEDDED / "unet" / "config.json").read_text())),
+    "embedded": ("UNet2DConditionModel", json.loads((EMBEDDED / "unet" / "config.json").read_text(encoding="utf-8"))),
     "sd15": ("UNet2DConditionModel", SD),
     "sd21": ("UNet2DConditionModel", {**SD, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}),
     "sdxl": ("UNet2DConditionModel", SDXL),
@@ -161,8 +161,8 @@ def main() -> int:
     for path, data in made.items():
         text = "{" + ",".join(f'\n"{key}":{compact(data[key])}' for key in sorted(data)) + "\n}\n"
         if not check:
-            path.write_text(text)
-        elif not path.exists() or path.read_text() != text:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
             print(f"{path} is not what this script makes: run it without --check", file=sys.stderr)
             wrong = 1
     return wrong

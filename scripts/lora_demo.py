@@ -66,7 +66,7 @@ def write_data(folder: Path, number: int) -> None:
     chosen = scenes(news, True, rng, held_out=False) + scenes(number - news, False, rng, held_out=False)
     assert not any(is_held_out(scene.caption()) for scene in chosen)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metadata.csv").open("w", newline="") as file:
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file_name", "text"])
         for index, scene in enumerate(chosen):
@@ -210,7 +210,7 @@ def main() -> None:
         "recipe": asdict(recipe),
     }
     text = json.dumps(report, indent=2)
-    (args.out / "demo.json").write_text(text + "\n")
+    (args.out / "demo.json").write_text(text + "\n", encoding="utf-8")
     captions = [scene.caption() for scene in new[:10]]
     truth = [render(scene, random.Random(0)) for scene in new[:10]]
     sheet([*rows, truth], ["before", "after", "rendered"], captions).save(args.out / "demo.png")

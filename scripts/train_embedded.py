@@ -61,7 +61,7 @@ def main() -> None:
             print(f"{pause}; run the same command again to resume")
             return
         finally:
-            with (run.folder / "times.txt").open("a") as log:
+            with (run.folder / "times.txt").open("a", encoding="utf-8") as log:
                 log.write(
                     f"{name} {time.monotonic() - began:.0f} s on {run.device} ({torch.get_num_threads()} threads)\n"
                 )

@@ -26,7 +26,7 @@ def room_of(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Every room that a module imports from, also within functions and for type checking."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "lesion":
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lesion."):
@@ -56,3 +56,23 @@ def test_pure_rooms_import_no_torch():
     assert len(modules) >= 20
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_text_files_are_opened_with_their_encoding():
+    """The locale's encoding, which is the default, need not be UTF-8."""
+    bare = []
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parents[1] / "scripts").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            method = isinstance(called, ast.Attribute)
+            name = called.attr if method else getattr(called, "id", "")
+            if method and isinstance(called.value, ast.Name) and called.value.id in ("Image", "os", "webbrowser"):
+                continue
+            modes = [one.value for one in node.args[0 if method else 1 :] if isinstance(one, ast.Constant)]
+            text = name in ("read_text", "write_text") or (name == "open" and not any("b" in str(one) for one in modes))
+            gates = method and getattr(called.value, "attr", "") == "gates"  # no files
+            if text and not gates and not {"encoding"} & {one.arg for one in node.keywords}:
+                bare.append(f"{path.name}:{node.lineno}")
+    assert bare == []

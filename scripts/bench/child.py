@@ -22,7 +22,7 @@ def peak() -> int:
     """The most resident memory of this process so far, bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage can carry a figure over from the process that started this one
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -95,7 +95,7 @@ def machine(device: str) -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
+        names = re.findall(r"^model name\s*:\s*(.*)$", info.read_text(encoding="utf-8"), re.MULTILINE)
         cpu = names[0] if names else cpu
     threads = torch.get_num_threads()
     parts = [f"{os.cpu_count()} CPU cores ({cpu}), {threads} thread{'s' * (threads > 1)}", f"torch {torch.__version__}"]

@@ -142,7 +142,7 @@ def save(clip: torch.nn.Module, run: Run, vocabulary: int) -> None:
     folder = run.folder / "clip"
     folder.mkdir(exist_ok=True)
     config = {"model_cfg": model_config(vocabulary), "preprocess_cfg": {"mean": MEAN, "std": STD}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in clip.state_dict().items()

@@ -119,7 +119,7 @@ def loop(
             save(step + 1)
             raise Paused(f"{name}: paused after step {step + 1} of {total}")
     save(total)
-    (run.folder / f"{name}.json").write_text(f'{{"steps": {total}}}\n')
+    (run.folder / f"{name}.json").write_text(f'{{"steps": {total}}}\n', encoding="utf-8")
 
 
 def backward(loss: torch.Tensor, optimizer: torch.optim.Optimizer, clip: float = 1.0) -> None:

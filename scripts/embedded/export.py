@@ -49,7 +49,7 @@ def start_from(folder: Path, run: Run) -> None:
 def export(run: Run) -> None:
     assemble(run).to(torch.float16).save_pretrained(run.target)
     for config in run.target.glob("*/config.json"):  # where it was trained is nobody's business, and changes the hash
-        data = json.loads(config.read_text())
+        data = json.loads(config.read_text(encoding="utf-8"))
         data.pop("_name_or_path", None)
-        config.write_text(json.dumps(data, indent=2) + "\n")
+        config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(run.folder / "clip", run.target / "clip", dirs_exist_ok=True)

@@ -66,13 +66,13 @@ class Recipe:
         """
         ours = json.loads(json.dumps(asdict(self)))
         if not file.exists():
-            file.write_text(json.dumps(ours, indent=2) + "\n")
+            file.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
             return
-        theirs = json.loads(file.read_text())
+        theirs = json.loads(file.read_text(encoding="utf-8"))
         free = {"steps"} if self.schedule == "constant" else set()
         for name, value in ours.items():
             if name not in free and theirs.get(name) != value:
                 raise Refused(
                     f"{str(file.parent)!r} holds a run with {name}={theirs.get(name)}, not {value}; give another --out"
                 )
-        file.write_text(json.dumps(ours, indent=2) + "\n")
+        file.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")

@@ -222,7 +222,7 @@ class _Training:
             **_collate_lora_metadata({"unet": self.pipe.unet}),
         )
         lines = [f"{step},{loss:.6g}" for step, loss in enumerate(self.state.losses, 1)]
-        (self.out / "losses.csv").write_text("\n".join(["step,loss", *lines]) + "\n")
+        (self.out / "losses.csv").write_text("\n".join(["step,loss", *lines]) + "\n", encoding="utf-8")
 
     def _matrices(self) -> dict[str, Tensor]:
         return {name: matrix.cpu() for name, matrix in get_peft_model_state_dict(self.pipe.unet).items()}

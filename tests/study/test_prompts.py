@@ -207,3 +207,6 @@ def test_files_are_read_as_utf_8_whatever_the_locale(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "a.txt")], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout == "['ein B\\xe4r']\n"
+    command = [sys.executable, "-m", "lesion.cli.study", "tracker=红"]  # starts over in UTF-8 mode
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("lesion: ") and "红" in done.stderr

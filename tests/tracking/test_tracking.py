@@ -6,8 +6,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -285,25 +287,30 @@ def test_no_network_goes_offline_quickly_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("environment", "netrc", "account"),
+    ("environment", "netrc", "lacking"),
     [
-        ({}, "", False),
-        ({"WANDB_API_KEY": "a" * 40}, "", True),
+        ({}, "", "no account found"),
+        ({"WANDB_API_KEY": "a" * 40}, "", ""),
         (
             {"WANDB_BASE_URL": "https://wandb.example.org"},
             "machine wandb.example.org login user password " + "b" * 40,
-            True,
+            "",
         ),
         (
             {"WANDB_BASE_URL": "https://wandb.example.org"},
             "machine other.example.org login user password " + "b" * 40,
-            False,
+            "no account found",
         ),
-        ({"WANDB_API_KEY": "has a space"}, "", False),
+        (
+            {"WANDB_API_KEY": "has a space"},
+            "",
+            "the account's key is malformed (WANDB_API_KEY invalid: API key may only",
+        ),
+        ({}, "machine api.wandb.ai login user password abc", "the account's key is malformed (API key must have 40+"),
     ],
 )
 def test_an_account_is_found_without_the_network(
-    environment: dict[str, str], netrc: str, account: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], netrc: str, lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
 
@@ -312,7 +319,8 @@ def test_an_account_is_found_without_the_network(
         monkeypatch.setenv(key, value)
     wandb.teardown()  # settings are read once a process
     try:
-        assert wandb_room._has_account() is account
+        said = wandb_room._account_lacking()
+        assert said.startswith(lacking) and bool(said) == bool(lacking)
     finally:
         wandb.teardown()
 
@@ -332,7 +340,7 @@ def test_an_account_is_found_without_the_network(
     ],
 )
 def test_the_mode(asked: str, variable: str | None, account: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_room, "_has_account", lambda: account)
+    monkeypatch.setattr(wandb_room, "_account_lacking", lambda: "" if account else "no account found")
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
     assert wandb_room._choose_mode(asked)[0] == mode
@@ -389,6 +397,71 @@ def test_a_failure_inside_closes_the_run(tmp_path: Path, caplog: pytest.LogCaptu
     kinds = {record.WhichOneof("record_type"): record for record in records(log)}
     assert kinds["exit"].exit.exit_code == 1
     assert "importance" in str(kinds["summary"]) or "history" in kinds
+
+
+class Silent:
+    """Stands for a run whose service does not answer the call named."""
+
+    offline = False
+    summary: ClassVar[dict[str, float]] = {}
+
+    def __init__(self, where: str) -> None:
+        self.where, self.calls, self.woken = where, [], threading.Event()
+
+    def __getattr__(self, name: str):
+        def method(*_: object, **__: object) -> None:
+            self.calls.append(name)
+            if name == self.where:
+                self.woken.wait(60)
+                raise BrokenPipeError
+
+        return method
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"), [("log", ["log"]), ("status", ["log", "status"]), ("finish", ["log", "status", "finish"])]
+)
+def test_a_service_that_does_not_answer_has_a_deadline(
+    where: str, calls: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ended = Silent(where), []
+    tracker = make_tracker("wandb", {"service_timeout": 0.2, "finish_timeout": 0.3, "progress_every": 0})
+    tracker.inner.run = run
+    monkeypatch.setattr(wandb_room, "_end_service", lambda: ended.append(run.woken.set()))
+    began = time.monotonic()
+    tracker.progress(1, 2, 1.0)
+    tracker.close(0)
+    tracker.close(1)
+    assert 0.2 <= time.monotonic() - began < 5 and len(ended) == 1
+    (line,) = caplog.messages
+    waited = "0.5" if where == "finish" else "0.2"
+    assert line.startswith(f"tracker wandb stopped: ServiceSilent: wandb-core has not answered for {waited} s")
+    assert "tracker.service_timeout" in line and line.endswith("the study goes on")
+    assert run.calls == calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["progress", "close"])
+def test_a_stopped_service_ends_in_one_line_and_nothing_waits_for_it_at_exit(when: str, tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys, test_tracking as t; from wandb.sdk import wandb_setup;"
+        "folder, when = pathlib.Path(sys.argv[1]), sys.argv[2]; frame = t.a_run_folder(folder);"
+        "stop = lambda: os.kill(wandb_setup._singleton._connection._proc._process.pid, signal.SIGSTOP);"
+        "tracker = t.make_tracker('wandb', {'mode': 'offline', 'progress_every': 0, 'service_timeout': 15});"
+        "tracker.start(t.a_job(folder)); when == 'progress' and stop();"
+        "[tracker.progress(done, 3, 1.0) for done in (1, 2, 3)]; tracker.finish(frame, folder, t.SUMMARY);"
+        "when == 'close' and stop(); tracker.close(0);"
+        "t.track(folder / 'again', t.a_run_folder(folder / 'again'), mode='offline')"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, when], env=environment, capture_output=True, text=True, timeout=120
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (0, "") and "wandb-core has not answered for 15 s" in line
+    (log,) = the_logs(tmp_path / "again")
+    assert records(log)[-1].exit.exit_code == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"name": "none"}])

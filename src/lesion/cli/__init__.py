@@ -12,6 +12,15 @@ from lesion.errors import place_of, visible
 TRACEBACK = "LESION_TRACEBACK"  # environment variable: the file for the traceback of an error that nobody foresaw
 
 
+def in_utf8() -> None:
+    """Start this process over in Python's UTF-8 mode where the locale is another one.
+
+    Arguments, file names of prompts and what is printed would otherwise fail on letters that the locale lacks.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def say(program: str, text: str) -> None:
     """Print one line on standard error."""
     print(visible(f"{program}: {text}"), file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lesion.analysis.bootstrap import METHODS
-from lesion.cli import say, unforeseen
+from lesion.cli import in_utf8, say, unforeseen
 from lesion.errors import visible
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Console script; 0: the report is written, 2: the request is wrong (one line on stderr, nothing written)."""
+    in_utf8()
     parser = _Parser(prog="lesion-report", description="Make the report of one or several finished runs.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or a folder of run folders")
     parser.add_argument(

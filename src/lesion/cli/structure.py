@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from lesion import models
-from lesion.cli import say, unforeseen
+from lesion.cli import in_utf8, say, unforeseen
 from lesion.config.compose import one_line
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, visible
@@ -141,6 +141,7 @@ def report(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
+    in_utf8()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return

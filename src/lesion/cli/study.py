@@ -24,7 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.cli import is_from, keep_traceback, say, unforeseen
+from lesion.cli import in_utf8, is_from, keep_traceback, say, unforeseen
 from lesion.config.compose import one_line, plain
 from lesion.config.overrides import prepared
 from lesion.config.schema import conf_dir, register
@@ -214,6 +214,7 @@ def _check_groups(arguments: list[str]) -> None:
 
 
 def main() -> None:
+    in_utf8()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _main()

@@ -30,7 +30,7 @@ def _build() -> str | None:
     """The CUDA version that torch is built for, from its own file; "" for a CPU build, None where it is unclear."""
     found = importlib.util.find_spec("torch")
     try:
-        text = (Path(found.origin).parent / "version.py").read_text() if found and found.origin else ""
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8") if found and found.origin else ""
     except OSError:
         return None
     lines = re.findall(r"^(cuda|hip)\b[^=\n]*=\s*(?:None|['\"]([^'\"]*)['\"])", text, re.M)

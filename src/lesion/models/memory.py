@@ -70,7 +70,7 @@ def _peak(work: Callable[[], object], device: str) -> int | None:
         work()
         return int(torch.cuda.max_memory_allocated(device) - before)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak back to what is resident now
         before = _resident("VmRSS")
         work()
         return max(0, _resident("VmHWM") - before)
@@ -79,7 +79,7 @@ def _peak(work: Callable[[], object], device: str) -> int | None:
 
 
 def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
@@ -88,15 +88,15 @@ def _free(device: str) -> int | None:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     try:  # a container's own limit
         group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         pass
     return free

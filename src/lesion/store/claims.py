@@ -37,7 +37,7 @@ _EMPTY_EXPIRES = 5.0  # seconds; a claim is empty if its process was killed betw
 def machine() -> str:
     """Return host, boot and process namespace: processes with the same value can see each other's ids."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return f"{socket.gethostname()} {uuid.getnode():x}"
@@ -46,7 +46,7 @@ def machine() -> str:
 def _start_of(pid: int) -> str | None:
     """Return when a process of this machine started, in the kernel's ticks; None if it is dead, "" if unknown."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     except (OSError, IndexError):
         pass

@@ -11,12 +11,14 @@ import os
 import secrets
 import shlex
 import shutil
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lesion.tracking import JobInfo, Tracker
 from lesion.tracking._plain import plain, text
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 MODES = ("auto", "online", "offline", "disabled")
 PICTURES_PER_KEY = 108  # wandb.Image.MAX_ITEMS: further pictures of one key are dropped by W&B
@@ -48,11 +51,20 @@ class Options:
     progress_every: float = 5.0  # seconds
     init_timeout: float = 10.0  # seconds
     finish_timeout: float = 300.0  # seconds
+    service_timeout: float = 60.0  # seconds
     system_metrics: bool = True
 
 
+class ServiceSilent(Exception):
+    """W&B's own process, wandb-core, does not answer: it may be stopped, or wait for a disk."""
+
+
 class WandbTracker:
-    """One W&B run. A failure in any method closes the run before it is passed on."""
+    """One W&B run. A failure in any method closes the run before it is passed on.
+
+    Whatever waits for wandb-core has a deadline; when it has passed, that process is ended and what the run has logged
+    until then stays on disk.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -76,14 +88,16 @@ class WandbTracker:
             why = _no_server[0]
         elif mode == "online":
             try:
-                self.run = self._open(job, "online")
+                self.run = self._within(lambda: self._open(job, "online"), self.options.init_timeout)
                 log.info("W&B: logging online to %s", self.run.url)
                 return
+            except ServiceSilent:
+                raise
             except Exception as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 why = f"could not start online ({reason})"
                 _no_server.append(why)
-        self.run = self._open(job, "offline")
+        self.run = self._within(lambda: self._open(job, "offline"))
         where = self.run.settings.sync_dir
         log.info("W&B: %s, logging offline to %s; upload later with `wandb sync %s`", why, where, shlex.quote(where))
 
@@ -94,7 +108,8 @@ class WandbTracker:
             return
         self.last_progress = now
         with self._closing_on_error() as run:
-            run.log({"images_done": done, "images_left": total - done, "images_per_second": float(images_per_second)})
+            point = {"images_done": done, "images_left": total - done, "images_per_second": float(images_per_second)}
+            self._within(lambda: run.log(point))
 
     def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
         """Log the summary, all pictures, the report's tables, the results table and `results.parquet`."""
@@ -104,27 +119,63 @@ class WandbTracker:
 
         with self._closing_on_error() as run, _environment(WANDB_DATA_DIR=str(self.folder / "wandb" / "data")):
             # WANDB_DATA_DIR is where wandb stages the files of artifacts and the pictures of tables.
-            run.summary.update({text(key): float(value) for key, value in summary.items()})
+            self._within(lambda: run.summary.update({text(key): float(value) for key, value in summary.items()}))
             if pictures := _picture_lists(run_dir / "grids", "grids") | _named_pictures(run_dir / "figures", "figures"):
-                run.log(pictures)
+                self._within(lambda: run.log(pictures))
             if tables := _report_tables(run_dir / "tables"):
-                run.log(tables)
-            run.log({"results": _results_table(frame, run_dir, self.options.max_table_images)})
+                self._within(lambda: run.log(tables))
+            table = _results_table(frame, run_dir, self.options.max_table_images)
+            self._within(lambda: run.log({"results": table}))
             artifact = wandb.Artifact(f"results-{run.id}", type="results")
             artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
-            run.log_artifact(artifact)
+            self._within(lambda: run.log_artifact(artifact))
 
     def close(self, exit_code: int) -> None:
         """End the run; online, wait at most `finish_timeout` seconds for the upload."""
         run, self.run = self.run, None
         if run is not None:
-            run.finish(exit_code=exit_code)
+            extra: float | None = 0.0
+            if not run.offline:
+                extra = self.options.finish_timeout or None
+                self._within(run.status)  # an answer before the long wait for uploads
+            self._within(lambda: run.finish(exit_code=exit_code), extra)
+
+    def _within(self, action: Callable[[], Answer], extra: float | None = 0.0) -> Answer:
+        """What `action` returns or raises, if it does within `service_timeout` seconds and `extra` ones.
+
+        extra: seconds that W&B itself may wait for the network; None: as long as it takes. Raises ServiceSilent after
+        that, and ends wandb-core.
+        """
+        most = self.options.service_timeout
+        answer: Future[Answer] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(action())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A thread of its own for each call: nobody waits for it at the end of the process, as for an executor's.
+        threading.Thread(target=work, name="lesion-wandb", daemon=True).start()
+        try:
+            return answer.result(None if extra is None or not most else most + extra)
+        except TimeoutError:
+            if answer.done():  # one of wandb's own
+                raise
+            self.run = None
+            _end_service()
+            raise ServiceSilent(
+                f"wandb-core has not answered for {most + (extra or 0):g} s (tracker.service_timeout); what it had "
+                f"logged is in {self.folder / 'wandb'}"
+            ) from None
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[wandb.Run]:
         assert self.run is not None
         try:
             yield self.run
+        except ServiceSilent:
+            raise
         except Exception:
             try:
                 self.close(1)
@@ -166,6 +217,24 @@ class WandbTracker:
             raise
 
 
+def _end_service() -> None:
+    """Kill wandb-core, which does not answer, so that nothing waits for it, least of all the end of this process.
+
+    The next run in this process starts another one.
+    """
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib.service import service_token
+
+    with suppress(AttributeError):  # internals of wandb 0.31; in other versions the process may be elsewhere
+        connection = wandb_setup._singleton._connection
+        wandb_setup._singleton = None
+        if connection is not None and connection._proc is not None:
+            service_token.clear_service_in_env()
+            connection._torn_down = True
+            connection._cleanup()  # of what is done at exit
+            connection._proc._process.kill()
+
+
 def build(options: dict[str, object]) -> Tracker:
     """A W&B tracker. Raises ValueError for an unknown option or a wrong value, naming what is allowed."""
     allowed = [field.name for field in fields(Options)]
@@ -174,7 +243,7 @@ def build(options: dict[str, object]) -> Tracker:
     values = {key: value for key, value in options.items() if value is not None}
     if values.get("mode", "auto") not in MODES:
         raise ValueError(f"tracker.mode={values['mode']}: choose one of {', '.join(MODES)}")
-    for key in ("max_table_images", "progress_every", "init_timeout", "finish_timeout"):
+    for key in ("max_table_images", "progress_every", "init_timeout", "finish_timeout", "service_timeout"):
         value = values.get(key, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ValueError(f"tracker.{key}={value}: a number of at least 0")
@@ -199,11 +268,14 @@ def _choose_mode(asked: str) -> tuple[str, str]:
     else:
         mode, why = "online", ""
     # Without an account W&B would ask for one on the terminal.
-    return ("offline", "no account found") if mode == "online" and not _has_account() else (mode, why)
+    return ("offline", lacking) if mode == "online" and (lacking := _account_lacking()) else (mode, why)
 
 
-def _has_account() -> bool:
-    """Whether credentials for the W&B host are there (environment, netrc, settings). Makes no network call."""
+def _account_lacking() -> str:
+    """What is wrong with the credentials for the W&B host (environment, netrc, settings); "" if they are well formed.
+
+    Makes no network call.
+    """
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -212,10 +284,9 @@ def _has_account() -> bool:
         found = wbauth.authenticate_session(
             host=settings.base_url, source="lesion", prompt=False, update_session=False, verify=False
         )
-    except wandb.Error as error:  # credentials in a wrong format
-        log.debug("W&B credentials: %s", error)
-        return False
-    return found is not None
+    except wandb.Error as error:
+        return f"the account's key is malformed ({' '.join(str(error).split())[:200].rstrip('.')})"
+    return "" if found is not None else "no account found"
 
 
 def _silent_settings() -> wandb.Settings:
