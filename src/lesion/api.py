@@ -64,7 +64,7 @@ class StatedStudy:
             del config["hydra"]
         self._config = config
         self._request = parse(config)
-        _, self._study = survey(self._request)
+        self._source, self._study = survey(self._request)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,11 +78,12 @@ class StatedStudy:
         """
         import pandas as pd
 
+        from lesion.run.capture import known, maps_of
         from lesion.run.job import mebibytes
         from lesion.store.images import Store
         from lesion.study.plan import tally
 
-        counts = tally(self._study, Store(self._request.store).known().lists)
+        counts = tally(self._study, known(Store(self._request.store), maps_of(self._request, self._source)))
         modes = list(counts.by_mode)
         table = pd.DataFrame(
             {

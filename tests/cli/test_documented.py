@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 CONF = {path: yaml.safe_load(path.read_text(encoding="utf-8")) or {} for path in sorted(conf_dir().rglob("*.yaml"))}
-GROUPS = ("model", "prompts", "selection", "replacement", "scorer", "tracker")
+GROUPS = ("model", "prompts", "selection", "replacement", "capture", "scorer", "tracker")
 EXAMPLES = [
     ["model.arguments={max_sequence_length: 256}"],
     ["model.arguments.max_sequence_length=256"],

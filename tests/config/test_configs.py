@@ -19,7 +19,7 @@ from lesion.toy_world import is_held_out, parse_caption
 from lesion.tracking import tracker_names
 
 CONF = conf_dir()
-GROUPS = ("model", "prompts", "selection", "replacement", "scorer", "tracker", "experiment", "debug")
+GROUPS = ("model", "prompts", "selection", "replacement", "capture", "scorer", "tracker", "experiment", "debug")
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
 BASES = [CONF / "model" / "_base.yaml"]  # what the files of a group share
 NEEDS = {

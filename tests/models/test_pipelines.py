@@ -281,3 +281,25 @@ def test_joint_attention_has_no_cross_attention_layers(name, folder_of):
     assert model.text_sites == ()
     with pytest.raises(AnatomyError, match="Transformer2DModel"):
         examine(model.denoiser)
+
+
+@pytest.mark.parametrize("name", ["pixart_sigma", "sana", "hunyuan_dit", "sd3", "flux", "sdxl"])
+def test_attention_maps_of_every_family(name, folder_of, tiny_sdxl_folder):
+    """The words' columns are those of the model's own text, entries add up, and images stay as they are."""
+    from lesion.generation.capture import Capturing
+    from lesion.study.capture import Capture
+    from lesion.surgery.attention import text_attention
+
+    model = loaded(tiny_sdxl_folder if name == "sdxl" else folder_of(name))
+    some = cells(name, model)
+    capture = Capture().chosen(text_attention(model.denoiser).paths)
+    capturing = Capturing(model, some, capture)
+    images = generate(model, some, {}, capturing=capturing)
+    assert np.array_equal(images, generate(model, some, {}))
+    for text, maps in zip(TEXTS, capturing.maps, strict=True):
+        assert list(maps.layers["cond"]) == list(capture.layers)
+        assert set(text.lower().replace("<", "").replace(">", "").split()) < set(maps.entries["cond"])
+        for values in maps.layers["cond"].values():
+            share = values.numpy()[0, 0].sum(0)
+            assert share.max() < 1 if name in ("sd3", "flux") else np.allclose(share, 1, atol=1e-5)
+            assert (values.numpy()[0, 0, :-2].mean((1, 2)) > 0).all()  # of the words

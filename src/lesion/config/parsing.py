@@ -20,6 +20,7 @@ from lesion.models.defaults import filled
 from lesion.models.devices import cuda_devices
 from lesion.scoring import ScorerSpec
 from lesion.study.budget import Budget
+from lesion.study.capture import Capture
 from lesion.study.checks import one_of
 from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
@@ -34,6 +35,7 @@ class Request:
     prompts: with what else an image is made of. axes: along what lesions vary, beside the replacements (name ->
     options). settings: without what `survey` finds out of the model. budget: None for the whole grid. device: cpu, cuda
     or cuda:N. derived: which settings the model said, and where, in words; "" if the request said all.
+    capture: which attention maps are kept; None for none.
     """
 
     model: ModelSpec
@@ -51,6 +53,7 @@ class Request:
     device: str
     dry_run: bool
     derived: str = ""
+    capture: Capture | None = None
 
     def described_replacements(self) -> tuple[Replacement, ...]:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
@@ -79,6 +82,9 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         raise RequestError(
             "generation.negative_prompt", "is not read with generation.guidance <= 1; allowed there: null"
         )
+    capture = Capture.of(data["capture"], task.steps(settings), settings.guidance > 1)
+    if capture and model.compile:
+        raise RequestError("capture", "works without performance.compile only; allowed here: none")
     given = {name: dict(options or {}) for name, options in data["replacement"].items()}
     if not given:
         raise RequestError("replacement", f"is empty; allowed: one or more of {', '.join(replacements.known())}")
@@ -105,6 +111,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         device=device,
         dry_run=data["dry_run"],
         derived=derived,
+        capture=capture,
     )
 
 

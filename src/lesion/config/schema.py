@@ -91,6 +91,17 @@ class ScorerConf:
 
 
 @dataclass
+class CaptureConf:
+    name: str = "none"
+    layers: Any = None
+    steps: Any = field(default_factory=lambda: [0.0, 1.0])
+    branch: str = "cond"
+    heads: str = "mean"
+    reduce: str = "mean"
+    tokens: str = "prompt"
+
+
+@dataclass
 class BudgetConf:
     ci_halfwidth: Any = None
     max_images: Any = None
@@ -120,6 +131,7 @@ class LesionConf:
     generation: GenerationConf = field(default_factory=GenerationConf)  # type: ignore[valid-type]
     performance: PerformanceConf = field(default_factory=PerformanceConf)
     scorer: ScorerConf = field(default_factory=ScorerConf)
+    capture: CaptureConf = field(default_factory=CaptureConf)
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConf = field(default_factory=BudgetConf)

@@ -122,6 +122,11 @@ class Denoising:
         """The guidance branch of each row of a denoiser call, (rows,)."""
         return branches_of(rows, self.samples)
 
+    @property
+    def is_aside(self) -> bool:
+        """Whether a client is calling the denoiser for itself."""
+        return self._aside
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within it a client may call the denoiser for itself: such a call counts for nothing and tells nobody."""

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from lesion import tasks
 from lesion.denoising.run import Client, Denoising, Enough
+from lesion.generation.capture import Capturing
 from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.text_cache import text_projected_once
+from lesion.models.words import words_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
@@ -64,6 +66,22 @@ def under_lesions(
     return [client] if client.sites else []
 
 
+def _say_unseen(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Name the words of each prompt that come after the limit of the text encoders, once a prompt."""
+    for text in dict.fromkeys(prompt.text for prompt in prompts):
+        if text in model.told:
+            continue
+        model.told.add(text)
+        with suppress(ValueError):  # a pipeline without a tokenizer
+            if unseen := words_of(model.pipe, text, model.arguments).unseen:
+                log.warning(
+                    "%r is too long: no text encoder sees its last %d words: %s",
+                    text[:60],
+                    len(unseen),
+                    ", ".join(unseen),
+                )
+
+
 def call(
     model: Model,
     prompts: Sequence[Prompt],
@@ -79,6 +97,7 @@ def call(
     asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inputs, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
+    _say_unseen(model, prompts)
     run = Denoising(pipe, model.denoiser, len(prompts), clients)
     with run.running(), model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
         images = np.asarray(pipe(**asked).images)
@@ -94,6 +113,7 @@ def generate(
     interventions: Mapping[str, Intervention],
     states: States | None = None,
     windows: Sequence[tuple[float, float]] = (),
+    capturing: Capturing | None = None,
 ) -> NDArray[np.float32]:
     """Make the images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
 
@@ -101,14 +121,16 @@ def generate(
     states: where snapshots of baselines are kept, from which late lesions are resumed; None: every image is made from
         its noise.
     windows: those of the study, for which a baseline leaves its snapshot.
+    capturing: what keeps the attention maps of these cells; their images are then made from noise, since a snapshot
+        has no maps of the steps before it.
     """
     try:
-        return _generate(model, cells, interventions, states, windows)
+        return _generate(model, cells, interventions, states, windows, capturing)
     except OtherCount as error:
         log.warning("late windows are made from noise: %s", error)
         assert states is not None
         states.usable = False
-        return _generate(model, cells, interventions, states, windows)
+        return _generate(model, cells, interventions, states, windows, capturing)
 
 
 def _generate(
@@ -117,6 +139,7 @@ def _generate(
     interventions: Mapping[str, Intervention],
     states: States | None,
     windows: Sequence[tuple[float, float]],
+    capturing: Capturing | None,
 ) -> NDArray[np.float32]:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
@@ -134,8 +157,10 @@ def _generate(
         if not any(lesions):  # an image beside a source prompt's leaves no snapshot
             recording = Recording(noise, windows)
             clients.append(recording)
-        elif all(lesions) and (kept := _states(model, cells, states)):
+        elif all(lesions) and not capturing and (kept := _states(model, cells, states)):
             clients.append(Resuming(noise, *kept))
+    if capturing:
+        clients.append(capturing)
     images = call(model, prompts, noise, settings, clients)[: len(cells)]
     if states and recording and recording.calls:
         states.note(cells[0], recording.calls)

@@ -102,13 +102,17 @@ def side_factor(source: Source) -> int:
 
     The autoencoder's scale times the denoiser's patches, or the 2 x 2 latents that FLUX packs into one token.
     """
+    least = 32 if source.pipeline.startswith("Sana") else LEAST
+    return math.lcm(least, vae_scale(source) * patch_side(source))
+
+
+def patch_side(source: Source) -> int:
+    """Latents that a token of the denoiser's has along a side; 1 in UNets."""
     config = source.denoiser_config
     latents, patch = source.vae_config.get("latent_channels"), config.get("patch_size")
     patch = patch if isinstance(patch, int) else 1
-    if source.pipeline.startswith("Flux") or (patch == 1 and latents and config.get("in_channels") == 4 * latents):
-        patch = 2
-    least = 32 if source.pipeline.startswith("Sana") else LEAST
-    return math.lcm(least, vae_scale(source) * patch)
+    packed = patch == 1 and latents and config.get("in_channels") == 4 * latents
+    return 2 if packed or source.pipeline.startswith("Flux") else patch
 
 
 def check_size(source: Source, height: int, width: int) -> None:

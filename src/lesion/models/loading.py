@@ -43,6 +43,7 @@ class Model:
     gates: Gates | None = None  # of a compiled denoiser
     others: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)  # prompts whose words beyond the limit have been named
     settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
 
     def pipeline(self, task: str) -> Any:

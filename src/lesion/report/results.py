@@ -9,9 +9,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.analysis.aspects import aspect_table
@@ -19,7 +21,7 @@ from lesion.analysis.cells import names_of
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
 from lesion.analysis.settings import BASELINE, Setting, in_order, only_setting, rows, settings
 from lesion.errors import RequestError
-from lesion.report import contents, crossing, figures, grids, write_report
+from lesion.report import contents, crossing, figures, grids, maps, write_report
 from lesion.report.canvas import load
 from lesion.report.findings import Findings, findings
 from lesion.report.merging import Refused, gather, put_together, run_folders
@@ -144,6 +146,50 @@ class Results:
         column (replacement="mean", strength=0.5, window=(0, 0.5), …). What is not named must have one value.
         Raises RequestError, naming what there is, where none or several fit; where the image could not be made.
         """
+        row = self._row(layer, selection, prompt, seed, where)
+        picture = load(self.folder / row["image"]) if row["image"] else None
+        if picture is None:
+            why = f"it {row['status']}: {row['reason']}" if row["reason"] else f"no readable file {row['image']!r}"
+            raise RequestError("image", why)
+        return picture
+
+    def attention(
+        self,
+        layer: str | None = None,
+        word: str | None = None,
+        *,
+        prompt: int | str | None = None,
+        seed: int | None = None,
+        selection: str | None = None,
+        lesioned: str | Sequence[str] | None = None,
+        branch: str = "cond",
+        step: int | None = None,
+        head: int | None = None,
+        **where: Any,
+    ) -> NDArray[np.float32]:
+        """How much each place of one image looks at a word: (height, width) of the layer, in [0, 1].
+
+        Needs a run with `capture=maps`. Mean over heads and steps, conditional branch, unless said otherwise.
+        layer: module path of the attention that looks; None merges all, each brought to the size of the largest.
+        word: of the prompt, as "circle", "circle#2" for the second, or several words in a row, whose maps are added.
+        selection, lesioned: which lesion the image is made under, its layer or layers; without, the baseline.
+        branch: cond or uncond, as captured. step, head: number of one, where they were captured apart.
+        prompt, seed, where: as of `image`.
+
+        Raises RequestError, naming what there is, where there is no such map.
+        """
+        row = self._row(lesioned, selection, prompt, seed, where)
+        return maps.of_image(self.folder, row, layer, word, branch, step, head)
+
+    def _row(
+        self,
+        layer: str | Sequence[str] | None,
+        selection: str | None,
+        prompt: int | str | None,
+        seed: int | None,
+        where: dict[str, Any],
+    ) -> pd.Series:
+        """The row of one image."""
         frame = self._about(prompt, seed)
         if layer is None and selection is None:
             selection = BASELINE
@@ -158,12 +204,8 @@ class Results:
         frame = self._narrowed(frame, where)
         if len(frame) > 1:
             raise RequestError(*self._several(frame))
-        row = frame.iloc[0]
-        picture = load(self.folder / row["image"]) if row["image"] else None
-        if picture is None:
-            why = f"it {row['status']}: {row['reason']}" if row["reason"] else f"no readable file {row['image']!r}"
-            raise RequestError("image", why)
-        return picture
+        row: pd.Series = frame.iloc[0]
+        return row
 
     def _about(self, prompt: int | str | None, seed: int | None) -> pd.DataFrame:
         """The rows of one prompt and seed."""

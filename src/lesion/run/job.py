@@ -22,8 +22,10 @@ from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
+from lesion.run.capture import bound, captured, known, maps_of
 from lesion.run.folder import prune
 from lesion.store.images import Store
+from lesion.store.maps import Maps, beside_image
 from lesion.study.budget import Budget
 from lesion.study.grid import Cell, Study
 from lesion.study.lesions import Lesion
@@ -78,7 +80,8 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
     rounds = _rounds(study, request.budget)
     scoring.check(request.scorer)
-    _check_store(request, rounds.part if rounds else study)
+    captured(request, source)
+    _check_store(request, source, rounds.part if rounds else study)
     return source, study
 
 
@@ -118,14 +121,14 @@ def _rounds(study: Study, budget: Budget | None) -> Rounds | None:
     return Rounds(study, budget)
 
 
-def _check_store(request: Request, study: Study) -> None:
+def _check_store(request: Request, source: models.Source, study: Study) -> None:
     """Refuse a store that cannot be written to where something must be: not for a dry run or a complete study."""
     folder = request.store.absolute()
     there = next(path for path in (folder / "cells", folder, *folder.parents) if os.path.lexists(path))
     if there.is_dir():
         if request.dry_run or os.access(there, os.W_OK | os.X_OK):
             return
-        if there.name == "cells" and not tally(study, Store(folder).known().lists).missing:
+        if there.name == "cells" and not tally(study, known(Store(folder), maps_of(request, source))).missing:
             return
     raise RequestError(
         "store.dir", f"{str(request.store)!r} cannot be made: {str(there)!r} is no folder one can write to"
@@ -138,9 +141,10 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
     surveyed: what `survey` said of the request. Raises RequestError before, StudyFailed after all that could be made.
     """
     if request.dry_run:
-        _, study = surveyed
+        source, study = surveyed
         store = Store(request.store)
-        print("\n".join(map(visible, plan_lines(study, tally(study, store.known().lists), store, request))))
+        counts = tally(study, known(store, maps_of(request, source)))
+        print("\n".join(map(visible, plan_lines(source, study, counts, store, request))))
         return
     outcome = complete(request, context, surveyed)
     from lesion.report import ranking_lines
@@ -187,7 +191,8 @@ def complete(
 
     rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
-    counts = tally(study, store.known().lists)
+    maps = maps_of(request, source)
+    counts = tally(study, known(store, maps))
     scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
     if counts.missing:
         _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
@@ -198,12 +203,12 @@ def complete(
     failures: dict[str, str] = {}
     try:
         try:
-            failures |= _complete(request, source, study, store, scores, counts, tracker)
+            failures |= _complete(request, source, study, store, maps, scores, counts, tracker)
             while rounds and _some_made(study, failures) and rounds.look(scores.value, scores.spec.importance):
                 study = rounds.part
                 log.info("round %d: %d images more", rounds.number, len(study))
-                counts = tally(study, store.known().lists)
-                failures |= _complete(request, source, study, store, scores, counts, tracker)
+                counts = tally(study, known(store, maps_of(request, source)))
+                failures |= _complete(request, source, study, store, maps, scores, counts, tracker)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -215,6 +220,7 @@ def complete(
         publisher = Publisher(store, context.folder)
         frame = table.results(study, scores, paths, failures, publisher)
         pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
+        publisher.maps = maps
         beside = {}
         with suppress(Exception) if stopped else nullcontext():
             beside["floor"] = table.floor(study, scores)
@@ -262,7 +268,7 @@ def results(request: Request) -> pd.DataFrame:
     return rounds.marked(frame) if rounds else frame
 
 
-def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
+def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
     """What a study would make, for `dry_run=true`."""
     settings = study.settings
     each = (counts.rows - counts.baselines) // counts.baselines
@@ -277,6 +283,7 @@ def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> l
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
         f"  already in the store {_shown(store.folder)}: {counts.stored}",
         f"  to make: {counts.missing}, about {mebibytes(study, counts.missing):.1f} MiB on disk",
+        *_capture_lines(source, study, counts, request),
         *_budget_lines(study, request.budget),
         "dry run: nothing was generated",
     ]
@@ -285,6 +292,16 @@ def plan_lines(study: Study, counts: Tally, store: Store, request: Request) -> l
 def mebibytes(study: Study, images: int) -> float:
     """What so many images of the study take on disk, roughly."""
     return images * study.settings.height * study.settings.width * PNG_BYTES_PER_PIXEL / 2**20
+
+
+def _capture_lines(source: models.Source, study: Study, counts: Tally, request: Request) -> list[str]:
+    capture = captured(request, source)
+    if capture is None:
+        return []
+    each, how = bound(study, source, capture)
+    return [
+        f"  attention maps: at most {counts.missing * each / 2**20:.1f} MiB more on disk; an image's, in bytes: {how}"
+    ]
 
 
 def _shown(folder: Path) -> str:
@@ -309,6 +326,7 @@ def _complete(
     source: models.Source,
     study: Study,
     store: Store,
+    maps: Maps | None,
     scores: ScoreQueue,
     counts: Tally,
     tracker: Tracker,
@@ -323,15 +341,22 @@ def _complete(
             log.info(
                 "%d images to make, %d already in the store %s", missing, counts.unique - missing, _shown(store.folder)
             )
-            failures |= _generate(request, source, study, store, scores, missing, failures, tracker)
+            failures |= _generate(request, source, study, store, maps, scores, missing, failures, tracker)
         else:
             log.info("all %d images are in the store %s", counts.unique, _shown(store.folder))
         damaged = scores.complete(study, failures)
-        failures |= dict.fromkeys(damaged & remade, "the stored image is damaged, also after it was made anew")
+        if maps:
+            damaged |= _without_maps(study, maps, failures)
+        failures |= dict.fromkeys(damaged & remade, "what is stored of it is damaged, also after it was made anew")
         damaged -= remade  # those of a subject may show only once its baseline is whole again
         if not damaged:
             return failures
         remade |= damaged
+
+
+def _without_maps(study: Study, maps: Maps, failures: Mapping[str, str]) -> set[str]:
+    """Keys of images whose attention maps are not there, or were damaged and are now removed."""
+    return {key for key in study.keys() if key not in failures and maps.get(key) is None}  # noqa: SIM118
 
 
 def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
@@ -344,6 +369,7 @@ def _generate(
     source: models.Source,
     study: Study,
     store: Store,
+    maps: Maps | None,
     scores: ScoreQueue,
     missing: int,
     failures: Mapping[str, str],
@@ -370,7 +396,7 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, scores))
+        maker = Maker(request, model, study, store, _when_made(request, scores), maps)
         maker.failures.update(failures)
         maker.run(progress)
     scores.refresh()
@@ -442,7 +468,8 @@ def _write(
             f"`lesion-report {folder}` tries again"
         ) from error
     if not unwritten:
-        prune(folder, [*written, *(folder / image for image in frame["image"] if image)])
+        images = [image for image in frame["image"] if image]
+        prune(folder, [*written, *(folder / place for image in images for place in (image, beside_image(image)))])
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):

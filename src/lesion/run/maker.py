@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from lesion import models, replacements, tasks
 from lesion.config.parsing import Request
+from lesion.generation.capture import Capturing
 from lesion.generation.generate import generate, to_pixels
 from lesion.generation.snapshots import States
 from lesion.models import memory
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
+from lesion.store.maps import ImageMaps, Maps
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.study.settings import Settings
@@ -49,11 +51,21 @@ class Maker:
     """Make what is missing of one study.
 
     made: called for every image after it is stored, one at a time, in a separate thread; may score it.
+    maps: where the attention maps of every image are kept beside it; None for no maps.
     failures: why each failed cell could not be made, by key.
     """
 
-    def __init__(self, request: Request, model: models.Model, study: Study, store: Store, made: Made):
+    def __init__(
+        self,
+        request: Request,
+        model: models.Model,
+        study: Study,
+        store: Store,
+        made: Made,
+        maps: Maps | None = None,
+    ):
         self.request, self.model, self.study, self.store, self.made = request, model, study, store, made
+        self.maps = maps
         self.states = States(store.states)
         self.failures: dict[str, str] = {}
         self.size = study.settings.batch_size or 0
@@ -73,14 +85,14 @@ class Maker:
         wait, left_before = WAITING[0], 0
         with (
             Claims(self.store.claims, required=False) as claims,
-            _Shelf(lambda batch, images: self._put(batch, images, claims)) as shelf,
+            _Shelf(lambda batch, images, maps: self._put(batch, images, maps, claims)) as shelf,
         ):
             while True:
                 done, left = 0, 0
                 for batch in batches(self.study, lambda: self.size, self._settled()):
                     mine = claims.take(cell.key for cell in batch)
                     here = [cell for cell in batch if cell.key in mine]
-                    ours = [cell for cell in here if not self.store.has(cell.key)]  # made by others since planning
+                    ours = [cell for cell in here if not self._there(cell.key)]  # made by others since planning
                     claims.release({cell.key for cell in here} - {cell.key for cell in ours})
                     self._make(ours, shelf, claims)
                     if self.hopeless:
@@ -98,8 +110,13 @@ class Maker:
                 left_before = left
 
     def _settled(self) -> Callable[[str], bool]:
-        known = self.store.known()
-        return lambda key: key in known or key in self.failures
+        known, maps = self.store.known(), self.maps
+        if maps is None:
+            return lambda key: key in known or key in self.failures
+        return lambda key: (key in known and maps.has(key)) or key in self.failures
+
+    def _there(self, key: str) -> bool:
+        return self.store.has(key) and (self.maps is None or self.maps.has(key))
 
     def _prepare(self) -> None:
         """Build every replacement of the study; one that cannot be built fails only its own cells."""
@@ -144,13 +161,15 @@ class Maker:
             self._give_up(batch, broken, claims)
             return
         try:
-            images = generate(self.model, batch, self.interventions, self.states, self.study.windows)
+            capturing = Capturing(self.model, batch, self.maps.capture) if self.maps else None
+            images = generate(self.model, batch, self.interventions, self.states, self.study.windows, capturing)
+            maps = capturing.maps if capturing else None
         except Exception as error:  # a model can raise anything; the other cells continue
             # The error is not kept: its traceback holds every tensor of the failed call; the retry needs the memory.
             why, crowded = brief(error), memory.ran_out(error)
         else:
             self.sound = True
-            shelf.put(batch, images)
+            shelf.put(batch, images, maps)
             return
         if crowded:
             memory.release(self.request.device)
@@ -205,14 +224,19 @@ class Maker:
         self.failures |= {cell.key: why for cell in batch}
         claims.release(cell.key for cell in batch)
 
-    def _put(self, batch: Sequence[Cell], images: NDArray[np.float32], claims: Claims) -> None:
-        for cell, image in zip(batch, images, strict=True):
+    def _put(
+        self, batch: Sequence[Cell], images: NDArray[np.float32], maps: Sequence[ImageMaps] | None, claims: Claims
+    ) -> None:
+        for number, (cell, image) in enumerate(zip(batch, images, strict=True)):
             pixels, reason = to_pixels(image)
             if reason:
                 log.warning("%s is invalid: %s", label(cell), reason)
             try:
-                picture = self.store.put(cell, pixels, reason)
-                self.made(cell, pixels, picture)
+                if self.maps and maps:
+                    self.maps.put(cell, maps[number])
+                if not self.maps or not self.store.has(cell.key):  # made earlier, without maps: it is the same image
+                    picture = self.store.put(cell, pixels, reason)
+                    self.made(cell, pixels, picture)
             except OSError as error:
                 log.error("%s could not be stored: %s", label(cell), brief(error))
                 self.failures[cell.key] = brief(error)
@@ -222,7 +246,7 @@ class Maker:
 class _Shelf:
     """Store finished batches in a separate thread while generation continues."""
 
-    def __init__(self, put: Callable[[Sequence[Cell], NDArray[np.float32]], None]):
+    def __init__(self, put: Callable[[Sequence[Cell], NDArray[np.float32], Sequence[ImageMaps] | None], None]):
         self._put = put
         self._pool = ThreadPoolExecutor(1, "lesion-store")
         self._waiting: list[Future[None]] = []
@@ -233,11 +257,11 @@ class _Shelf:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True)  # batches already handed over are stored, also after an interrupt
 
-    def put(self, batch: Sequence[Cell], images: NDArray[np.float32]) -> None:
+    def put(self, batch: Sequence[Cell], images: NDArray[np.float32], maps: Sequence[ImageMaps] | None = None) -> None:
         """Queue a batch for storing; wait while IN_FLIGHT are unwritten. Raises what storing an earlier one raised."""
         while len(self._waiting) >= IN_FLIGHT:
             self._waiting.pop(0).result()
-        self._waiting.append(self._pool.submit(self._put, batch, images))
+        self._waiting.append(self._pool.submit(self._put, batch, images, maps))
 
     def drain(self) -> None:
         """Wait until every queued batch is on disk."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lesion.store.files import atomically
 from lesion.store.images import Store
+from lesion.store.maps import Maps, beside_image
 from lesion.study.grid import Cell
 
 
@@ -19,7 +20,8 @@ class Publisher:
 
     def __init__(self, store: Store, folder: Path | None):
         self.store, self.folder = store, folder
-        self._made: set[str] = set()  # folders of prompts
+        self.maps: Maps | None = None  # attention maps that go beside the pictures
+        self._made: set[Path] = set()  # folders of prompts
 
     def place(self, cell: Cell) -> str:
         """Its path relative to the run folder; without one, relative to the store."""
@@ -35,10 +37,15 @@ class Publisher:
         """Put the picture at its place; without a run folder it has it already. Raises OSError."""
         if self.folder is None:
             return
-        source, target = self.store.path(cell.key), self.folder / self.place(cell)
-        if cell.prompt.id not in self._made:
+        place = self.place(cell)
+        self._link(self.store.path(cell.key), self.folder / place)
+        if self.maps and self.maps.has(cell.key):
+            self._link(self.maps.path(cell.key), self.folder / beside_image(place))
+
+    def _link(self, source: Path, target: Path) -> None:
+        if target.parent not in self._made:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._made.add(cell.prompt.id)
+            self._made.add(target.parent)
         try:
             os.link(source, target)
         except OSError:  # an older picture of the cell is there, or the disk has no links

@@ -253,25 +253,26 @@ class Axes:
             check_selection(name, options)
         return cls(
             selections=selections,
-            windows=_windows(config["window"], steps),
+            windows=parse_windows("window", config["window"], steps),
             branches=tuple(one_of("branch", branch, BRANCHES) for branch in distinct("branch", config["branch"])),
             strengths=tuple(share("strength", value) for value in distinct("strength", config["strength"])),
         )
 
 
-def _windows(value: Any, steps: int) -> tuple[tuple[float, float], ...]:
+def parse_windows(key: str, value: Any, steps: int) -> tuple[tuple[float, float], ...]:
+    """Windows of steps, [start, end] or a list of such. Raises RequestError naming the key."""
     if not isinstance(value, list) or not value:
-        raise RequestError("window", f"must be [start, end], or a list of such; got {value!r}")
-    windows = distinct("window", value) if isinstance(value[0], list) else [value]
+        raise RequestError(key, f"must be [start, end], or a list of such; got {value!r}")
+    windows = distinct(key, value) if isinstance(value[0], list) else [value]
     found = []
     for window in windows:
         if not isinstance(window, list) or len(window) != 2:
-            raise RequestError("window", f"must be [start, end] in fractions of the steps; got {window!r}")
-        start, end = (share("window", side) for side in window)
+            raise RequestError(key, f"must be [start, end] in fractions of the steps; got {window!r}")
+        start, end = (share(key, side) for side in window)
         if start >= end:
-            raise RequestError("window", f"must have start < end; got {window!r}")
+            raise RequestError(key, f"must have start < end; got {window!r}")
         if not any(covers((start, end), step, steps) for step in range(steps)):
-            raise RequestError("window", f"{window!r} covers none of the {steps} steps; make it wider")
+            raise RequestError(key, f"{window!r} covers none of the {steps} steps; make it wider")
         found.append((start, end))
     return tuple(found)
 

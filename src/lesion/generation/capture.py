@@ -1,0 +1,204 @@
+"""Attention maps as a client of a denoising run: summed up while the images are made, call by call.
+
+What is held is one map an image, branch, layer and entry, however many steps there are; only `capture.reduce=each`,
+which asks for every step, holds every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesion.denoising.run import COND, UNCOND, Client, DenoiserCall, Denoising
+from lesion.models import Model
+from lesion.models.words import Words, words_of
+from lesion.store.maps import ImageMaps
+from lesion.study.capture import REST, SPECIAL, Capture
+from lesion.study.grid import Cell
+from lesion.study.lesions import Lesion, covers
+from lesion.surgery.attention import SiteCall, text_attention, watched
+
+_NUMBERS = {"cond": COND, "uncond": UNCOND}
+
+
+@dataclass
+class _Sums:
+    """total: (images, steps, heads, entries, image tokens). count: what it is the sum of, (images, steps, heads)."""
+
+    total: Tensor
+    count: Tensor
+
+
+class Capturing(Client):
+    """Keeps the attention maps of a batch of cells while it is generated.
+
+    capture: of `Capture.chosen`. After the run, `maps` has those of each cell.
+
+    Raises RuntimeError within the run where the text is not as long as the tokenizers make it, and of `maps` where a
+    layer was never called, so that no map is silently empty.
+    """
+
+    def __init__(self, model: Model, cells: Sequence[Cell], capture: Capture):
+        self.cells, self.capture = cells, capture
+        settings = cells[0].settings
+        texts = {"cond": [cell.prompt.text for cell in cells], "uncond": [settings.negative_prompt or ""] * len(cells)}
+        self.words = {
+            branch: [words_of(model.pipeline(settings.task), text, model.arguments) for text in texts[branch]]
+            for branch in capture.branches
+        }
+        self.entries = {branch: [self._entries(words) for words in self.words[branch]] for branch in self.words}
+        anatomy = text_attention(model.denoiser)
+        self.layer_of = {
+            site.path: layer.path
+            for layer in anatomy.layers
+            if layer.path in (capture.layers or ())
+            for site in layer.sites
+        }
+        self.sites = [anatomy.by_path[path] for path in self.layer_of]
+        self.dead = [self._dead(model, cell.lesion) for cell in cells]
+        self._start()
+
+    def _entries(self, words: Words) -> dict[str, list[int]]:
+        if self.capture.tokens == "all":
+            taken = {column for columns in words.columns.values() for column in columns} | set(words.special)
+            rest = [column for column in range(words.length) if column not in taken]
+            return {name: list(columns) for name, columns in words.columns.items()} | {
+                SPECIAL: list(words.special), REST: rest
+            }  # fmt: skip
+        return {name: [number] for number, name in enumerate([*words.columns, SPECIAL, REST])}
+
+    def _dead(self, model: Model, lesion: Lesion | None) -> dict[str, set[int] | None]:
+        """Sites of which a lesion leaves nothing, and which of their heads; None for all."""
+        found: dict[str, set[int] | None] = {}
+        if lesion is None or lesion.strength < 1:
+            return found
+        for path in (path for layer in lesion.layers for path in model.anatomy.sites[layer]):
+            attention, _, head = path.partition(".heads.")
+            if head and attention in self.layer_of:
+                found[attention] = {*(found.get(attention) or ()), int(head)}
+            else:
+                found |= dict.fromkeys(site for site in self.layer_of if f"{site}.".startswith(f"{path}."))
+        return found
+
+    def _start(self) -> None:
+        self._sums: dict[tuple[str, str], _Sums] = {}
+        self._merging: dict[tuple[str, torch.device], Tensor] = {}
+        self._living: dict[tuple[Any, ...], Tensor] = {}
+        self._slot: int | None = None  # of the present call among the steps kept; None if it is not kept
+        self._steps = 0
+
+    @contextmanager
+    def attached(self, run: Denoising) -> Iterator[None]:
+        """Watch the sites; what an earlier run of the same batch left is forgotten."""
+        self._start()
+        self._run = run
+        with watched(run.denoiser, self.sites, self._see):
+            yield
+
+    def before_call(self, run: Denoising, call: DenoiserCall) -> None:
+        kept = [any(covers(window, one, run.calls) for window in self.capture.steps) for one in range(run.calls)]
+        self._steps = sum(kept) if self.capture.steps_apart else 1
+        self._slot = (sum(kept[: run.call]) if self.capture.steps_apart else 0) if kept[run.call] else None
+
+    def after_call(self, run: Denoising, call: DenoiserCall) -> None:
+        self._slot = None
+
+    def _see(self, call: SiteCall) -> None:
+        if self._slot is None or self._run.is_aside:
+            return
+        of_rows = self._run.branches(len(call.args[0] if call.args else call.kwargs["hidden_states"])).tolist()
+        for branch in self.capture.branches:
+            first = of_rows.index(_NUMBERS[branch])
+            found = call.probabilities(slice(first, first + len(self.cells)))
+            self._add(branch, call.site.path, found)
+
+    def _add(self, branch: str, site: str, found: Tensor) -> None:
+        """found: (images, heads, image tokens, text tokens)."""
+        images, heads, _, length = found.shape
+        words = self.words[branch]
+        if length != words[0].length:
+            raise RuntimeError(
+                f"{site} reads {length} text tokens and the tokenizers make {words[0].length}: the words of its maps "
+                "cannot be told"
+            )
+        alive, whole = self._alive(branch, site, heads, found.device)
+        if self.capture.heads_apart:
+            found, count = found * alive[:, :, None, None], alive
+        else:
+            found = found if whole else found * alive[:, :, None, None]
+            found, count = found.sum(1, keepdim=True), alive.sum(1, keepdim=True)
+        if self.capture.tokens == "prompt":
+            found = found @ self._merged(branch, found.device)[:, None]
+        key, form = (branch, self.layer_of[site]), (images, self._steps, count.shape[1])
+        if key not in self._sums:
+            total = found.new_zeros(*form, found.shape[3], found.shape[2])
+            self._sums[key] = _Sums(total, found.new_zeros(form))
+        sums = self._sums[key]
+        sums.total[:, self._slot] += found.transpose(-1, -2)
+        sums.count[:, self._slot] += count
+
+    def _merged(self, branch: str, device: torch.device) -> Tensor:
+        """What adds text tokens up to entries, (images, text tokens, entries); images with fewer have empty ones."""
+        key = (branch, device)
+        if key not in self._merging:
+            words = self.words[branch]
+            most = max(len(one.columns) for one in words) + 2
+            weights = torch.zeros(len(words), words[0].length, most)
+            for image, one in enumerate(words):
+                weights[image, :, len(one.columns) + 1] = 1  # all that is nothing else
+                for number, columns in enumerate([*one.columns.values(), one.special]):
+                    weights[image, list(columns)] = 0
+                    weights[image, list(columns), number] = 1
+            self._merging[key] = weights.to(device)
+        return self._merging[key]
+
+    def _alive(self, branch: str, site: str, heads: int, device: torch.device) -> tuple[Tensor, bool]:
+        """Which heads of each image are used in the present call, (images, heads) of 0 and 1; whether all are."""
+        acting = tuple(self._acts(image, branch, site) for image in range(len(self.cells)))
+        key = (acting, site, heads, device)
+        if key not in self._living:
+            alive = torch.ones(len(self.cells), heads)
+            for image in (image for image, acts in enumerate(acting) if acts):
+                which = self.dead[image][site]
+                alive[image, slice(None) if which is None else sorted(which)] = 0
+            self._living[key] = alive.to(device)
+        return self._living[key], not any(acting)
+
+    def _acts(self, image: int, branch: str, site: str) -> bool:
+        """Whether an image's lesion takes anything of a site away in the present call."""
+        lesion = self.cells[image].lesion
+        if lesion is None or site not in self.dead[image]:
+            return False
+        return lesion.branch in ("both", branch) and covers(lesion.window, self._run.call, self._run.calls)
+
+    @property
+    def maps(self) -> list[ImageMaps]:
+        """Those of each cell, on the CPU."""
+        return [self._of(image) for image in range(len(self.cells))]
+
+    def _of(self, image: int) -> ImageMaps:
+        layers: dict[str, dict[str, Any]] = {branch: {} for branch in self.capture.branches}
+        for branch in self.capture.branches:
+            entries = sum(map(len, self.entries[branch][image].values()))
+            for layer in self.capture.layers or ():
+                sums = self._sums.get((branch, layer))
+                if sums is not None and bool(sums.count[image].any()):
+                    mean = sums.total[image, :, :, :entries] / sums.count[image][:, :, None, None]
+                    layers[branch][layer] = self._as_picture(mean).float().cpu()
+                elif not any(self.layer_of[site] == layer for site in self.dead[image]):
+                    raise RuntimeError(f"{layer} was never called, so it has no attention map")
+        return ImageMaps(layers, {branch: self.entries[branch][image] for branch in self.capture.branches})
+
+    def _as_picture(self, maps: Tensor) -> Tensor:
+        """(…, image tokens) -> (…, height, width): the two factors that are nearest to the image's proportions."""
+        settings, tokens = self.cells[0].settings, maps.shape[-1]
+        wanted = math.log(settings.height / settings.width)
+        heights = [side for side in range(1, tokens + 1) if tokens % side == 0]
+        height = min(heights, key=lambda side: abs(math.log(side * side / tokens) - wanted))
+        return maps.reshape(*maps.shape[:-1], height, tokens // height)
