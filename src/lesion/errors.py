@@ -40,6 +40,8 @@ class RequestError(Exception):
         """key: "" where the message names it already, as Hydra's do."""
         self.key = key
         text = " ".join(message.split())
+        if len(text) > 2 * _SHOWN:  # whoever sees it needs its two ends
+            text = f"{text[:_SHOWN]} […] {text[-_SHOWN:]}"
         super().__init__(visible(f"{key}: {text}" if key else text))
 
     def __reduce__(self) -> tuple[object, ...]:  # jobs may run in other processes

@@ -98,7 +98,7 @@ def test_names_in_code_and_in_conf_agree():
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "prompts" and name not in NEEDS])
 def test_prompt_sets(name):
     data = yaml.safe_load((CONF / "prompts" / f"{name}.yaml").read_text())
-    label, prompts = parse_prompts(data)
+    label, prompts, _ = parse_prompts(data)
     assert label == name
     assert name == "calibration" or all(prompt.aspects for prompt in prompts)
     if name != "natural":

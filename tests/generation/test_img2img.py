@@ -17,8 +17,9 @@ from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.study.grid import Cell
+from lesion.study.inits import with_inits
 from lesion.study.lesions import Lesion, Replacement
-from lesion.study.prompts import Prompt, parse_prompts, with_inits
+from lesion.study.prompts import Prompt, parse_prompts
 from lesion.surgery.operation import replacement_key
 
 SEEDS = (0, 7)
@@ -141,7 +142,7 @@ def test_init_images_that_cannot_be_used_are_refused(tmp_path):
 
 def test_a_prompt_file_may_name_init_images(tmp_path):
     (tmp_path / "p.csv").write_text(f"text,image\na cat,{tmp_path / 'one.png'}\na dog,\n")
-    _, prompts = parse_prompts({"path": str(tmp_path / "p.csv")})
+    _, prompts, _ = parse_prompts({"path": str(tmp_path / "p.csv")})
     assert [prompt.image for prompt in prompts] == [str(tmp_path / "one.png"), ""]
 
 

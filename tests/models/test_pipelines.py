@@ -19,8 +19,9 @@ from lesion.generation.snapshots import States, first_step
 from lesion.models import loading
 from lesion.replacements import Bench, build
 from lesion.study.grid import Cell
+from lesion.study.inits import with_inits
 from lesion.study.lesions import Lesion, Replacement
-from lesion.study.prompts import Prompt, with_inits
+from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import AnatomyError, examine
 from lesion.surgery.operation import replacement_key
 from pipelines import BUILDERS, side

@@ -1,19 +1,27 @@
-"""Prompts and init images are read as they are written, or refused with the line that is wrong."""
+"""Prompts are read as they are written, or refused with the line that is wrong."""
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
+import json
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from lesion.errors import RequestError
-from lesion.study.prompts import _read, parse_prompts, read_init, slug, slug_of_0_1, with_inits
+from lesion.study import prompt_files
+from lesion.study.inits import read_init
+from lesion.study.prompts import Prompt, parse_prompts, slug, slug_of_0_1
 
 BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines breaks, and no newline is
 
@@ -97,116 +105,273 @@ def test_rows_shorter_than_the_header_and_empty_columns_are_fine(tmp_path):
 def test_a_fifo_is_refused_at_once(tmp_path, ending):
     os.mkfifo(path := tmp_path / f"a{ending}")
     with pytest.raises((RequestError, ValueError), match="no regular file"):
-        read_init(path) if ending == ".png" else _read(path, "prompts.path")
-
-
-def pictures(folder: Path) -> dict[str, Path]:
-    """Files in modes and formats of every kind, each of which version 0.1 read right."""
-    noise = np.random.default_rng(0).integers(0, 256, (8, 6, 4), np.uint8)
-    rgba, made = Image.fromarray(noise), {}
-    palette = rgba.convert("RGB").quantize(16)
-    palette.info["transparency"] = 3
-    rgb = rgba.convert("RGB")
-    kinds = {"rgba.png": rgba, "p.png": palette, "rgb.webp": rgba, "cmyk.jpg": rgba.convert("CMYK")}
-    kinds |= {f"{mode}.png": rgba.convert(mode) for mode in ("1", "L", "LA")}
-    kinds |= {f"rgb.{ending}": rgb for ending in ("png", "jpg", "bmp", "tiff")}
-    for name, picture in kinds.items():
-        picture.save(folder / name)
-        made[name] = folder / name
-    return made
-
-
-def test_init_images_are_read_as_diffusers_reads_them_and_keep_their_identity(tmp_path):
-    import hashlib
-
-    from diffusers.utils import load_image
-
-    for name, path in pictures(tmp_path).items():
-        picture, digest = read_init(path)
-        assert picture.tobytes() == load_image(str(path)).tobytes(), name
-        assert digest == hashlib.sha256(path.read_bytes()).hexdigest(), name  # as version 0.1
-
-
-def test_an_orientation_turns_the_image_and_makes_another_identity(tmp_path):
-    import hashlib
-
-    from diffusers.utils import load_image
-
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8))
-    exif = Image.Exif()
-    for orientation in range(1, 9):
-        exif[0x0112] = orientation
-        for name in ("a.png", "a.jpg", "a.webp", "a.tiff"):
-            picture.save(path := tmp_path / name, exif=exif)
-            found, digest = read_init(path)
-            assert found.tobytes() == load_image(str(path)).tobytes(), (name, orientation)
-            assert found.size == ((6, 8) if orientation < 5 else (8, 6)), (name, orientation)
-            with Image.open(path) as then:
-                right = then.convert("RGB").tobytes() == found.tobytes()
-            assert (digest == hashlib.sha256(path.read_bytes()).hexdigest()) == right, (name, orientation)
-
-
-def test_16_bit_grey_is_scaled(tmp_path):
-    import hashlib
-
-    values = np.linspace(0, 65535, 48).reshape(8, 6).astype(np.uint16)
-    for name in ("a.png", "a.tiff"):
-        Image.fromarray(values).save(path := tmp_path / name)
-        picture, digest = read_init(path)
-        expected = np.round(values / 257).astype(np.uint8)
-        assert np.array_equal(np.asarray(picture), np.stack([expected] * 3, -1)), name
-        assert digest != hashlib.sha256(path.read_bytes()).hexdigest()
-    Image.fromarray(values.astype(np.float32)).save(tmp_path / "f.tiff")
-    with pytest.raises(ValueError, match="32 bits"):
-        read_init(tmp_path / "f.tiff")
-
-
-def test_other_formats_and_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.gif")
-    (tmp_path / "a.eps").rename(tmp_path / "eps.png")
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a program was started"))
-    for name in ("eps.png", "a.gif"):
-        with pytest.raises(ValueError, match="PNG, JPEG, WEBP, BMP, TIFF"):
-            read_init(tmp_path / name)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    for size in (60, 400):  # Pillow warns of the first and raises at the second
-        Image.new("1", (1, size)).save(tmp_path / "large.png")
-        with pytest.raises(ValueError, match="exceeds limit"):
-            read_init(tmp_path / "large.png")
-
-
-def test_a_column_image_lies_beside_its_file(tmp_path, monkeypatch):
-    sets = tmp_path / "sets"
-    sets.mkdir()
-    Image.new("RGB", (8, 8)).save(sets / "a.png")
-    (sets / "a.csv").write_text("text,image\na cat,a.png\n")
-    monkeypatch.chdir(tmp_path)
-    (prompt,) = with_inits(parse(Path("sets/a.csv")), None, "generation.init")
-    assert prompt.image == str(sets / "a.png")
-
-
-def test_a_folder_of_init_images_may_have_the_ids_of_version_0_1(tmp_path):
-    prompts = parse_prompts({"items": ["a cat", "a dog"]})[1]
-    for name in (slug("a cat"), slug_of_0_1("a dog")):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    assert [Path(p.image).stem for p in with_inits(prompts, str(tmp_path), "generation.init")] == [
-        slug("a cat"),
-        slug_of_0_1("a dog"),
-    ]
+        read_init(path) if ending == ".png" else parse(path)
 
 
 def test_files_are_read_as_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "a.txt").write_text("ein Bär\n", encoding="utf-8")
     code = (
-        "import sys; from pathlib import Path; from lesion.study.prompts import _read; "
-        "print(ascii(_read(Path(sys.argv[1]), 'k')))"
+        "import sys; from lesion.study.prompts import parse_prompts; "
+        "print(ascii(parse_prompts({'path': sys.argv[1]})[1][0].text))"
     )
     env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.txt")], env=env, capture_output=True, text=True, check=True
     )
-    assert done.stdout == "['ein B\\xe4r']\n"
+    assert done.stdout == "'ein B\\xe4r'\n"
     command = [sys.executable, "-m", "lesion.cli.study", "tracker=红"]  # starts over in UTF-8 mode
     done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 2 and done.stderr.startswith("lesion: ") and "红" in done.stderr
+
+
+ROWS = [("a cat", "animal", "c1"), ('a "red" dog, happy', "animal", "c2"), ("two birds", "count", "c3")]
+
+
+def tables() -> dict[str, bytes]:
+    """The same three prompts as each format publishes them, by the name of its file."""
+    out = io.StringIO()
+    csv.writer(out).writerows([("Prompts", "Category", "ID"), *ROWS])
+    objects = [dict(zip(("prompt", "tag", "id"), row, strict=True)) for row in ROWS]
+    columns = {
+        "caption": [row[0] for row in ROWS],
+        "category": [row[1] for row in ROWS],
+        "id": [row[2] for row in ROWS],
+    }
+    packed = io.BytesIO()
+    pq.write_table(pa.table({**columns, "picture": [b"\xff"] * 3}), packed)
+    return {
+        "a.csv": b"\xef\xbb\xbf" + out.getvalue().encode(),
+        "a.tsv": "\n".join("\t".join(row) for row in [("Prompt", "Challenge", "Id"), *ROWS]).encode(),
+        "a.jsonl": "\n".join(map(json.dumps, objects)).encode(),
+        "a.json": json.dumps(
+            [{"id": o["id"], "caption": o["prompt"], "element_type": o["tag"]} for o in objects]
+        ).encode(),
+        "a.parquet": packed.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_format_gives_the_same_prompts(tmp_path, packed):
+    expected = [Prompt(text, (tag,), name) for text, tag, name in ROWS]
+    for name, content in tables().items():
+        path = tmp_path / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(content) if packed else content)
+        found = parse_prompts({"path": str(path)})
+        assert (found.name, list(found.prompts)) == ("a", expected), name
+        assert len(found.notes) == 1 and "texts from" in found.notes[0], found.notes
+        odd = tmp_path / "odd"
+        odd.write_bytes(content)
+        assert list(parse_prompts({"path": str(odd), "format": name[2:]}).prompts) == expected
+    for name, content in {
+        "t.json": b'["a cat", "a dog"]',
+        "t.txt": b"a cat\r\n\r\n a dog\n",
+        "T.TXT": b"a cat\na dog",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert [prompt.text for prompt in parse(tmp_path / name)] == ["a cat", "a dog"], name
+        assert parse_prompts({"path": str(tmp_path / name)}).notes == ()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("b 1.txt", "a.txt", ".hidden.txt", "README.md"):
+        (folder / name).write_text(f"text of {name}\n")
+    assert [(prompt.id, prompt.text) for prompt in parse(folder)] == [
+        ("a", "text of a.txt"),
+        ("b-1", "text of b 1.txt"),
+    ]
+
+
+def test_quotes_of_a_tsv_belong_to_the_text_unless_a_program_put_them_there(tmp_path):
+    texts = ['"Fly" on a wall', 'the words "Fly"', '"all of it"', 'say ""', "plain"]
+    pd.DataFrame({"prompt": texts}).to_csv(tmp_path / "a.tsv", sep="\t", index=False)  # quotes where it must
+    assert [prompt.text for prompt in parse(tmp_path / "a.tsv")] == texts
+    pd.DataFrame({"prompt": texts}).to_csv(tmp_path / "a.tsv", sep="\t", index=False, quoting=csv.QUOTE_ALL)
+    assert [prompt.text for prompt in parse(tmp_path / "a.tsv")] == texts
+    (tmp_path / "a.tsv").write_text("\n".join(["Prompt", *texts]))  # as published sets are, without any
+    assert [prompt.text for prompt in parse(tmp_path / "a.tsv")] == texts
+
+
+def chosen(path: Path, **options):
+    return parse_prompts({"path": str(path), **options})
+
+
+def test_columns_are_named_or_guessed_and_what_was_guessed_is_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("Prompt,Name,Category,Challenge,Note\na cat,x,animal,basic,hm\na dog,y,animal;fur,,hm\n")
+    found = chosen(path)
+    assert found.prompts[0] == Prompt("a cat", ("animal", "basic"), slug("a cat"))
+    assert found.prompts[1].aspects == ("animal", "fur")
+    assert found.notes == ("prompts of a: texts from `Prompt`; aspects from `Category`, `Challenge`",)
+    found = chosen(path, column="note", id_column="NAME", aspects_column=["Challenge"], limit=1)
+    assert found == ("a", (Prompt("hm", ("basic",), "x"),), ())
+    assert [prompt.aspects for prompt in chosen(path, aspects_column=[]).prompts] == [(), ()]
+    assert chosen(path, aspects_column="Note").prompts[0].aspects == ("hm",)
+    for options, words in {
+        "column": ("prompts.column: ", "'nonesuch'", "`Prompt`, `Name`"),
+        "id_column": ("prompts.id_column: ", "`Note`"),
+        "aspects_column": ("prompts.aspects_column: ", "`Note`"),
+    }.items():
+        with pytest.raises(RequestError) as refused:
+            chosen(path, **{options: "nonesuch"})
+        assert all(word in str(refused.value) for word in words), refused.value
+    path.write_text("text,prompt,id,category\na cat,a cat,1,3\na dog,,2,4\n")
+    assert [(p.text, p.id, p.aspects) for p in parse(path)] == [("a cat", "1", ("3",)), ("a dog", "2", ("4",))]
+    path.write_text("text,prompt,id\na cat,a cat,1\na dog,a cow,2\n")
+    with pytest.raises(RequestError, match=r"prompts\.path: columns `text`, `prompt` differ in row 2; name one by"):
+        parse(path)
+    assert [prompt.text for prompt in chosen(path, column="prompt").prompts] == ["a cat", "a cow"]
+
+
+def test_a_text_that_comes_again_counts_once_unless_its_id_is_another(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a cat\na dog\na cat\na cat\n")
+    found = parse_prompts({"path": str(path)})
+    assert [prompt.text for prompt in found.prompts] == ["a cat", "a dog"]
+    assert found.notes == ("prompts of a: 2 of its rows repeat an earlier prompt and are left out",)
+    path = tmp_path / "a.csv"
+    path.write_text("id,prompt\n1,a cat\n2,a cat\n2,a cat\n,a cat\n")
+    assert [(p.id, p.text) for p in parse(path)] == [("1", "a cat"), ("2", "a cat"), (slug("a cat"), "a cat")]
+    path.write_text("id,prompt\n1,a cat\n1,a dog\n")
+    with pytest.raises(RequestError, match="id '1' is given twice"):
+        parse(path)
+    twice = [{"text": "a cat", "id": "x"}, {"text": "a cat", "id": "y"}]
+    assert len(parse_prompts({"items": twice}).prompts) == 2
+    with pytest.raises(RequestError, match="text 'a cat' is given twice"):
+        parse_prompts({"items": ["a cat", "a cat"]})
+
+
+def test_limit_sample_and_condition(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [(number, f"prompt {number}", "odd" if number % 2 else "even") for number in range(100)]
+    path.write_text("n,Prompt,Parity of it\n" + "".join(f"{n},{text},{parity}\n" for n, text, parity in rows))
+    texts = lambda **options: [prompt.text for prompt in chosen(path, **options).prompts]  # noqa: E731
+    assert texts(limit=3) == ["prompt 0", "prompt 1", "prompt 2"]
+    assert len(texts(limit=1000)) == 100
+    small, large = texts(sample=10), texts(sample=30)
+    assert small == texts(sample=10) and set(small) < set(large) and len(large) == 30
+    assert large == sorted(large, key=lambda text: int(text.split()[1]))
+    assert small != texts(sample=10, sample_seed=1)
+    assert texts(sample=30, limit=5) == large[:5]
+    counts = Counter(text for seed in range(200) for text in texts(sample=10, sample_seed=seed))
+    assert len(counts) == 100 and max(counts.values()) < 45  # 20 expected; a binomial's 1 - 1e-6 quantile is 42
+    assert texts(where="n > 97") == ["prompt 98", "prompt 99"]
+    assert texts(where="`Parity of it` == 'odd' and n < 4") == ["prompt 1", "prompt 3"]
+    assert texts(where="Prompt.str.endswith('7')", limit=2) == ["prompt 7", "prompt 17"]
+    assert [p.text for p in parse_prompts({"items": ["a cat", "a dog"], "where": "text == 'a dog'"}).prompts] == [
+        "a dog"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"limit": 0}, ["prompts.limit: ", "from 1"]),
+        ({"sample": 3}, ["prompts.sample: ", "from 1 to 2"]),
+        ({"sample": True}, ["prompts.sample: "]),
+        ({"sample_seed": -1}, ["prompts.sample_seed: ", "from 0"]),
+        ({"format": "xls"}, ["prompts.format: ", "csv, tsv"]),
+        ({"colum": "x"}, ["prompts.colum: ", "column"]),
+        ({"aspects_column": 3}, ["prompts.aspects_column: "]),
+        ({"where": "Categry == 'x'"}, ["prompts.where: ", "Categry", "`Category`"]),
+        ({"where": "Category = 'x'"}, ["prompts.where: "]),
+        ({"where": "Category =="}, ["prompts.where: "]),
+        ({"where": "Category"}, ["prompts.where: ", "no condition"]),
+        ({"where": "1 == 1"}, ["prompts.where: ", "no condition"]),
+        ({"where": "Category == 'z'"}, ["prompts.path: ", "no prompt is left by prompts.where"]),
+        ({"where": "Category.to_csv('written')"}, ["prompts.where: ", "'to_csv'"]),
+        ({"where": "Category.str.__class__ == 3"}, ["prompts.where: ", "__class__"]),
+        ({"where": "@pd.DataFrame"}, ["prompts.where: "]),
+        ({"where": "Category." + "x" * 50_000}, ["prompts.where: "]),
+        ({"where": "("}, ["prompts.where: "]),
+    ],
+)
+def test_wrong_options_of_a_set_are_refused(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("Prompt,Category\na cat,x\na dog,y\n")
+    with pytest.raises(RequestError) as refused:
+        chosen(tmp_path / "a.csv", **options)
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert len(str(refused.value)) < 600
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_huge_files_and_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_files, "LARGEST", 1 << 20)
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no disk
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"a\n" * (1 << 20)))
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"a\n" * 1000)[:-9])
+    for name, words in {"huge.txt": "more than 1 MiB", "bomb.txt.gz": "more than 1 MiB", "torn.txt.gz": "gzip"}.items():
+        with pytest.raises(RequestError, match=words):
+            parse(tmp_path / name)
+    for name, content in {
+        "a.txt": "x" * 10_001,
+        "a.csv": "text\n" + "x" * 200_000,
+        "a.jsonl": json.dumps({"text": "a", "aspects": "x" * 10_001}),
+        "b.jsonl": json.dumps({"text": "a", "id": {"x": 1}}),
+        "c.jsonl": '{"text": ' + "[" * 900 + "]" * 900 + "}",
+    }.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RequestError) as refused:
+            parse(tmp_path / name)
+        assert len(str(refused.value)) < 500, name
+    monkeypatch.setattr(prompt_files, "MOST", 3)
+    (tmp_path / "many.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(RequestError, match="more than 3 prompts"):
+        parse(tmp_path / "many.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nonesuch.csv", "no such file"),
+        ("a.xlsx", "unknown ending"),
+        ("/dev/zero", "no regular file"),
+        ("empty", "no .txt file"),
+        ("two", "2 lines"),
+        ("a.json", "list of texts or of objects"),
+        ("lines.json", "an object a line is .jsonl"),
+        ("a.parquet", "no valid Parquet"),
+        ("x" * 300 + ".txt", "too long"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    for file, content in {
+        "a.xlsx": "PK",
+        "a.json": '{"a": 1}',
+        "lines.json": '{"text": "a"}\n{"text": "b"}',
+        "a.parquet": "PAR1",
+    }.items():
+        (tmp_path / file).write_text(content)
+    for folder in ("empty", "two"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "two" / "a.txt").write_text("a cat\na dog\n")
+    with pytest.raises(RequestError, match=words) as refused:
+        parse(Path(name))
+    assert str(refused.value).startswith("prompts.path: ")
+
+
+def test_standard_input_is_read_once_a_process(monkeypatch):
+    prompt_files._piped.cache_clear()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"prompt,tag\na cat,x\n")))
+    for _ in range(2):
+        assert parse_prompts({"path": "-", "format": "csv"}) == (
+            "stdin",
+            (Prompt("a cat", ("x",), slug("a cat")),),
+            ("prompts of stdin: texts from `prompt`; aspects from `tag`",),
+        )
+    prompt_files._piped.cache_clear()
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(RequestError, match="nothing is piped"):
+        parse_prompts({"path": "-"})
+
+
+def test_many_prompts_load_in_time(tmp_path):
+    lines = [
+        f"{number},a photo of {number} animals in front of a white house and a tree,kind {number % 7}"
+        for number in range(20_000)
+    ]
+    (tmp_path / "a.csv").write_text("id,prompt,category\n" + "\n".join(lines))
+    start = time.process_time()
+    assert len(parse(tmp_path / "a.csv")) == 20_000
+    assert time.process_time() - start < 1.5  # 200,000 in 5 s are 0.5 s; three times that, for a machine that is busy

@@ -365,7 +365,7 @@ def test_rows_name_the_layer_and_its_depth():
 def test_prompt_files(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content)
-    label, prompts = parse_prompts({"path": str(path)})
+    label, prompts, _ = parse_prompts({"path": str(path)})
     assert label == "p"
     assert [prompt.text for prompt in prompts] == ["a cat", "a dog, happy"]
     assert prompts[0].aspects == (() if name == "p.txt" else ("colour", "count"))
@@ -376,7 +376,6 @@ def test_prompt_files(tmp_path, name, content):
     ("name", "content", "message"),
     [
         ("p.txt", "\n \n", "is empty"),
-        ("p.txt", "a\na\n", "'a' is given twice"),
         ("p.csv", "words\na cat\n", "no `text`"),
         ("p.jsonl", '{"text": "a"}\n{"text"\n', "line 2 is no valid JSON"),
         ("p.jsonl", "3\n", "a prompt is a text or a mapping"),

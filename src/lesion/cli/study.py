@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lesion.cli import in_utf8, is_from, keep_traceback, say, unforeseen
 from lesion.config.compose import one_line, plain
-from lesion.config.overrides import prepared
+from lesion.config.overrides import prepared, split
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
 
@@ -194,25 +194,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _check_groups(arguments: list[str]) -> None:
-    """Refuse a group's choice that is no name: Hydra raises an error of its own that does not say which."""
-    for argument in arguments:
-        key, given, _ = argument.lstrip("+").partition("=")
-        folder = conf_dir() / key.partition("@")[0]
-        if not given or key.startswith((".", "/", "-")) or not key or not folder.is_dir():
-            continue
-        (override,) = OverridesParser.create().parse_overrides([argument])
-        if override.is_sweep_override():
-            continue
-        value = override.value()
-        for name in value if isinstance(value, list) else [value]:
-            if not isinstance(name, str) and (name is not None or isinstance(value, list)):
-                allowed = sorted(path.stem for path in folder.glob("[!_]*.yaml"))
-                raise RequestError(
-                    key, f"must be a name or a list of names; got {name!r}; allowed: {', '.join(allowed)}"
-                )
-
-
 def main() -> None:
     in_utf8()
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -226,9 +207,9 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
-    sys.argv[1:] = prepared(sys.argv[1:])
     try:
-        _check_groups(sys.argv[1:])
+        flags, overrides = split(sys.argv[1:])
+        sys.argv[1:] = [*flags, *prepared(overrides)]
         job()
     except StudyFailed as failure:
         report_sweep()

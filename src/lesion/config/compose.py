@@ -19,7 +19,6 @@ from hydra import compose as _compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
@@ -27,11 +26,9 @@ from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.config.overrides import prepared
+from lesion.config.overrides import CHOSEN, prepared, quoted
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError
-
-CHOSEN = ("selection", "replacement")  # groups of which several are chosen, each with options of its own
 
 
 def one_line(error: BaseException) -> str:
@@ -125,8 +122,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, PathLike):
         value = fspath(value)
     if isinstance(value, str):
-        value = value.replace("${", "\\${")  # a text, no interpolation
-        return str(QuotedString(text=value, quote=Quote.single).with_quotes())
+        return quoted(value)
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{_name(key, name)}:{_text(key, part)}" for name, part in value.items()) + "}"
     if isinstance(value, Sequence | range | set | frozenset) and not isinstance(value, bytes | bytearray):

@@ -36,6 +36,7 @@ class Request:
     options). settings: without what `survey` finds out of the model. budget: None for the whole grid. device: cpu, cuda
     or cuda:N. derived: which settings the model said, and where, in words; "" if the request said all.
     capture: which attention maps are kept; None for none.
+    notes: what was guessed or left out of the prompts, in sentences.
     """
 
     model: ModelSpec
@@ -54,6 +55,7 @@ class Request:
     dry_run: bool
     derived: str = ""
     capture: Capture | None = None
+    notes: tuple[str, ...] = ()
 
     def described_replacements(self) -> tuple[Replacement, ...]:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
@@ -94,10 +96,10 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         replacements.describe(name, options)
         replacements.check(name, layers.kind, axes.branches, layers.by)
         replacements.check_model(name, model)
-    _, prompts = parse_prompts(data["prompts"])
+    prompts = parse_prompts(data["prompts"])
     return Request(
         model=model,
-        prompts=task.prompts(prompts, generation["init"]),
+        prompts=task.prompts(prompts.prompts, generation["init"]),
         seeds=parse_seeds(data["seeds"] if isinstance(data["seeds"], list) else [data["seeds"]]),
         layers=layers,
         axes=axes,
@@ -112,6 +114,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         dry_run=data["dry_run"],
         derived=derived,
         capture=capture,
+        notes=prompts.notes,
     )
 
 

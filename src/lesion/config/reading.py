@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lesion.config.schema import LesionConf
 from lesion.errors import RequestError
+from lesion.study.prompt_files import STDIN
 
 NAMED = ("selection", "replacement")  # names and their options; these are checked where they are used
 FREE = ("tracker", "model.arguments")  # so are the keys of these
@@ -104,7 +106,7 @@ def _absolute(data: dict[str, Any], start: Path) -> dict[str, Any]:
         for name in above:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and isinstance(value := inner.get(last), str) and value:
-            inner[last] = _path(value, start, always=key in PATHS)
+            inner[last] = value if value == STDIN else _path(value, start, always=key in PATHS)
     for lora in data["model"].get("loras") or []:
         if isinstance(lora, dict) and isinstance(lora.get("path"), str):
             lora["path"] = _path(lora["path"], start)
@@ -119,15 +121,19 @@ def _absolute(data: dict[str, Any], start: Path) -> dict[str, Any]:
         calibration = options.get("calibration") if isinstance(options, dict) else None
         if isinstance(calibration, dict) and isinstance(prompts := calibration.get("prompts"), dict):
             sets.append(prompts)
-            if isinstance(prompts.get("path"), str):
+            if isinstance(prompts.get("path"), str) and prompts["path"] != STDIN:
                 prompts["path"] = _path(prompts["path"], start, always=True)
     for given in sets:
-        for item in (given.get("items") or []) if isinstance(given, dict) else []:
+        items = given.get("items") if isinstance(given, dict) else None
+        for item in items if isinstance(items, list) else []:
             if isinstance(item, dict) and isinstance(item.get("image"), str) and item["image"]:
                 item["image"] = _path(item["image"], start, always=True)
     return data
 
 
 def _path(value: str, start: Path, always: bool = False) -> str:
-    path = start / Path(value).expanduser()
+    path = Path(value)
+    with suppress(RuntimeError):  # of a user that there is not: the name as it stands
+        path = path.expanduser()
+    path = start / path
     return str(path) if always or (value != "embedded" and path.exists()) else value

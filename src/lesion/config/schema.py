@@ -48,6 +48,14 @@ class PromptsConf:
     name: str = MISSING
     items: list[Any] = field(default_factory=list)
     path: str | None = None
+    format: str | None = None
+    column: str | None = None
+    id_column: str | None = None
+    aspects_column: Any = None
+    where: str | None = None
+    sample: int | None = None
+    sample_seed: int = 0
+    limit: int | None = None
 
 
 @dataclass

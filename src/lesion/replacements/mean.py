@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from lesion.errors import RequestError
-from lesion.study.prompts import Prompt, parse_prompts, parse_seeds, with_inits
+from lesion.study.inits import with_inits
+from lesion.study.prompts import Prompt, parse_prompts, parse_seeds
 from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], t
     given = options.get("calibration")
     if not isinstance(given, Mapping) or not {"prompts", "seeds"} >= set(given):
         raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
-    name, prompts = parse_prompts(given.get("prompts"), f"{key}.prompts")
+    name, prompts, _ = parse_prompts(given.get("prompts"), f"{key}.prompts")
     if "init" in options:  # the study is one of img2img
         prompts = with_inits(prompts, options["init"], f"{key}.prompts")
     seeds = given.get("seeds")

@@ -189,6 +189,8 @@ def complete(
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
 
+    for note in request.notes:
+        log.info(visible(note))
     rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
     maps = maps_of(request, source)
@@ -278,6 +280,7 @@ def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store,
         f"  each of {settings.height} x {settings.width} pixels (height x width), {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {settings.scheduler}",
         *([f"  not given: {request.derived}"] if request.derived else []),
+        *(f"  {note}" for note in request.notes),
         *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",

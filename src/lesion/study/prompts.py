@@ -1,28 +1,27 @@
-"""Sets of prompts and seeds: from the config or from a .txt, .csv or .jsonl file."""
+"""Sets of prompts and seeds: from the config, or from a file (`prompt_files`, `prompt_columns`)."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageOps, UnidentifiedImageError
+from typing import Any, NamedTuple
 
 from lesion.errors import RequestError
+from lesion.study import prompt_columns, prompt_files
 
-ENDINGS = (".txt", ".csv", ".jsonl")
 FIELDS = ("text", "aspects", "id", "image")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # of init images; others may start programs (.eps: Ghostscript)
-MENDED = b"\0read 2"  # told apart from what version 0.1 made of the same file
+_FIELDS = set(FIELDS)
+OPTIONS = ("name", "items", "path", "format", "column", "id_column", "aspects_column")
+PICKS = ("where", "sample", "sample_seed", "limit")  # which of a set's prompts count
 LONGEST_ID = 80, 255  # characters, and bytes in UTF-8: the id names a folder
+LONGEST_TEXT = 10_000  # characters; encoders see some hundred tokens, and tokenizers of very long lines abort
+_PLAIN_ID = re.compile("[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Prompt:
     """What the model is asked.
 
     aspects: tags such as colour, shape, count. id: a readable, unique slug. image, digest: of img2img the path of the
-    init image and its identity, see `read_init`.
+    init image and its identity, see `inits.read_init`.
     """
 
     text: str
@@ -42,8 +41,11 @@ class Prompt:
 
 def slug(text: str) -> str:
     """A file-name-safe name for any text, the same wherever it is computed: words in any script, then 16 hex digits."""
-    spelled = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-    words = re.sub("-+", "-", "".join(letter if _in_word(letter) else "-" for letter in spelled))
+    if text.isascii():
+        words = re.sub("[^a-z0-9]+", "-", text.lower())
+    else:
+        spelled = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+        words = re.sub("-+", "-", spelled.translate(_WORDS))
     return f"{words.strip('-')[:32].strip('-') or 'prompt'}-{hashlib.sha256(_utf8(text)).hexdigest()[:16]}"
 
 
@@ -60,6 +62,17 @@ def _utf8(text: str) -> bytes:
 def _in_word(letter: str) -> bool:
     """Letters and digits of every script, with the marks that some scripts write as characters of their own."""
     return unicodedata.category(letter)[0] in "LMN"
+
+
+class _Words(dict[int, int | str]):
+    """For `str.translate`: letters of words stay, anything else becomes a hyphen. Each letter is looked at once."""
+
+    def __missing__(self, code: int) -> int | str:
+        self[code] = found = code if _in_word(chr(code)) else "-"
+        return found
+
+
+_WORDS = _Words()
 
 
 def parse_seeds(seeds: list[Any], key: str = "seeds") -> tuple[int, ...]:
@@ -80,57 +93,191 @@ def repeated(values: Iterable[Any]) -> Any:
     return next(([value] for value in values if value in seen or seen.add(value)), [])  # type: ignore[func-returns-value]
 
 
-def parse_prompts(given: Any, key: str = "prompts") -> tuple[str, tuple[Prompt, ...]]:
-    """Name and prompts of a set: a mapping with `items` (texts, or mappings of text, aspects, id) or `path`.
+class PromptSet(NamedTuple):
+    """A set of prompts. notes: sentences on what was guessed or left out, for whoever runs the study."""
 
-    Raises RequestError for an empty set, an unreadable file, an unknown field or a prompt given twice.
+    name: str
+    prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
+
+
+def parse_prompts(given: Any, key: str = "prompts") -> PromptSet:
+    """A set of prompts: a mapping with `items` (texts, or mappings of `FIELDS`) or `path`, and `PICKS`.
+
+    Prompts are told apart by their ids: a file's text that comes again with no id or the same one counts once.
+
+    Raises RequestError for an empty set, an unreadable file, an unknown field or option, an id of two texts, and a text
+    that `items` give twice.
     """
     if not isinstance(given, Mapping):
         raise RequestError(key, "needs a set of prompts (see conf/prompts)")
-    path = given.get("path")
-    if path:
-        name, entries = Path(path).stem, list(_read(Path(path), f"{key}.path"))
-        key = f"{key}.path"
-    else:
-        name, entries = str(given.get("name") or "prompts"), list(given.get("items") or [])
-    prompts = tuple(_prompt(entry, key) for entry in entries)
+    if unknown := [name for name in given if name not in OPTIONS + PICKS]:
+        raise RequestError(f"{key}.{unknown[0]}", f"there is no such key; allowed: {', '.join(OPTIONS + PICKS)}")
+    picks = _Picks(
+        _text_or_none(given, "where", key),
+        _whole(given, "sample", key, 1),
+        _whole(given, "sample_seed", key, 0) or 0,
+        _whole(given, "limit", key, 1),
+    )
+    if path := _text_or_none(given, "path", key):
+        content = prompt_files.content(path, f"{key}.path", _text_or_none(given, "format", key))
+        names = _text_or_none(given, "column", key), _text_or_none(given, "id_column", key)
+        aspects = _names(given.get("aspects_column"), f"{key}.aspects_column")
+        return _of_file(content, key, path, names, aspects, picks)
+    if asked := [name for name in ("format", "column", "id_column", "aspects_column") if given.get(name)]:
+        raise RequestError(f"{key}.{asked[0]}", f"is for files ({key}.path); allowed here: null")
+    items = given.get("items") or []
+    if not isinstance(items, list | tuple):
+        raise RequestError(f"{key}.items", f"is a list of prompts; got {_shown(items)}")
+    if picks.where:
+        items = prompt_columns.fulfil(items, picks.where, f"{key}.where")
+    name = str(given.get("name") or "prompts")
+    return PromptSet(name, tuple(_picked(iter(items), picks, name, key, key, once=True)[0]))
+
+
+@dataclass(frozen=True)
+class _Picks:
+    where: str | None
+    sample: int | None
+    sample_seed: int
+    limit: int | None
+
+
+@lru_cache(maxsize=2)
+def _of_file(
+    content: prompt_files.Content,
+    key: str,
+    path: str,
+    names: tuple[str | None, str | None],
+    aspects: tuple[str, ...] | None,
+    picks: _Picks,
+) -> PromptSet:
+    """A set from a file, remembered by what it holds: it is asked for when a request is checked and when it is run."""
+    rows = prompt_files.parsed(content, f"{key}.path")
+    columns = prompt_columns.find(rows, key, *names, aspects)
+    notes = [columns.guessed] if columns.guessed else []
+    if picks.where:
+        rows = prompt_columns.fulfil(rows, picks.where, f"{key}.where")
+    name = prompt_files.label(path)
+    entries = prompt_columns.entries(rows, columns, key, Path(path).expanduser().parent)
+    prompts, repeats = _picked(entries, picks, name, key, f"{key}.path")
+    if repeats:
+        notes.append(f"{repeats} of its rows repeat an earlier prompt and are left out")
+    return PromptSet(name, tuple(prompts), tuple(f"prompts of {name}: {note}" for note in notes))
+
+
+def _picked(
+    entries: Iterator[Any], picks: _Picks, name: str, key: str, where_from: str, once: bool = False
+) -> tuple[list[Prompt], int]:
+    """The prompts that count, and how many entries repeat one."""
+    prompts, repeats = _different(entries, where_from, None if picks.sample else picks.limit, once)
     if not prompts:
-        raise RequestError(key, f"the set {name!r} is empty; needs at least one prompt")
-    for field in ("text", "id"):
-        if twice := repeated(getattr(prompt, field) for prompt in prompts):
-            raise RequestError(key, f"{field} {twice[0][:80]!r} is given twice; give each prompt once")
-    return name, prompts
+        why = f"of the set {name!r} no prompt is left by {key}.where" if picks.where else f"the set {name!r} is empty"
+        raise RequestError(where_from, f"{why}; needs at least one prompt")
+    if picks.sample and picks.sample > len(prompts):
+        there = len(prompts)
+        raise RequestError(f"{key}.sample", f"must be a whole number from 1 to {there}, the prompts there are")
+    if picks.sample:
+        prompts = _sampled(prompts, picks.sample, picks.sample_seed)[: picks.limit]
+    return prompts, repeats
+
+
+def _names(value: Any, key: str) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        value = [value] if value else []
+    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):
+        raise RequestError(key, f"must be null, a name, or a list of names; got {_shown(value)}")
+    return None if value is None else tuple(value)
+
+
+def _text_or_none(given: Mapping[str, Any], name: str, key: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"{key}.{name}", f"must be a text or null; got {_shown(value)}")
+    return value
+
+
+def _whole(given: Mapping[str, Any], name: str, key: str, low: int) -> int | None:
+    value = given.get(name)
+    if value is not None and (type(value) is not int or not low <= value < 2**63):
+        raise RequestError(
+            f"{key}.{name}", f"must be null or a whole number from {low} to 2^63 - 1; got {_shown(value)}"
+        )
+    return value
+
+
+def _different(entries: Iterable[Any], key: str, limit: int | None, once: bool) -> tuple[list[Prompt], int]:
+    """The first `limit` different prompts, and how many entries before that repeat one. once: a repeat is refused."""
+    found: dict[str, Prompt] = {}
+    repeats = 0
+    for number, entry in enumerate(entries, 1):
+        if len(found) == limit:
+            break
+        try:
+            prompt = _prompt(entry, key)
+        except RequestError as error:
+            raise RequestError(key, f"prompt {number}: {str(error).removeprefix(f'{key}: ')}") from None
+        same = found.setdefault(prompt.id, prompt)
+        if same is prompt:
+            continue
+        if once or (same.text, same.image) != (prompt.text, prompt.image):
+            field = "text" if same.text == prompt.text else "id"
+            raise RequestError(key, f"{field} {getattr(prompt, field)[:80]!r} is given twice; give each prompt once")
+        repeats += 1
+    return list(found.values()), repeats
+
+
+def _sampled(prompts: Sequence[Prompt], number: int, seed: int) -> list[Prompt]:
+    """So many prompts drawn at random, in their order. A larger sample of one seed holds each smaller one."""
+    dice = [hashlib.sha256(f"{seed}\n{prompt.id}".encode()).digest() for prompt in prompts]
+    drawn = set(sorted(range(len(prompts)), key=dice.__getitem__)[:number])
+    return [prompt for place, prompt in enumerate(prompts) if place in drawn]
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: neither long nor too deep to be spelled."""
+    try:
+        return repr(value)[:80]
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
 
 
 def _prompt(entry: Any, key: str) -> Prompt:
     if isinstance(entry, str):
         entry = {"text": entry}
-    if not isinstance(entry, Mapping):
-        raise RequestError(key, f"a prompt is a text or a mapping of {', '.join(FIELDS)}; got {entry!r}")
-    if unknown := [name for name in entry if name not in FIELDS]:
+    if not isinstance(entry, dict | Mapping):
+        raise RequestError(key, f"a prompt is a text or a mapping of {', '.join(FIELDS)}; got {_shown(entry)}")
+    if not entry.keys() <= _FIELDS:
+        unknown = [name for name in entry if name not in FIELDS]
         raise RequestError(key, f"unknown field {unknown[0]!r}; allowed: {', '.join(FIELDS)}")
     text = entry.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(key, f"a prompt needs a non-empty text; got {text!r}")
+        raise RequestError(key, f"a prompt needs a non-empty text; got {_shown(text)}")
     _check_text(text, "prompt", key)
     aspects = entry.get("aspects") or ()
     if isinstance(aspects, str):
-        aspects = [tag.strip() for tag in re.split(r"[,;|]", aspects) if tag.strip()]
+        aspects = prompt_columns.split_tags(aspects)
     if not isinstance(aspects, list | tuple) or not all(isinstance(tag, str) for tag in aspects):
-        raise RequestError(key, f"aspects are a list of tags, or one text with ; between them; got {aspects!r}")
+        raise RequestError(key, f"aspects are a list of tags, or one text with ; between them; got {_shown(aspects)}")
     for tag in aspects:
         _check_text(tag, "aspect", key)
     image = entry.get("image") or ""
-    if not isinstance(image, str):
-        raise RequestError(key, f"image is the path of an init image; got {image!r}")
-    _check_text(image, "image", key)
+    if image and not isinstance(image, str):
+        raise RequestError(key, f"image is the path of an init image; got {_shown(image)}")
+    if image:
+        _check_text(image, "image", key)
     return Prompt(text, tuple(aspects), _id(entry.get("id"), text, key), image)
 
 
 def _id(given: Any, text: str, key: str) -> str:
     if given is None or given == "":
         return slug(text)
-    name = unicodedata.normalize("NFC", str(given))
+    if not isinstance(given, str | int | float):
+        raise RequestError(key, f"a prompt id is a text or a number; got {_shown(given)}")
+    name = str(given)
+    if _PLAIN_ID.fullmatch(name):
+        return name
+    name = unicodedata.normalize("NFC", name)
     if not all(_in_word(letter) or letter in "._-" for letter in name) or name.startswith("."):
         raise RequestError(key, f"prompt id {name[:80]!r} is not allowed; use letters, digits, '.', '_', '-'")
     characters, size = LONGEST_ID
@@ -141,169 +288,10 @@ def _id(given: Any, text: str, key: str) -> str:
 
 def _check_text(text: str, what: str, key: str) -> None:
     """Refuse what no file can hold as text: results could not be written once all images are made."""
+    if len(text) > LONGEST_TEXT:
+        raise RequestError(key, f"{what} {text[:40]!r}… has {len(text)} characters; allowed: up to {LONGEST_TEXT}")
+    if not _NO_TEXT.search(text):
+        return
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise RequestError(key, f"{what} {text[:40]!r} has a lone surrogate, which is no text")
-    if "\0" in text:
-        raise RequestError(key, f"{what} {text[:40]!r} has a NUL character; is the file UTF-16? UTF-8 is read")
-
-
-def with_inits(prompts: Sequence[Prompt], init: str | None, key: str) -> tuple[Prompt, ...]:
-    """The prompts with the path and identity of their init images.
-
-    init: one image for all, or a folder that holds one named by the id of each prompt; a prompt's own `image` comes
-    first. Raises RequestError where there is none, or one that cannot be read.
-    """
-    digests: dict[Path, str] = {}
-    found = []
-    for prompt in prompts:
-        path = _init_of(prompt, init, key)
-        if path not in digests:
-            try:
-                _, digests[path] = read_init(path)
-            except ValueError as error:
-                raise RequestError(key, f"{str(path)!r} is no image that can be read: {error}") from None
-        found.append(replace(prompt, image=str(path.absolute()), digest=digests[path]))
-    return tuple(found)
-
-
-def read_init(path: Path) -> tuple[Image.Image, str]:
-    """An init image in RGB as diffusers' `load_image` reads it, and its identity, 64 hex digits.
-
-    16-bit grey is scaled to 8 bits (`load_image` clips it to white). The identity is the SHA-256 of the file. Version
-    0.1 read pictures that EXIF turns and 16-bit grey wrongly: theirs is the SHA-256 of the file and `MENDED`, so that
-    images made from the wrong pixels do not count. Raises ValueError for what is no regular file of `FORMATS`,
-    is damaged, or has more pixels than Pillow's limit against decompression bombs.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
-    try:
-        content = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-                # The orientation; of TIFF Pillow applies it by itself.
-                mended = opened.getexif().get(0x0112, 1) in range(2, 9) and opened.format != "TIFF"
-                image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PNG"):
-                    image, mended = _eight_bits(image), True
-                elif image.mode in ("I", "F"):
-                    raise ValueError("it has 32 bits a pixel; allowed: 8 or 16")
-                picture = image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"allowed: {', '.join(FORMATS)}") from None
-    except Exception as error:  # decoders raise many kinds; each means that the picture cannot be had
-        raise ValueError(str(error) or type(error).__name__) from None
-    return picture, hashlib.sha256(content + (MENDED if mended else b"")).hexdigest()
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    import numpy as np
-
-    return Image.fromarray(((np.asarray(image, np.int64) * 255 + 32767) // 65535).astype(np.uint8))
-
-
-def _init_of(prompt: Prompt, init: str | None, key: str) -> Path:
-    if prompt.image:
-        return Path(prompt.image).expanduser()
-    if not init:
-        raise RequestError(
-            key, f"prompt {prompt.id!r} has no init image: give generation.init (a file or folder) or a column `image`"
-        )
-    path = Path(init).expanduser()
-    if not path.is_dir():
-        return path
-    named: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        named.setdefault(unicodedata.normalize("NFC", file.stem), []).append(file)
-    fitting = named.get(prompt.id) or named.get(slug_of_0_1(prompt.text), [])
-    if len(fitting) != 1:
-        number = "no image" if not fitting else f"{len(fitting)} images"
-        raise RequestError(key, f"folder {init!r} has {number} named {prompt.id!r}.*; needs one for each prompt id")
-    return fitting[0]
-
-
-def _read(path: Path, key: str) -> list[Any]:
-    """Entries of a UTF-8 file: .txt a prompt a line; .csv with a column `text` or `prompt`; .jsonl an object a line.
-
-    Only newlines end a line (a carriage return before one belongs to it). An `image` is looked for beside the file.
-    """
-    if path.suffix not in ENDINGS:
-        raise RequestError(key, f"{path.name!r} has an unknown ending; allowed: {', '.join(ENDINGS)}")
-    if path.exists() and not path.is_file():
-        raise RequestError(key, f"{str(path)!r} is no regular file")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise RequestError(key, f"cannot read {str(path)!r} as UTF-8: {error}") from None
-    if "\0" in content:
-        line = content[: content.index("\0")].count("\n") + 1
-        raise RequestError(key, f"{path.name!r} line {line} has a NUL character; is the file UTF-16? UTF-8 is read")
-    if path.suffix == ".txt":
-        return [line.strip() for line in _lines(content) if line.strip()]
-    rows = _table(content, path, key) if path.suffix == ".csv" else _json_lines(content, path, key)
-    return [_fields(row, path, key) for row in rows]
-
-
-def _lines(content: str) -> list[str]:
-    return re.split(r"\r\n|\r|\n", content)
-
-
-def _table(content: str, path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV by the names in its first line; a row may be shorter than that, not longer."""
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    names: list[str] | None = None
-    while True:
-        before = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise RequestError(key, f"{path.name!r} line {before} is no valid CSV: {error}") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if names is None:
-            names = row
-            if twice := repeated(name for name in names if name):
-                raise RequestError(key, f"{path.name!r} line {before} names the column {twice[0]!r} twice")
-            continue
-        if any(row[len(names) :]):
-            raise RequestError(
-                key,
-                f"{path.name!r} line {before} has {len(row)} fields for {len(names)} columns; put a text with commas "
-                "in double quotes",
-            )
-        yield dict(zip(names, row, strict=False))
-
-
-def _json_lines(content: str, path: Path, key: str) -> Iterator[Any]:
-    for number, line in enumerate(_lines(content), 1):
-        if line.strip():
-            try:
-                yield json.loads(line, object_pairs_hook=_each_once)
-            except (ValueError, RecursionError) as error:
-                raise RequestError(key, f"{path.name!r} line {number} is no valid JSON: {error}") from None
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := repeated(name for name, _ in pairs):
-        raise ValueError(f"the key {twice[0]!r} is given twice")
-    return dict(pairs)
-
-
-def _fields(row: Any, path: Path, key: str) -> Any:
-    """A row's own fields under our names; other columns of a table are left alone."""
-    if not isinstance(row, Mapping):
-        return row
-    text = row.get("text", row.get("prompt"))
-    if text is None:
-        raise RequestError(key, f"{path.name!r} has no `text` (or `prompt`) column")
-    image = row.get("image")
-    if image and isinstance(image, str):
-        image = str(path.parent / Path(image).expanduser())
-    return {
-        "text": text,
-        "aspects": row.get("aspects") or row.get("aspect"),
-        "id": row.get("prompt_id") if row.get("id") in (None, "") else row["id"],
-        "image": image,
-    }
+    raise RequestError(key, f"{what} {text[:40]!r} has a NUL character; is the file UTF-16? UTF-8 is read")

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from lesion.errors import RequestError
-from lesion.study.prompts import Prompt, read_init, with_inits
+from lesion.study.inits import read_init, with_inits
+from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
 from lesion.tasks import Task
 
