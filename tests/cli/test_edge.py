@@ -7,6 +7,7 @@ import time
 
 import pandas as pd
 import pytest
+from hydra.plugins.sweeper import Sweeper
 
 from lesion import models
 from lesion.config import parsing
@@ -40,6 +41,10 @@ from lesion.study import layer_patterns
         ("prompts.items=[{text: a, aspects: ['\ud800']}]", ["prompts", "surrogate"]),
         ("prompts.items=[{text: a, id: '" + "𠀀" * 70 + "'}]", ["prompts", "255 bytes"]),
         ("layers.include=['re:\x1b[31m(']", ["layers.include: ", r"\x1b"]),
+        ("--unknown", ["command line: ", "--unknown", "--hydra-help"]),
+        ("--cfg=nonsense", ["command line: ", "'nonsense'", "'job'"]),
+        ("+hydra.foo=1", ["hydra.foo: ", "no such key", "hydra.job"]),
+        ("+hydra.job.nam=1", ["hydra.job.nam: ", "near: hydra.job.name"]),
     ],
 )
 def test_it_is_refused_in_one_line(cli, monkeypatch, argument, words):
@@ -48,6 +53,34 @@ def test_it_is_refused_in_one_line(cli, monkeypatch, argument, words):
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert all(word in err for word in words), err
     assert "\x1b" not in err
+    assert list(cli.folder.iterdir()) == []
+
+
+class Picking(Sweeper):
+    """A sweeper that picks values as it goes, as those do which optimise."""
+
+    def __init__(self, params=None):
+        pass
+
+    def setup(self, *, hydra_context, task_function, config):
+        pass
+
+    def sweep(self, arguments):
+        pytest.fail("began")
+
+
+def test_flags_may_stand_behind_overrides_and_any_sweepers_jobs_are_checked_first(cli):
+    code, out, err = cli("seeds=0", "-m", "replacement=zero,mean", "dry_run=true")
+    assert (code, out.count("dry run: nothing")) == (0, 2), err
+    picking = ("-m", f"hydra.sweeper._target_={__name__}.Picking")
+    for given, words in (
+        (["seeds=choice(0,1)", "generation.steps=choice(2,-3)"], "generation.steps: "),
+        (["generation.guidance=interval(-2, 3)"], "generation.guidance: "),
+    ):
+        code, out, err = cli(*picking, *given)
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err, err
+    code, out, err = cli("-m", "hydra.sweeper=3")
+    assert (code, err) == (2, "lesion: hydra.sweeper: must be a mapping; got 3\n")
     assert list(cli.folder.iterdir()) == []
 
 

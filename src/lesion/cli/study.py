@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -24,11 +24,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lesion.cli import in_utf8, is_from, keep_traceback, say, unforeseen
+from lesion.cli import _hydra, in_utf8, is_from, keep_traceback, say, unforeseen
 from lesion.config.compose import one_line, plain
 from lesion.config.overrides import prepared, split
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
+
+if TYPE_CHECKING:
+    from lesion.config.parsing import Request
+    from lesion.study.grid import Study
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="lesion")
@@ -66,11 +70,16 @@ class CheckFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _exiting():
+            _hydra.check_keys(config.hydra)
             _take([config], config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _exiting():
-            _take(_jobs(config), config, "sweep")
+            _hydra.check_keys(config.hydra)
+            if not _basic(config):
+                for job in _samples(config):
+                    _surveyed(job)
+            _take(_jobs(config) if _basic(config) else (), config, "sweep")
 
 
 class SweepReport(Callback):
@@ -108,10 +117,20 @@ def report_sweep() -> None:
         )
 
 
+def _basic(config: DictConfig) -> bool:
+    """Whether the jobs of a sweep are known before the first: those of Hydra's basic sweeper are."""
+    return str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper")
+
+
+def _samples(config: DictConfig) -> Iterator[DictConfig]:
+    """Configs of jobs that a sweeper which picks values as it goes may come to; each job is checked again by itself."""
+    loader = GlobalHydra.instance().config_loader()
+    for overrides in _hydra.samples(config.hydra.sweeper.get("params"), config.hydra.overrides.task, loader):
+        yield loader.load_sweep_config(config, overrides)
+
+
 def _jobs(config: DictConfig) -> Iterator[DictConfig]:
-    """The config of each job of a sweep of Hydra's basic sweeper; others pick values as they go and check per job."""
-    if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
-        return
+    """The config of each job of a sweep of Hydra's basic sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     loader = GlobalHydra.instance().config_loader()
@@ -126,22 +145,28 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
             yield loader.load_sweep_config(config, list(job_overrides))
 
 
+def _surveyed(job: DictConfig) -> tuple[DictConfig, Request, Study]:
+    """A job's config as it will get it, and what it asks for. Raises RequestError where that is wrong."""
+    from lesion.config.parsing import parse
+    from lesion.run.job import survey
+
+    task = copy.deepcopy(job)
+    with read_write(task), open_dict(task):
+        del task["hydra"]
+    request = parse(task)
+    return task, request, survey(request)[1]
+
+
 def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
     """Check each job, then take the folder that `hydra.run.dir` or `hydra.sweep.dir` names."""
-    from lesion.config.parsing import parse
     from lesion.run import folder
-    from lesion.run.job import survey
 
     key = f"hydra.{mode}.dir"
     place = Path(config.hydra[mode].dir).absolute()
     timed = "${now:" in OmegaConf.to_container(config.hydra[mode], resolve=False)["dir"]  # type: ignore[operator,index,call-overload]
     wanted: dict[Path, dict[str, Any]] = {}
     for number, given in enumerate(jobs):
-        task = copy.deepcopy(given)  # as Hydra makes it for the job
-        with read_write(task), open_dict(task):
-            del task["hydra"]
-        request = parse(task)
-        _, study = survey(request)
+        task, request, study = _surveyed(given)
         if mode == "sweep":
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
@@ -226,7 +251,7 @@ def _main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, ValueError | TypeError) and is_from(error, "hydra", "omegaconf"):
+        if isinstance(error, ValueError | TypeError | AttributeError) and is_from(error, "hydra", "omegaconf"):
             sys.exit(_refuse(RequestError("command line", f"cannot be read: {error}")))  # such as KEY.x=1 of a list
         sys.exit(unforeseen("lesion", error, 1 if _started else 2))
 

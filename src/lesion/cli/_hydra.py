@@ -1,0 +1,93 @@
+"""What Hydra itself leaves unchecked of its own flags, keys and sweeps."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from lesion.errors import RequestError
+
+MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
+SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments in the order that Hydra understands: flags may stand anywhere.
+
+    Raises RequestError for a wrong flag, which Hydra would answer with its usage in a dozen lines.
+    """
+    parser = get_args_parser()
+    setattr(parser, "error", _refuse)  # noqa: B010
+    try:
+        overrides = parser.parse_intermixed_args(list(arguments)).overrides
+    except (argparse.ArgumentError, TypeError) as error:
+        _refuse(str(error))
+    left = Counter(overrides)
+    flags = []
+    for argument in arguments:
+        if left[argument] > 0:
+            left[argument] -= 1
+        else:
+            flags.append(argument)
+    return [*flags, *overrides]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RequestError("command line", f"{message}; `--hydra-help` lists the flags")
+
+
+def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> None:
+    """Raises RequestError for keys below `hydra` that Hydra does not know, and for values that are no mapping."""
+    if not isinstance(config, DictConfig) or config._is_none():
+        raise RequestError(above, f"must be a mapping; got {config!r}")
+    known = {one.name: one.type for one in fields(schema)}
+    if above == "hydra":
+        known["env"] = dict  # a group of Hydra's that its own schema lacks
+    for key in map(str, config):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            allowed = ", ".join(f"{above}.{name}" for name in near or sorted(known))
+            raise RequestError(f"{above}.{key}", f"there is no such key; {'near' if near else 'allowed'}: {allowed}")
+        part = config._get_node(key)
+        if is_dataclass(known[key]):
+            check_keys(part, known[key], f"{above}.{key}")
+        elif key in MAPPINGS and above == "hydra" and (not isinstance(part, DictConfig) or part._is_none()):
+            raise RequestError(f"{above}.{key}", f"must be a mapping; got {config.get(key)!r}")
+
+
+def samples(params: Any, task: Sequence[str], loader: Any) -> Iterator[list[str]]:
+    """Overrides of jobs that a sweep may have whose sweeper picks values as it goes.
+
+    params: `hydra.sweeper.params`. task: the overrides of the command line. Each value of a key is tried once, beside
+    the first values of the others; of an interval its start.
+    """
+    given = [f"{key}={value}" for key, value in (params or {}).items() if isinstance(value, str | int | float)]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *task])
+    values = [_values(override) for override in overrides]
+    yield [first for first, *_ in values]
+    for place, (_, *others) in enumerate(values):
+        for other in others[:SAMPLED]:
+            yield [*(first for first, *_ in values[:place]), other, *(first for first, *_ in values[place + 1 :])]
+
+
+def _values(override: Override) -> list[str]:
+    """An override of one job for each value of a swept one."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    if override.is_interval_sweep():
+        return [f"{key}={override.value().start}"]
+    found = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not found:
+        raise RequestError(key.lstrip("+"), f"{str(override.input_line).partition('=')[2]} names no job")
+    return found
