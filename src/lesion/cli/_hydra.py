@@ -1,15 +1,12 @@
-"""What Hydra itself leaves unchecked of its own flags, keys and sweeps."""
+"""What Hydra itself leaves unchecked of its own keys and of sweeps."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,31 +16,6 @@ from lesion.errors import RequestError
 
 MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
 SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
-
-
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments in the order that Hydra understands: flags may stand anywhere.
-
-    Raises RequestError for a wrong flag, which Hydra would answer with its usage in a dozen lines.
-    """
-    parser = get_args_parser()
-    setattr(parser, "error", _refuse)  # noqa: B010
-    try:
-        overrides = parser.parse_intermixed_args(list(arguments)).overrides
-    except (argparse.ArgumentError, TypeError) as error:
-        _refuse(str(error))
-    left = Counter(overrides)
-    flags = []
-    for argument in arguments:
-        if left[argument] > 0:
-            left[argument] -= 1
-        else:
-            flags.append(argument)
-    return [*flags, *overrides]
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError("command line", f"{message}; `--hydra-help` lists the flags")
 
 
 def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> None:
