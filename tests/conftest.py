@@ -143,6 +143,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     import lesion.report
 
     monkeypatch.setattr(lesion.report, "write_report", lambda *args, **options: [])
+    monkeypatch.setattr(lesion.report, "findings", lambda *args: None)
 
 
 class Cli:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import open_dict
 from PIL import Image
 
+import lesion
 from lesion import models
 from lesion.generation.generate import generate
 from lesion.run import maker as making
@@ -138,6 +143,7 @@ REFUSALS = [
     (["prompts.items=[a, a]"], ["prompts", "twice"]),
     (["prompts=nonesuch.txt"], ["prompts.path", "nonesuch.txt"]),
     (["prompts=nonesuch"], ["prompts/nonesuch", "demo"]),
+    (["prompts=a red circle"], ["prompts", "prompts=inline", "a red circle"]),
     (["seeds=[0,0]"], ["seeds", "twice"]),
     (["seeds=[]"], ["seeds", "empty"]),
     (["seeds=-1"], ["seeds", "0 to"]),
@@ -374,3 +380,54 @@ def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch, no_repo
     (frame,) = cli.frames()
     assert frame.ssim.isna().sum() == len(frame)
     assert frame.clip_similarity.notna().all()
+
+
+def test_help_fits_a_screen_and_its_examples_are_understood(cli, tiny_folder):
+    from lesion.config.compose import compose
+    from lesion.config.parsing import parse
+
+    code, out, _ = cli("--help", defaults=False)
+    lines = out.rstrip().splitlines()
+    assert code == 0 and len(lines) <= 30 and max(map(len, lines)) <= 125
+    examples = [re.split(r"\s{2,}", line.strip())[0] for line in lines if re.match(r"  +lesion ", line)]
+    assert len(examples) == 5
+    (cli.folder / "my.csv").write_text("text\na red circle\n")
+    for example in examples:
+        _, *overrides = shlex.split(example.replace("FOLDER", str(tiny_folder)))
+        overrides += [f"model.id={tiny_folder}"] if "model=sd15" in overrides else []  # no hub here
+        if "-m" in overrides:
+            overrides = [one.partition(",")[0] for one in overrides if one != "-m"]
+        config = compose(overrides)
+        with open_dict(config):
+            del config["hydra"]
+        request = parse(config)
+        assert request.prompts and all(" " in prompt.text for prompt in request.prompts)
+    code, out, _ = cli("--version", defaults=False)
+    assert (code, out) == (0, f"lesion {lesion.__version__}\n")
+
+
+def test_phases_are_named_and_pictures_appear_as_they_are_made(cli, no_report, monkeypatch, caplog):
+    seen = []
+    from lesion.run.score_queue import ScoreQueue
+
+    complete = ScoreQueue.complete
+
+    def looked(self, *arguments):
+        seen.append(len(list(cli.folder.rglob("outputs/**/images/*/*.png"))))
+        return complete(self, *arguments)
+
+    monkeypatch.setattr(ScoreQueue, "complete", looked)
+    code, _, err = cli()
+    assert code == 0, err
+    assert seen == [len(cli.frames()[0])]  # all are there before the first is scored
+    said = caplog.text or err + (cli.newest() / "lesion.log").read_text()
+    places = [
+        said.index(word) for word in ("loading: the scorer", "loading: the model", "generating:", "scoring:", "report:")
+    ]
+    assert places == sorted(places)
+    assert "Loading weights" not in err and "torch_dtype" not in err
+
+
+def test_a_multirun_says_which_job_is_at_work(cli, no_report):
+    code, _, err = cli("-m", "seeds=0,1", "selection=none")
+    assert code == 0 and "job 1 of 2, tiny" in err.replace("local", "tiny") and "all jobs: 100%" in err

@@ -300,20 +300,35 @@ def test_report_of_baselines_only_and_of_nothing(tmp_path):
     written = write_report(tmp_path, frame[frame["selection"] == "none"])
     pictures = [path for path in written if path.suffix == ".png"]
     assert len(pictures) == 4 and len(tiles(Image.open(pictures[0]), RED)) == 1
-    assert ranking_lines(frame[frame["selection"] == "none"]) == []
+    assert ranking_lines(findings(frame[frame["selection"] == "none"])) == []
     assert write_report(tmp_path / "empty", frame[:0])[-1].is_file()
 
 
 def test_ranking_lines(tmp_path):
     frame = spoil(study(tmp_path), 3, "failed", "why")
-    lines = ranking_lines(frame)
+    known = findings(frame)
+    lines = ranking_lines(known)
     assert lines[0] == "embedded, zero replacement"
     assert lines[1].split("  ")[0] == "rank" and "importance (leave-one-out)" in lines[1]
-    assert [line.split()[1] for line in lines[2:]] == [LAYERS[3], LAYERS[2], LAYERS[0], LAYERS[1]]
-    assert [line.split()[:4] for line in lines[2:3]] == [["1", LAYERS[3], "0.4000", "0.6000"]]
-    assert "7 (+ 1 failed)" in lines[2] and lines[-1].endswith("no effect") and "no effect" not in lines[2]
-    alone = ranking_lines(frame[frame["selection"] != "leave_one_out"])
-    assert [line.split()[1] for line in alone[2:]] == LAYERS and "n/a" in alone[2]
+    named = [next(name for name in LAYERS if f" {name} " in line) for line in lines[2:6]]
+    assert named == [LAYERS[3], LAYERS[2], LAYERS[0], LAYERS[1]]
+    assert "0.4000" in lines[2] and "0.6000" in lines[2]
+    assert "7 (+ 1 failed)" in lines[2] and lines[5].endswith("no effect") and "no effect" not in lines[2]
+    one = known.summary(settings(frame)[0]).set_index("layer").loc[LAYERS[3]]
+    assert f"{one['rank']} [{one['rank_low']}, {one['rank_high']}]" in lines[2] and "95 % intervals" in lines[-1]
+
+
+def test_without_leave_one_out_the_most_sufficient_layer_comes_first(tmp_path):
+    frame = study(tmp_path)
+    frame = frame[frame["selection"] != "leave_one_out"].copy()
+    rng = np.random.default_rng(0)
+    planted = dict(zip(LAYERS, (0.2, 0.5, 0.9, 0.4), strict=True))
+    alone = frame["layer"].map(planted) + rng.normal(0, 0.01, len(frame))
+    frame["clip_similarity"] = alone.where(frame["selection"] == "only_one", frame["clip_similarity"])
+    lines = ranking_lines(findings(frame))
+    assert [line.split()[0] for line in lines[2:6]] == [LAYERS[place] for place in (2, 1, 3, 0)]
+    assert lines[1].split() == ["layer", "sufficiency", "(only-one)", "images"] and "n/a" not in "".join(lines)
+    assert "[0.8" in lines[2]
 
 
 def test_lesion_report_merges_without_double_counting(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -52,9 +53,9 @@ def test_the_layer_table_says_what_the_analysis_says(full):
         and re.fullmatch(r"\[0\.\d{3}, 0\.\d{3}\]", middle.interval)
     )
     # Another seed changes 0.15: the mid block changes more, the first layer less.
-    assert cell(table, LAYERS[2], "of a new seed").marks == "***"
-    assert cell(table, LAYERS[0], "of a new seed").marks == "†††"
-    assert float(cell(table, LAYERS[2], "of a new seed").value) == pytest.approx(2, abs=0.2)
+    assert cell(table, LAYERS[2], "vs another seed").marks == "***"
+    assert cell(table, LAYERS[0], "vs another seed").marks == "†††"
+    assert float(cell(table, LAYERS[2], "vs another seed").value) == pytest.approx(2, abs=0.2)
     # A layer without effect has a mean of 0 and no interval.
     silent = cell(table, LAYERS[3], "importance")
     assert (silent.text, silent.interval) == ("0.000", "[n/a]") and "n/a: no effect" in table.caption
@@ -89,7 +90,7 @@ def test_without_a_floor_or_with_one_prompt_it_says_na():
     frame, _ = planted(prompts=1)
     found = findings(frame)
     table = contents.layers(found, first(frame))
-    assert {cell(table, LAYERS[2], head).text for head in ("of a new seed", "of a new prompt", "p")} == {"n/a"}
+    assert {cell(table, LAYERS[2], head).text for head in ("vs another seed", "vs another prompt", "p")} == {"n/a"}
     assert cell(table, LAYERS[2], "importance").interval == "[n/a]" and "n/a: one prompt" in table.caption
     assert cell(table, LAYERS[2], "rank").interval == "[n/a]"
     assert "no pairs of baselines" in table.caption
@@ -245,3 +246,32 @@ def test_long_and_wide_tables_are_split():
     parts = text.count(r"\begin{longtable}")
     assert parts > 1 and f"Part {parts} of {parts}" in text and text.count(r"\texttt{a\_b}") == 60 * parts
     assert r"100\% of it" in text
+
+
+def test_limits_of_bounded_measures_stay_within_their_bounds(monkeypatch):
+    """Cosines are at most 1, so importance is at least 0; what the analysis estimates beyond is cut."""
+    module = sys.modules["lesion.report.findings"]  # its name is also that of the function
+    frame, _ = planted(prompts=3, seeds=1)
+    wild = module.layer_estimates
+    monkeypatch.setattr(
+        module, "layer_estimates", lambda *a, **k: (t := wild(*a, **k)).assign(low=t["low"] - 3, high=t["high"] + 3)
+    )
+    table = findings(frame).summary(first(frame))
+    known = table["importance_low"].notna()
+    assert (
+        known.any()
+        and (table.loc[known, "importance_low"] == 0).all()
+        and (table["importance_high"].dropna() == 2).all()
+    )
+    assert (table["sufficiency_high"].dropna() == 1).all() and (table["sufficiency_low"].dropna() == -1).all()
+
+
+def test_ratios_to_a_tiny_floor_are_far_above():
+    column = tables.Column("ratio", "vs another seed", "ratio", "low", "high")
+    shown = column.cells(
+        pd.DataFrame({"ratio": [73.2, 2.0, 0.4, -80.0], "low": [-109.3, 1.0, 0.3, -90], "high": [255.7, 12.0, 0.5, 3]})
+    )
+    assert [(cell.text, cell.interval) for cell in shown] == [
+        ("far above", ""), ("2.000", "[1.000, > 10]"), ("0.400", "[0.300, 0.500]"), ("far below", "")
+    ]  # fmt: skip
+    assert shown[0].value == "73.2"  # the page sorts by the number

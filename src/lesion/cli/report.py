@@ -13,7 +13,7 @@ from lesion.cli import in_utf8, say, unforeseen
 from lesion.errors import visible
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from lesion.report.findings import Findings
 
 
 class _WrongUsage(Exception):
@@ -25,13 +25,13 @@ class _Parser(argparse.ArgumentParser):
         raise _WrongUsage(message)
 
 
-def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -> tuple[pd.DataFrame, list[Path]]:
-    """Write one report of these run folders to `out`: the merged frame, and the paths written.
+def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -> tuple[Findings, list[Path]]:
+    """Write one report of these run folders to `out`: what is found in the merged frame, and the paths written.
 
     mix: runs that cannot be compared stand side by side, never averaged together; else Refused. options: those of
     `write_report`.
     """
-    from lesion.report import write_report
+    from lesion.report import findings, write_report
     from lesion.report.merging import alike, gather, put_together
 
     frame, floor, notes = put_together(runs, out, mix)
@@ -39,7 +39,9 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
         message = f"{again} images repeat others of another run in all that the results name; they are averaged"
         say("lesion-report", message)
     out.mkdir(parents=True, exist_ok=True)
-    return frame, write_report(out, gather(frame, out), floor, notes=notes, **options)
+    frame = gather(frame, out).reset_index(drop=True)
+    known = findings(frame, floor, options.get("interval", METHODS[0]))
+    return known, write_report(out, frame, floor, notes=notes, known=known, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if out.exists() and not out.is_dir():
             raise Refused(f"--out {out}: is a file, not a folder")
         drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval")}
-        frame, written = report(runs, out, arguments.mix, **drawn)
+        known, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
         return _refuse(error)
     except Exception as error:
         return unforeseen("lesion-report", error, 2)
-    print("\n".join([*ranking_lines(frame), "", f"runs: {len(runs)}, images: {len(frame)}, files: {len(written)}"]))
+    print(
+        "\n".join([*ranking_lines(known), "", f"runs: {len(runs)}, images: {len(known.frame)}, files: {len(written)}"])
+    )
     print(visible(str(written[-1])))
     return 0
 

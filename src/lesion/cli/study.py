@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+import lesion
 from lesion.cli import _hydra, in_utf8, is_from, keep_traceback, say, unforeseen
 from lesion.config.compose import one_line, plain
 from lesion.config.overrides import prepared, split
@@ -42,7 +43,7 @@ def job(config: DictConfig) -> None:
 
     from lesion.config.parsing import parse
     from lesion.run import folder
-    from lesion.run.job import JobContext, run, survey
+    from lesion.run.job import JobContext, run, survey, sweep
 
     details = HydraConfig.get()
     multirun = details.mode is not None and details.mode.name == "MULTIRUN"
@@ -57,6 +58,7 @@ def job(config: DictConfig) -> None:
     if not request.dry_run:
         folder.claim(context.folder, folder.asked(context.config, surveyed[1]), "hydra.run.dir")
     _started.append(context.folder)
+    sweep.job()
     run(request, context, surveyed)
 
 
@@ -74,12 +76,19 @@ class CheckFirst(Callback):
             _take([config], config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from lesion.run.job import sweep
+
         with _exiting():
             _hydra.check_keys(config.hydra)
             if not _basic(config):
                 for job in _samples(config):
                     _surveyed(job)
-            _take(_jobs(config) if _basic(config) else (), config, "sweep")
+            sweep.begin(_take(_jobs(config) if _basic(config) else (), config, "sweep"))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from lesion.run.job import sweep
+
+        sweep.end()
 
 
 class SweepReport(Callback):
@@ -157,14 +166,15 @@ def _surveyed(job: DictConfig) -> tuple[DictConfig, Request, Study]:
     return task, request, survey(request)[1]
 
 
-def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
-    """Check each job, then take the folder that `hydra.run.dir` or `hydra.sweep.dir` names."""
+def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
+    """Check each job, then take the folder that `hydra.run.dir` or `hydra.sweep.dir` names; how many make images."""
     from lesion.run import folder
 
     key = f"hydra.{mode}.dir"
     place = Path(config.hydra[mode].dir).absolute()
     timed = "${now:" in OmegaConf.to_container(config.hydra[mode], resolve=False)["dir"]  # type: ignore[operator,index,call-overload]
     wanted: dict[Path, dict[str, Any]] = {}
+    made = 0
     for number, given in enumerate(jobs):
         task, request, study = _surveyed(given)
         if mode == "sweep":
@@ -178,10 +188,11 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
             folder.check(own, asked, key)
         if request.dry_run:
             wanted.pop(own)
+        made += not request.dry_run
     if not timed:
         for own, asked in wanted.items():
             folder.claim(own, asked, key)
-        return
+        return made
     try:
         place = folder.fresh(place)
     except OSError as error:
@@ -191,6 +202,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> None:
         if mode == "sweep":  # each job's config is composed from these anew
             quoted = str(place).replace("\\", "\\\\").replace("'", "\\'")
             config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    return made
 
 
 @contextmanager
@@ -232,6 +244,9 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
+    if "--version" in sys.argv[1:]:
+        print(f"lesion {lesion.__version__}")
+        return
     try:
         flags, overrides = split(sys.argv[1:])
         sys.argv[1:] = [*flags, *prepared(overrides)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from lesion import tasks
 from lesion.errors import RequestError
@@ -122,10 +124,17 @@ def _load(source: Source, device: str) -> Model:
 
 
 def _pipeline(source: Source, dtype: torch.dtype) -> Any:
-    """The pipeline with its weights on the CPU."""
+    """The pipeline with its weights on the CPU; what the libraries say of their own arguments meanwhile is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        return _loaded(source, dtype)
+
+
+def _loaded(source: Source, dtype: torch.dtype) -> Any:
     spec = source.spec
-    kwargs: dict[str, Any] = {"torch_dtype": dtype}
+    kwargs: dict[str, Any] = {"torch_dtype": dtype}  # the name that diffusers 0.35 to 0.42 have
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # a bar for weights that are read in a blink
     if source.vae:
         kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype)
     if spec.scheduler and source.scheduler_config:

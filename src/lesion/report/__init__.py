@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -18,7 +19,7 @@ from lesion.report.pictures import Drawn
 from lesion.report.text import clean
 from lesion.report.words import QUESTIONS, answer, answers, comparison, ranking_lines
 
-__all__ = ["ranking_lines", "write_report"]
+__all__ = ["findings", "ranking_lines", "write_report"]
 
 
 ALL = "lesion-report --all-grids draws all."
@@ -73,6 +74,7 @@ def write_report(
     siunitx: bool = False,
     interval: str = METHODS[0],
     notes: Sequence[str] = (),
+    known: Findings | None = None,
 ) -> list[Path]:
     """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
 
@@ -80,13 +82,14 @@ def write_report(
     Every setting (model, replacement, window, branch, strength) has files of its own. A large study gets its first
     comparison pictures only, and a line that says so, unless `all_grids`. clustered: heat maps with layers and prompts
     in clusters too. siunitx: LaTeX tables with S columns. interval: of means, one of
-    `bootstrap.METHODS`. notes: lines for the top of the page. Returns the paths, the page last.
+    `bootstrap.METHODS`. notes: lines for the top of the page. known: the findings of
+    this frame and floor where they are worked out already. Returns the paths, the page last.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     frame = frame.reset_index(drop=True)
     fonts.families("".join(_texts(frame)))  # in one line, what cannot be drawn
-    known = findings(frame, floor, interval)
+    known = findings(frame, floor, interval) if known is None else replace(known, frame=frame)
     chosen = settings(frame)
     most, sheets = (
         None if all_grids else max(1, n // max(1, len(chosen))) for n in (pictures.COMPARISONS, pictures.SHEETS)

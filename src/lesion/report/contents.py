@@ -54,12 +54,12 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     words += ranks_words(table)
     if has_floor:
         words += (
-            f"Normalised: importance as a share of what another seed changes (similarity {_mean(table, 'other_seeds')})"
+            f"vs: importance divided by what another seed changes (similarity {_mean(table, 'other_seeds')})"
             f" or another prompt ({_mean(table, 'other_prompts')}). p: paired t test of importance against that of "
             f"another seed, Holm-corrected over layers; * above, † below it with p < 0.05, two 0.01, three 0.001. "
         )
     else:
-        words += f"Normalised importance and p are n/a: {NO_FLOOR}. "
+        words += f"Importance vs another seed or prompt and p are n/a: {NO_FLOOR}. "
     words += "Bold: largest."
     counted = _images(table)
     if len(counted) > 1:
@@ -69,8 +69,8 @@ def layers(found: Findings, setting: Setting) -> Table | None:
         Column("layer", "layer", "code"),
         Column("rank", "rank", "count", "rank_low", "rank_high", up=True),
         _measure("importance", "importance"),
-        _measure("normalised_other_seeds", "of a new seed", marks="p_floor", sign="beyond_floor", spare=True),
-        _measure("normalised_other_prompts", "of a new prompt", spare=True),
+        _measure("normalised_other_seeds", "vs another seed", "p_floor", "beyond_floor", spare=True, kind="ratio"),
+        _measure("normalised_other_prompts", "vs another prompt", spare=True, kind="ratio"),
         Column("p_floor", "p", "p", spare=True),
         _measure("sufficiency", "sufficiency", spare=True),
         *counted,
@@ -106,8 +106,10 @@ def _images(table: pd.DataFrame) -> list[Column]:
     ]
 
 
-def _measure(name: str, head: str, marks: str = "", sign: str = "", spare: bool = False) -> Column:
-    return Column(name, head, "number", f"{name}_low", f"{name}_high", marks, sign, best=True, spare=spare)
+def _measure(
+    name: str, head: str, marks: str = "", sign: str = "", spare: bool = False, kind: str = "number"
+) -> Column:
+    return Column(name, head, kind, f"{name}_low", f"{name}_high", marks, sign, best=True, spare=spare)
 
 
 def _mean(table: pd.DataFrame, name: str) -> str:

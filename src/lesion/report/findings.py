@@ -27,6 +27,7 @@ from lesion.analysis.paired import against_floor, neighbours
 from lesion.analysis.reading import reading_columns, reading_drops, reading_shares
 from lesion.analysis.settings import Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
+from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import GENERATION, LESION
 
 CERTAIN = 0.05  # p-values up to this count as a difference
@@ -172,6 +173,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
             found.troubles.append(f"{name}: {error}")
 
     work("layers", layer_estimates, frame, **how)
+    found.layers = _bounded(found.layers, metric)
     work("ranks", ranks, frame)
     work("stability", top_stability, frame)
     work("concordance", kendalls_w, frame)
@@ -182,6 +184,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         work("floors", _floors, frame, found.pairs, **how)
     if "aspects" in frame and (frame["aspects"].fillna("") != "").any():
         work("aspects", aspect_estimates, frame, **how)
+        found.aspects = _bounded(found.aspects, metric)
         work("interaction", aspect_interaction, frame)
     work("agreement", _agreement, frame)
     if has.get("pairs", 0):
@@ -194,6 +197,19 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if has.get("coalitions", 0):
         work("shapley", shapley_values, frame, **how)
     return found
+
+
+def _bounded(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Limits of importance and sufficiency cut at what the metric can be: bootstrap-t knows no bounds."""
+    if table.empty or metric not in known_metrics():
+        return table
+    least, most = metric_class(metric).range
+    if metric_class(metric).direction == "distance":
+        least, most = 1 - most, 1 - least
+    important = table["measure"] == "importance"
+    bounds = {"low": np.where(important, 1 - most, least), "high": np.where(important, 1 - least, most)}
+    low, high = (table[end].clip(bounds["low"], bounds["high"]) for end in ("low", "high"))
+    return table.assign(low=low, high=high)
 
 
 _READ = ("prompt_id", "seed", "selection", "layer", "layer_index", "lesioned", "aspects", "order", "permutation")

@@ -26,6 +26,7 @@ HEAD = 40  # characters of a heading in LaTeX
 BROKEN = 45  # characters from which a cell is broken over lines
 LONG = 45  # rows from which a LaTeX table runs over pages
 LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
+FAR = 10.0  # ratios beyond say no more than that
 ABOVE, BELOW = "*", "†"
 UNICODE = r"""% {letters}: pdfLaTeX cannot set these; LuaLaTeX can, with this in place of fontenc (name fonts you have):
 % \usepackage{{fontspec}}
@@ -51,7 +52,8 @@ class Cell:
 class Column:
     """How a column of a frame is shown.
 
-    kind: number | count | exact (a number as it was given) | p | text | code. low, high: columns of the interval.
+    kind: number | count | exact (a number as it was given) | p | ratio (a number; what is beyond FAR is "far above") |
+    text | code. low, high: columns of the interval.
     marks: column of p-values that are shown as marks, daggers where the column `sign` is below 0. best: bold for the
     largest value. spare: left out of LaTeX where it says the same in every row.
     up: the page sorts it upwards first.
@@ -87,6 +89,8 @@ class Column:
             return Cell(clean(value), code=self.kind == "code", value=clean(value))
         if missing(value):
             return Cell("n/a")
+        if self.kind == "ratio" and abs(value) > FAR:  # the floor it is divided by is next to nothing
+            return Cell("far above" if value > 0 else "far below", value=str(value))
         if self.kind == "p":
             return Cell("< 0.001" if value < 0.001 else _number(value), value=str(value))
         if self.kind == "exact":
@@ -95,13 +99,18 @@ class Column:
         limits: list[Any] = [record.get(name) for name in (self.low, self.high) if name]
         interval = ""
         if limits:
-            shown = [str(int(x)) if self.kind == "count" else _number(x) for x in limits if not missing(x)]
+            shown = [self._limit(x) for x in limits if not missing(x)]
             interval = f"[{', '.join(shown)}]" if len(shown) == 2 else "[n/a]"
         p = record.get(self.marks) if self.marks else None
         marks = 0 if p is None or missing(p) else next((n for level, n in LEVELS if p <= level), 0)
         stars = marks * (BELOW if self.sign and record.get(self.sign, 0) < 0 else ABOVE)
         best = top is not None and text == (str(int(top)) if self.kind == "count" else _number(top))
         return Cell(text, interval, stars, best, value=str(value))
+
+    def _limit(self, value: Any) -> str:
+        if self.kind == "ratio" and abs(value) > FAR:
+            return f"{'>' if value > 0 else '<'} {FAR * (1 if value > 0 else -1):g}"
+        return str(int(value)) if self.kind == "count" else _number(value)
 
 
 @dataclass(frozen=True)

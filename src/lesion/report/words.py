@@ -8,15 +8,15 @@ from typing import Any
 import pandas as pd
 
 from lesion.analysis.cells import reasons
-from lesion.analysis.importance import NO_EFFECT, layer_table
-from lesion.analysis.settings import Setting, rows, settings
+from lesion.analysis.importance import NO_EFFECT
+from lesion.analysis.settings import Setting, settings
 from lesion.report.contents import area_words, interaction_words, ranks_words
 from lesion.report.findings import NO_FLOOR, Findings, certain
 from lesion.report.tables import missing
 from lesion.report.text import clean, number
 
 MOST = 6  # layers a sentence names
-HEADER = ("rank", "layer", "importance (leave-one-out)", "sufficiency (only-one)", "images", "")
+MEASURES = {"importance": "importance (leave-one-out)", "sufficiency": "sufficiency (only-one)"}
 
 
 def _images(record: dict[Hashable, Any]) -> str:
@@ -24,28 +24,45 @@ def _images(record: dict[Hashable, Any]) -> str:
     return str(record["n_images"]) + (f" (+ {', '.join(left_out)})" if left_out else "")
 
 
-def ranking_lines(frame: pd.DataFrame, metric: str | None = None) -> list[str]:
-    """A plain text table a setting, most important layer first (depth order without leave-one-out), no colours."""
+def ranking_lines(found: Findings) -> list[str]:
+    """A plain text table a setting with 95 % intervals, no colours: the most important layer first.
+
+    Without leave-one-out the most sufficient layer comes first. A measure that no layer has is left out.
+    """
     lines: list[str] = []
-    for setting in settings(frame):
-        table = layer_table(rows(frame, setting), metric)
+    for setting in settings(found.frame):
+        table = found.summary(setting)
         if table.empty:
             continue
-        table = table.sort_values("rank", kind="stable", na_position="last")
-        cells = [HEADER]
+        measures = [name for name in MEASURES if table[name].notna().any()]
+        ranked = "importance" in measures
+        if ranked:
+            table = table.sort_values(
+                ["rank", "importance"], ascending=[True, False], kind="stable", na_position="last"
+            )
+        elif measures:
+            table = table.sort_values(measures[0], ascending=False, kind="stable", na_position="last")
+        head = [*(["rank"] if ranked else []), "layer", *(MEASURES[name] for name in measures), "images", ""]
+        cells = [head]
         for record in table.to_dict("records"):
-            figures = (number(record["importance"], 4), number(record["sufficiency"], 4))
-            note = "no effect" if record["effect"] == "none" else ""
-            cells.append((number(record["rank"]), clean(record["layer"]), *figures, _images(record), note))
-        widths = [max(len(cell[column]) for cell in cells) for column in range(len(HEADER))]
+            line = [_limited(record, "rank", 0)] if ranked else []
+            line += [clean(record["layer"]), *(_limited(record, name, 4) for name in measures), _images(record)]
+            cells.append([*line, "no effect" if record["effect"] == "none" else ""])
+        widths = [max(len(cell[column]) for cell in cells) for column in range(len(head))]
         lines += ["", clean(setting.label)] if lines else [clean(setting.label)]
-        for cell in cells:
-            aligned = [
-                text.ljust(width) if column in (1, 4, 5) else text.rjust(width)
-                for column, (text, width) in enumerate(zip(cell, widths, strict=True))
-            ]
-            lines.append("  ".join(aligned).rstrip())
-    return lines
+        lines += [
+            "  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip() for cell in cells
+        ]
+    return [*lines, "In brackets: 95 % intervals over prompts."] if any("[" in line for line in lines) else lines
+
+
+def _limited(record: dict[Hashable, Any], name: str, digits: int) -> str:
+    """A value with its interval where it has one."""
+    values: list[Any] = [record.get(f"{name}{end}") for end in ("", "_low", "_high")]
+    if missing(values[0]):
+        return "n/a"
+    shown = [str(int(one)) if not digits else number(float(one), digits) for one in values if not missing(one)]
+    return shown[0] + (f" [{', '.join(shown[1:])}]" if len(shown) == 3 else "")
 
 
 def _listed(names: list[str], most: int | None = None) -> str:

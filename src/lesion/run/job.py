@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -24,7 +25,8 @@ from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run.capture import bound, captured, known, maps_of
 from lesion.run.folder import prune
-from lesion.store.images import Store
+from lesion.run.sweep import Sweep
+from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
 from lesion.study.budget import Budget
 from lesion.study.grid import Cell, Study
@@ -36,6 +38,7 @@ from lesion.tracking import JobInfo, Tracker, make_tracker
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lesion.report.findings import Findings
     from lesion.rounds import Rounds
     from lesion.run.maker import Made
     from lesion.run.publish import Publisher
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
+sweep = Sweep()  # how far the multirun of this process is
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
 
@@ -149,7 +153,8 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
     outcome = complete(request, context, surveyed)
     from lesion.report import ranking_lines
 
-    print("\n".join(ranking_lines(outcome.frame)))
+    if outcome.said is not None:
+        print("\n".join(ranking_lines(outcome.said)))
     print(f"\nwritten to {visible(str(context.folder))}:")
     for name in dict.fromkeys(path.relative_to(context.folder).parts[0] for path in outcome.written):
         print(visible(f"  {context.folder / name}"))
@@ -163,12 +168,14 @@ class Outcome:
 
     frame: results, one row an image; failed ones are among them.
     written: paths of the run folder.
+    said: what the report says of it; None where there is no report.
     trouble: in one line why it is not all well; "" if it is.
     stopped: the error that stopped it, if one did.
     """
 
     frame: pd.DataFrame
     written: list[Path]
+    said: Findings | None = None
     trouble: str = ""
     stopped: Exception | None = None
 
@@ -196,21 +203,24 @@ def complete(
     maps = maps_of(request, source)
     counts = tally(study, known(store, maps))
     scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
+    log.info("study of %s: %d images, %d of them to make", study.model.name, counts.unique, counts.missing)
     if counts.missing:
+        log.info("loading: the scorer %s", request.scorer.name)
         _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
+    publisher = Publisher(store, context.folder)
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
     try:
         try:
-            failures |= _complete(request, source, study, store, maps, scores, counts, tracker)
+            failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher)
             while rounds and _some_made(study, failures) and rounds.look(scores.value, scores.spec.importance):
                 study = rounds.part
                 log.info("round %d: %d images more", rounds.number, len(study))
                 counts = tally(study, known(store, maps_of(request, source)))
-                failures |= _complete(request, source, study, store, maps, scores, counts, tracker)
+                failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -219,7 +229,6 @@ def complete(
                 scores.complete(study, failures)
         study = rounds.whole if rounds else study
         paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
-        publisher = Publisher(store, context.folder)
         frame = table.results(study, scores, paths, failures, publisher)
         pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
         publisher.maps = maps
@@ -229,7 +238,7 @@ def complete(
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)
-        written, unwritten = _write(frame, beside, publish, context.folder, tracker, report)
+        written, said, unwritten = _write(frame, beside, publish, context.folder, tracker, report)
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
         trouble = ""
         if stopped:
@@ -247,7 +256,7 @@ def complete(
         code = int(bool(trouble))
     finally:
         tracker.close(code)
-    return Outcome(frame, written, trouble, stopped)
+    return Outcome(frame, written, said, trouble, stopped)
 
 
 def results(request: Request) -> pd.DataFrame:
@@ -333,6 +342,7 @@ def _complete(
     scores: ScoreQueue,
     counts: Tally,
     tracker: Tracker,
+    publisher: Publisher,
 ) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     failures: dict[str, str] = {}
@@ -344,9 +354,10 @@ def _complete(
             log.info(
                 "%d images to make, %d already in the store %s", missing, counts.unique - missing, _shown(store.folder)
             )
-            failures |= _generate(request, source, study, store, maps, scores, missing, failures, tracker)
+            failures |= _generate(request, source, study, store, maps, scores, missing, failures, tracker, publisher)
         else:
             log.info("all %d images are in the store %s", counts.unique, _shown(store.folder))
+        log.info("scoring: what has no score yet")
         damaged = scores.complete(study, failures)
         if maps:
             damaged |= _without_maps(study, maps, failures)
@@ -377,20 +388,25 @@ def _generate(
     missing: int,
     failures: Mapping[str, str],
     tracker: Tracker,
+    publisher: Publisher,
 ) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
     from lesion.generation.generate import make_deterministic
     from lesion.run.maker import Maker
     from lesion.surgery.anatomy import examine
 
+    log.info("loading: the model %s", study.model.name)
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
     layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
+    log.info(
+        "generating: %d images; they appear in %s as they are made", missing, _shown(publisher.folder or store.folder)
+    )
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
-        tqdm(total=missing, unit="image", desc=study.model.name, smoothing=0.05) as bar,
+        tqdm(total=missing, unit="image", desc=f"{sweep}{study.model.name}", smoothing=0.05) as bar,
     ):
 
         def progress(more: int) -> None:
@@ -399,22 +415,30 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, scores), maps)
+        maker = Maker(request, model, study, store, _when_made(request, scores, publisher), maps)
         maker.failures.update(failures)
         maker.run(progress)
     scores.refresh()
     return maker.failures
 
 
-def _when_made(request: Request, scores: ScoreQueue) -> Made:
-    """What is told of each image as it is stored.
+def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher) -> Made:
+    """What is done with each image as it is stored: it gets its place in the run folder, and is scored.
 
     Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
     made meanwhile would depend on when it does.
     """
-    if request.model.tf32 and request.device.startswith("cuda"):
-        return lambda cell, pixels, picture: scores.note(cell.key, picture)
-    return scores.made
+    later = request.model.tf32 and request.device.startswith("cuda")
+
+    def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
+        with suppress(OSError):  # at the end all are put in place, and what cannot be is said
+            publisher.publish(cell)
+        if later:
+            scores.note(cell.key, picture)
+        else:
+            scores.made(cell, pixels, picture)
+
+    return made
 
 
 def _publish(publisher: Publisher, cells: Sequence[Cell]) -> None:
@@ -436,11 +460,11 @@ def _write(
     folder: Path,
     tracker: Tracker,
     report: bool,
-) -> tuple[list[Path], list[str]]:
+) -> tuple[list[Path], Findings | None, list[str]]:
     """Write results.parquet and the tables beside it, then pictures and report; tell the tracker.
 
-    beside: by name. publish: puts the pictures in place. Returns the paths written, and what could not be written with
-    the reason. Raises StudyFailed where that is results.parquet.
+    beside: by name. publish: puts the pictures in place. Returns the paths written, what the report says, and what
+    could not be written with the reason. Raises StudyFailed where that is results.parquet.
     """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
@@ -454,15 +478,18 @@ def _write(
             "same command again to resume"
         ) from error
     unwritten = []
+    said = None
     try:
         publish()
     except OSError as error:
         unwritten.append(f"not all pictures could be put into {folder / 'images'}: {_why(error)}")
     try:
         if report:
-            from lesion.report import write_report
+            from lesion.report import findings, write_report
 
-            written += write_report(folder, frame, beside.get("floor"))
+            log.info("report: tables, figures and the page")
+            said = findings(frame, beside.get("floor"))
+            written += write_report(folder, frame, beside.get("floor"), known=said)
     except OSError as error:
         unwritten.append(f"the report could not be written: {_why(error)}; `lesion-report {folder}` tries again")
     except Exception as error:  # the results are there
@@ -481,7 +508,7 @@ def _write(
                     name = setting.slug.split("--", 1)[1]
                     summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
     tracker.finish(frame, folder, summary)
-    return written, unwritten
+    return written, said, unwritten
 
 
 def _why(error: OSError) -> str:

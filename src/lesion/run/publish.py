@@ -48,7 +48,9 @@ class Publisher:
             self._made.add(target.parent)
         try:
             os.link(source, target)
-        except OSError:  # an older picture of the cell is there, or the disk has no links
+        except OSError:  # it is there already, or an older picture of the cell is, or the disk has no links
+            if target.is_file() and target.samefile(source):
+                return
             with atomically(target) as temporary:
                 try:
                     os.link(source, temporary)
