@@ -30,6 +30,11 @@ NEEDS = {
         f"model.config={EMBEDDED}",
     ],
     "file": ["prompts.path=@FILE@"],
+    **{name: ["prompts.path=@FILE@"] for name in ("t2i_compbench", "dpg_bench")},
+    **{  # with the columns of their published files: test_public_sets.py
+        name: ["prompts.path=@FILE@", "prompts.column=null", "prompts.id_column=null", "prompts.aspects_column=null"]
+        for name in ("parti", "drawbench", "geneval", "tifa")
+    },
     "inline": ["prompts.items=[a red circle]"],
     "donor_prompt": ["replacement.donor_prompt.prompt=a blue square"],
     "resample": ["replacement.resample.prompt=a blue square"],

@@ -213,6 +213,9 @@ def test_columns_are_named_or_guessed_and_what_was_guessed_is_said(tmp_path):
         with pytest.raises(RequestError) as refused:
             chosen(path, **{options: "nonesuch"})
         assert all(word in str(refused.value) for word in words), refused.value
+    (tmp_path / "a.txt").write_text("a cat\n")
+    with pytest.raises(RequestError, match=r"prompts\.column: .* has none"):
+        chosen(tmp_path / "a.txt", column="prompt")
     path.write_text("text,prompt,id,category\na cat,a cat,1,3\na dog,,2,4\n")
     assert [(p.text, p.id, p.aspects) for p in parse(path)] == [("a cat", "1", ("3",)), ("a dog", "2", ("4",))]
     path.write_text("text,prompt,id\na cat,a cat,1\na dog,a cow,2\n")

@@ -67,6 +67,8 @@ def find(
     """
     there = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     if not there:
+        if asked := [name for name, one in {"column": text, "id_column": id, "aspects_column": aspects}.items() if one]:
+            raise RequestError(f"{key}.{asked[0]}", "names a column, and the file has none; allowed here: null")
         return Columns((), (), (), (), "")
     by_name: dict[str, list[str]] = {}
     for name in there:
