@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lesion.config.parsing import Request
     from lesion.study.grid import Study
 
+OF_HYDRA = (ValueError, TypeError, AttributeError, AssertionError)  # what it raises at keys of its own, unchecked
+
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="lesion")
 def job(config: DictConfig) -> None:
@@ -266,8 +268,9 @@ def _main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, ValueError | TypeError | AttributeError) and is_from(error, "hydra", "omegaconf"):
-            sys.exit(_refuse(RequestError("command line", f"cannot be read: {error}")))  # such as KEY.x=1 of a list
+        if not _started and isinstance(error, OF_HYDRA) and is_from(error, "hydra", "omegaconf"):
+            why = str(error) or type(error).__name__
+            sys.exit(_refuse(RequestError("command line", f"cannot be read: {why}")))  # such as KEY.x=1 of a list
         sys.exit(unforeseen("lesion", error, 1 if _started else 2))
 
 

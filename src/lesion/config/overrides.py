@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,13 +13,15 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import BooleanNode, DictConfig, OmegaConf
 
-from lesion.config.schema import conf_dir
+from lesion.config.schema import LesionConf, conf_dir
 from lesion.errors import RequestError
 from lesion.study.prompt_files import STDIN, has_ending
 
 CHOSEN = ("selection", "replacement")  # groups of which several are chosen, each with options of its own
 OVERLAYS = ("experiment", "debug")  # several may be laid over each other
+DEEPEST = 20
 PROMPTS = {"prompts": "prompts", "prompts@calibration.prompts": "calibration.prompts"}  # key of the group -> its place
 
 
@@ -27,8 +30,13 @@ def prepared(overrides: Sequence[str]) -> list[str]:
 
     Raises RequestError for what is no override, naming the right quoting, and for a choice of a group that is no name.
     """
-    found = [one for override in overrides for one in _with_prompt_files(override)]
-    return [_group(_listed(one, _read(one)), _read(one)) for one in found]
+    found = []
+    for given in overrides:
+        for one in _with_prompt_files(given):
+            override = _read(one)
+            _check_truth(override)
+            found.append(_group(_listed(one, override), override))
+    return found
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -67,7 +75,16 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _read(override: str) -> Override:
     """Raises RequestError in the place of Hydra's lexer, which names a character of its grammar."""
     try:
-        return OverridesParser.create().parse_override(override)
+        read = OverridesParser.create().parse_override(override)
+        if _deep(read.value(), DEEPEST):
+            raise RecursionError
+        return read
+    except RecursionError:
+        raise RequestError(
+            override.partition("=")[0][:80], f"is nested too deep; allowed: {DEEPEST} lists or mappings in each other"
+        ) from None
+    except ValueError as error:  # of Python, for a number of some thousand digits
+        raise RequestError(override.partition("=")[0][:80], f"cannot be read: {error}") from None
     except HydraException:
         key, given, value = override.partition("=")
         advice = f"{key}={_requoted(value)}"
@@ -78,12 +95,46 @@ def _read(override: str) -> Override:
         ) from None
 
 
+def _deep(value: Any, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_deep(one, left - 1) for one in inner)
+
+
 def _readable(override: str) -> bool:
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, RecursionError):
         return False
     return True
+
+
+def _values(override: Override) -> list[Any]:
+    """Its value, or those of a sweep over single values."""
+    value = override.value()
+    return value.list if isinstance(value, ChoiceSweep) else [value]
+
+
+@lru_cache
+def _truths() -> frozenset[str]:
+    """The keys of the schema that are true or false."""
+
+    def walk(config: DictConfig, above: str) -> Iterator[str]:
+        for name in map(str, config):
+            node = config._get_node(name)
+            if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+                yield from walk(node, f"{above}{name}.")
+            elif isinstance(node, BooleanNode):
+                yield f"{above}{name}"
+
+    return frozenset(walk(OmegaConf.structured(LesionConf), ""))
+
+
+def _check_truth(override: Override) -> None:
+    """Refuse numbers for true or false, of which OmegaConf takes any but 0 for true."""
+    if override.key_or_group in _truths():
+        for value in _values(override):
+            if isinstance(value, int | float) and value not in (0, 1):
+                raise RequestError(override.key_or_group, f"must be true or false; got {value}")
 
 
 def _requoted(value: str) -> str:
@@ -183,7 +234,7 @@ def _group(argument: str, override: Override) -> str:
     swept = isinstance(value, ChoiceSweep)
     if override.is_sweep_override() and not swept:
         return argument
-    for one in value.list if isinstance(value, ChoiceSweep) else [value]:
+    for one in _values(override):
         names = one if isinstance(one, list) else [one]
         if len(names) > 1 and key not in CHOSEN + OVERLAYS:
             shown = ",".join(map(str, names))

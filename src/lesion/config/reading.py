@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lesion.config.schema import LesionConf
 from lesion.errors import RequestError
 from lesion.study.prompt_files import STDIN
+from lesion.study.prompts import LONGEST_TEXT
 
 NAMED = ("selection", "replacement")  # names and their options; these are checked where they are used
 FREE = ("tracker", "model.arguments")  # so are the keys of these
@@ -92,6 +93,8 @@ def _check_value(key: str, value: Any) -> None:
             raise RequestError(key, f"{value[:40]!r} has a lone surrogate, which is no text")
         if "\0" in value:
             raise RequestError(key, f"{value[:40]!r} has a NUL character")
+        if len(value) > LONGEST_TEXT:
+            raise RequestError(key, f"{value[:40]!r}… has {len(value)} characters; allowed: up to {LONGEST_TEXT}")
     elif isinstance(value, bytes):
         raise RequestError(key, f"must be text or a number; got {value[:40]!r}")
     elif isinstance(value, int) and not -WHOLE <= value < WHOLE and key != "seeds":  # seeds have a line of their own

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from lesion.errors import RequestError
 from lesion.scoring._metric import Direction, Metric, OptionError, ScorerError, Shot
-from lesion.study.checks import at_least, one_of
+from lesion.study.checks import one_of
+from lesion.study.settings import LARGEST_BATCH
 
 __all__ = [
     "Direction",
@@ -71,7 +72,8 @@ class ScorerSpec:
         if why := unsuited[importance]:
             suited = ", ".join(name for name, why in unsuited.items() if not why)
             raise RequestError("scorer.importance", f"cannot be {importance}: {why}; allowed: {suited}")
-        at_least("scorer.batch_size", config["batch_size"], 1)
+        if not 1 <= config["batch_size"] <= LARGEST_BATCH:
+            raise RequestError("scorer.batch_size", f"must be in [1, {LARGEST_BATCH}]; got {config['batch_size']}")
         spec = cls(
             name=config["name"],
             clip_model=config["clip_model"],

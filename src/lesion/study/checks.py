@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,6 @@ def one_of(key: str, value: Any, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise RequestError(key, f"got {value!r}; allowed: {', '.join(allowed)}")
     return str(value)
-
-
-def at_least(key: str, value: float, low: float) -> None:
-    """A finite number from `low` on."""
-    if not low <= value < math.inf:
-        raise RequestError(key, f"must be a number >= {low}; got {value}")
 
 
 def share(key: str, value: Any) -> float:

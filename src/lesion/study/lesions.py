@@ -203,9 +203,11 @@ def coalitions(layers: Sequence[str], permutations: int = 8, seed: int = 0) -> I
     A set that several orders reach is asked for by each, and made once. permutations: how many orders. seed: of the
     orders. Castro, Gómez and Tejada 2009, doi:10.1016/j.cor.2008.04.004.
     """
-    for name, value, low in (("permutations", permutations, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise RequestError(f"selection.coalitions.{name}", f"must be a whole number >= {low}; got {value!r}")
+    for name, value, low, high in (("permutations", permutations, 1, 10_000), ("seed", seed, 0, 2**63 - 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise RequestError(
+                f"selection.coalitions.{name}", f"must be a whole number from {low} to {high}; got {value!r}"
+            )
     dice = random.Random(seed)
     for permutation in range(permutations):
         order = dice.sample(list(layers), len(layers))

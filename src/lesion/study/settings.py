@@ -31,7 +31,9 @@ def number(low: float, high: float = math.inf, *, open_below: bool = False) -> A
     )
 
 
-SIDE = Allowed(lambda side: side >= 8 and side % 8 == 0, "a multiple of 8 from 8 on")
+# Bounds beyond which no model works, so that a slip of the keyboard is refused before it takes memory or days.
+MOST_STEPS, MOST_GUIDANCE, LONGEST_SIDE, LARGEST_BATCH = 10_000, 10_000, 16_384, 10_000
+SIDE = Allowed(lambda side: 8 <= side <= LONGEST_SIDE and side % 8 == 0, f"a multiple of 8 from 8 to {LONGEST_SIDE}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,10 @@ class Settings:
     """
 
     task: str = setting(always=True)
-    steps: int = setting(always=True, asked=int | None, allowed=number(1), argument="num_inference_steps")
-    guidance: float = setting(always=True, asked=float | None, allowed=number(0), argument="guidance_scale")
+    steps: int = setting(always=True, asked=int | None, allowed=number(1, MOST_STEPS), argument="num_inference_steps")
+    guidance: float = setting(
+        always=True, asked=float | None, allowed=number(0, MOST_GUIDANCE), argument="guidance_scale"
+    )
     height: int = setting(always=True, asked=int | None, allowed=SIDE, unit="pixels", argument="height")
     width: int = setting(always=True, asked=int | None, allowed=SIDE, unit="pixels", argument="width")
     scheduler: str = setting("", key=None, always=True)
@@ -129,7 +133,10 @@ class Settings:
         None,
         asked=Any,
         spelled={"auto": None},
-        allowed=Allowed(lambda size: type(size) is int and size >= 1, "auto or a whole number >= 1"),
+        allowed=Allowed(
+            lambda size: type(size) is int and 1 <= size <= LARGEST_BATCH,
+            f"auto or a whole number in [1, {LARGEST_BATCH}]",
+        ),
         unit="images",
         identity=False,
         compared=False,
