@@ -79,3 +79,14 @@ def test_the_worked_multirun_and_its_report(run, tmp_path):
 def test_every_other_command(run, no_report, command):
     out = run(command)
     assert ("dry run" in out) == ("dry_run=true" in command)
+
+
+def test_the_line_that_completes_by_tab(cli):
+    (line,) = re.findall(r'^    eval "\$\(lesion (.+)\)"$', README, re.MULTILINE)
+    code, out, err = cli(*shlex.split(line), defaults=False)
+    assert code == 0 and "complete -o nospace" in out, err
+
+
+def test_the_picture_of_the_page_is_small():
+    picture = Path(__file__).parents[2] / "docs" / "images" / "page.png"
+    assert "docs/images/page.png" in README and picture.stat().st_size < 300_000

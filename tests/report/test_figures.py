@@ -12,7 +12,8 @@ from lesion.analysis.settings import settings
 from lesion.report import curves, figures, illustrations, write_report
 from lesion.report.findings import findings
 from lesion.report.profile import levels, profile
-from lesion.report.text import clean
+from lesion.report.text import clean, short_names
+from lesion.study.prompts import slug
 from planted import LAYERS, planted
 
 
@@ -133,3 +134,54 @@ def test_a_reference_far_from_the_data_is_named_at_the_side_instead_of_squeezing
     assert "all lesioned" in names and near.get_xlim()[1] < 0.6
     names = [text.get_text() for text in far.texts]
     assert "all lesioned: 3.00 \u2192" in names and far.get_xlim()[1] < 0.6
+
+
+def test_figures_have_no_title_unless_asked_and_take_the_users_style(tmp_path):
+    table = pd.DataFrame([[0.0, 0.25, 1.0]], index=["mid_block.attentions.0"], columns=["a", "b", "c"])
+    style = tmp_path / "mine.mplstyle"
+    style.write_text("font.family: DejaVu Serif\nfont.size: 9\n")
+
+    def drawn(look: figures.Look):
+        with figures.looking(look):
+            figure = figures.heat_map(table, "importance", "a title")
+            with figures.styled():
+                return figure, matplotlib.rcParams["font.family"], matplotlib.rcParams["font.size"]
+
+    plain, family, _ = drawn(figures.Look())
+    assert plain.get_suptitle() == "" and family[0] != "DejaVu Serif"
+    titled, family, size = drawn(figures.Look((str(style),), titles=True))
+    assert titled.get_suptitle() == "a title" and (family, size) == (["DejaVu Serif"], 9)
+    with pytest.raises(OSError, match="nonesuch"):
+        drawn(figures.Look(("nonesuch",)))
+    image = plain.axes[0].images[0]
+    assert image.norm(0.25) == pytest.approx(0.5)  # the square root of its share
+    assert [text.get_text() for text in plain.axes[0].texts] == ["0", "0.25", "1.00"]
+
+
+def test_a_sheet_is_text_and_pictures_at_the_papers_width():
+    pictures = [[Image.new("RGB", (8, 8), (40 * row, 80 * column, 0)) for column in range(3)] for row in range(2)]
+    texts = ["a red circle", "two stars"]
+    figure = figures.sheet(pictures, ["baseline", LAYERS[2], LAYERS[4]], texts, figures.SINGLE)
+    assert figure.get_figwidth() == figures.SINGLE
+    shown = [axes for axes in figure.axes if axes.images]
+    for place, axes in enumerate(shown):
+        row, column = divmod(place, 3)
+        assert tuple(axes.images[0].get_array()[0, 0]) == (40 * row, 80 * column, 0)
+    assert [axes.get_title() for axes in shown[:3]] == ["baseline", "mid.a0", "up1.a0"]
+    assert " ".join(shown[3].get_ylabel().split()) == "two stars"
+
+
+def test_prompts_get_short_names_that_tell_them_apart():
+    texts = [
+        "a large red circle on a white background",
+        "two blue squares on a black background",
+        "a green triangle to the left of a yellow star on a gray background",
+        "a green triangle to the left of a yellow cross on a gray background",
+    ]
+    names = short_names({slug(text): text for text in texts})
+    assert list(names.values())[:2] == ["large red circle white", "two blue squares black"]
+    assert len(set(names.values())) == 4 and max(map(len, names.values())) <= 26
+    assert short_names({"cat": "a very long text about a cat", "dog": "dogs"}) == {
+        "cat": "cat",
+        "dog": "dog",
+    }  # ids of one's own

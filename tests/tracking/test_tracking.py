@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import lesion
 from lesion.tracking import Guarded, JobInfo, Tracker, make_tracker, tracker_names
 from lesion.tracking import wandb as wandb_room
 
@@ -184,7 +185,7 @@ def test_an_offline_run_holds_everything(
     for record in found:
         if record.WhichOneof("record_type") == "summary":
             summary |= merged(record.summary.update)
-    assert {key: summary[key] for key in SUMMARY} == SUMMARY
+    assert {key.replace(".", "_"): value for key, value in SUMMARY.items()}.items() <= summary.items()
 
     logged = {key: value for point in history for key, value in point.items()}
     assert logged["grids"]["captions"] == ["p0-s0", "p0-s1"]
@@ -199,16 +200,18 @@ def test_an_offline_run_holds_everything(
     assert [key for key in logged if key.startswith("tables/")] == ["tables/layers"], "what cannot be read is left out"
 
     table = json.loads((log.parent / "files" / logged["results"]["path"]).read_text("utf-8"))
-    assert table["columns"] == ["picture", *frame.columns]
-    assert [row[1] for row in table["data"]] == [text.replace("\ud800", "?") for text in frame["prompt"]]
+    assert table["columns"] == ["baseline", "picture", *frame.columns]
+    assert [row[2] for row in table["data"]] == [text.replace("\ud800", "?") for text in frame["prompt"]]
     assert [row[-1] for row in table["data"]] == [1.0, 0.9, 0.9] * 3 + [None, None]
-    assert [row[0] is not None for row in table["data"]] == [True] * 9 + [False, False]
+    assert [row[1] is not None for row in table["data"]] == [True] * 9 + [False, False]
 
     artifacts = {
         record.artifact.type: record.artifact for record in found if record.WhichOneof("record_type") == "artifact"
     }
-    (entry,) = artifacts["results"].manifest.contents
-    assert entry.path == "results.parquet"
+    assert artifacts["results"].name == "lesion-results"
+    entries = {entry.path: entry for entry in artifacts["results"].manifest.contents}
+    assert "results.parquet" in entries and "tables/layers.csv" in entries
+    entry = entries["results.parquet"]
     assert Path(entry.local_path).read_bytes() == (tmp_path / "results.parquet").read_bytes()
     (ended,) = [record.exit for record in found if record.WhichOneof("record_type") == "exit"]
     assert ended.exit_code == 0
@@ -517,3 +520,29 @@ def test_more_pictures_than_a_key_may_hold_go_under_further_keys(tmp_path: Path)
         Image.new("RGB", (4, 4)).save(tmp_path / f"{number:03}.png")
     lists = wandb_room._picture_lists(tmp_path, "grids")
     assert {key: len(pictures) for key, pictures in lists.items()} == {"grids": 108, "grids_2": 2}
+
+
+def test_what_runs_are_grouped_and_compared_by(tmp_path: Path) -> None:
+    """Scalars in the config, bars of layers, the baseline beside each picture, one run a folder."""
+    from lesion.tracking import wandb as module
+
+    config: dict[str, object] = {"selection": {"leave_one_out": {}, "all": {}}, "replacement": {"zero": {}}}
+    config |= {"model": {"name": "sd15", "id": "x"}, "prompts": {"name": "colour"}, "scorer": {"name": "dino"}}
+    assert module._scalars(config) == {
+        "lesion_version": lesion.__version__, "selection_name": "leave_one_out+all", "replacement_name": "zero",
+        "model_name": "sd15", "prompts_name": "colour", "scorer_name": "dino",
+    }  # fmt: skip
+    keys = ["importance/zero/mid_block.attentions.0", "importance/zero/up_blocks.1", "sufficiency/zero/up_blocks.1"]
+    bars = module._bars(dict.fromkeys(keys, 0.5))
+    assert list(bars) == ["layers/importance_zero", "layers/sufficiency_zero"]
+    frame = pd.DataFrame(
+        {"model": "m", "prompt_id": ["p", "p", "q", "q"], "seed": 0, "selection": ["none", "all", "all", "none"]}
+    )
+    assert module._baselines(frame) == [None, 0, 3, None]
+    first, second = (module.WandbTracker(module.Options()) for _ in range(2))
+    first.folder = second.folder = tmp_path
+    (one, resumed), again = first._run_id(), second._run_id()
+    assert not resumed and again == (one, True)
+    (tmp_path / "images" / "p").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "p" / "one.png")
+    assert "made" in first._newest() and first._newest() == {}  # each picture once

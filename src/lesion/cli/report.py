@@ -72,6 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=METHODS[0],
         help="95 %% intervals of means: bootstrap-t (the default), BCa or Student's t over prompts",
     )
+    parser.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        metavar="STYLE",
+        help="a matplotlib style file (say with font.family) or the name of one of its styles, over ours; repeatable",
+    )
+    parser.add_argument("--titles", action="store_true", help="draw titles into figures")
     parser.add_argument("--siunitx", action="store_true", help="LaTeX tables with the S columns of siunitx")
     try:
         arguments = parser.parse_args(argv)
@@ -85,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = arguments.out or (runs[0] if len(runs) == 1 else Path("lesion-report"))
         if out.exists() and not out.is_dir():
             raise Refused(f"--out {out}: is a file, not a folder")
-        drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval")}
+        drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval", "titles")}
+        drawn["styles"] = arguments.style
         known, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
         return _refuse(error)

@@ -14,6 +14,7 @@ from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
 from lesion.report import contents, crossing, examples, fonts, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
+from lesion.report.figures import Look, looking
 from lesion.report.findings import Findings, findings
 from lesion.report.pictures import Drawn
 from lesion.report.text import clean
@@ -75,6 +76,8 @@ def write_report(
     interval: str = METHODS[0],
     notes: Sequence[str] = (),
     known: Findings | None = None,
+    styles: Sequence[str] = (),
+    titles: bool = False,
 ) -> list[Path]:
     """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
 
@@ -83,8 +86,24 @@ def write_report(
     comparison pictures only, and a line that says so, unless `all_grids`. clustered: heat maps with layers and prompts
     in clusters too. siunitx: LaTeX tables with S columns. interval: of means, one of
     `bootstrap.METHODS`. notes: lines for the top of the page. known: the findings of
-    this frame and floor where they are worked out already. Returns the paths, the page last.
+    this frame and floor where they are worked out already. styles, titles: how figures look, see `figures.Look`.
+    Returns the paths, the page last. Raises OSError for a style that there is not.
     """
+    with looking(Look(tuple(styles), titles)):
+        return _write(run_dir, frame, floor, all_grids, clustered, siunitx, interval, notes, known)
+
+
+def _write(
+    run_dir: Path,
+    frame: pd.DataFrame,
+    floor: pd.DataFrame | None,
+    all_grids: bool,
+    clustered: bool,
+    siunitx: bool,
+    interval: str,
+    notes: Sequence[str],
+    known: Findings | None,
+) -> list[Path]:
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     frame = frame.reset_index(drop=True)

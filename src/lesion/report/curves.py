@@ -61,6 +61,9 @@ def scatter(
             ends = np.array([np.nanmin([x["v"], y["v"]]), np.nanmax([x["v"], y["v"]])])
             axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
         axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.set_xscale("function", functions=(_root, _square))  # most layers lie near 0, where their numbers pile up
+        if same:
+            axes.set_yscale("function", functions=(_root, _square))
         axes.grid()
         if len(set(kinds)) > 1:
             figure.legend(loc="outside lower left", ncols=4)
@@ -70,6 +73,14 @@ def scatter(
             key.text(0, 1, "\n".join(lines), va="top", fontsize=5.5, transform=key.transAxes, linespacing=1.25)
         entitle(figure, title)
     return figure
+
+
+def _root(value: Any) -> Any:
+    return np.sign(value) * np.sqrt(np.abs(value))
+
+
+def _square(value: Any) -> Any:
+    return np.sign(value) * np.square(value)
 
 
 def _renamed(both: pd.DataFrame, name: str, end: str) -> pd.DataFrame:

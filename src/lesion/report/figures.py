@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -21,11 +24,13 @@ from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from lesion.report import fonts
-from lesion.report.text import clean, number
+from lesion.report.text import clean, number, short_layer
 from lesion.store.files import atomically
 
 SINGLE, DOUBLE, TALL = 3.3, 6.9, 9.0  # inches: width of one column, of both, and the height of a page
@@ -43,9 +48,48 @@ def _style() -> dict[str, Any]:
         return dict(settings)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a user chooses: style files or names of matplotlib's styles, laid over ours; whether titles are drawn.
+
+    Papers have captions, so figures have no title unless it is asked for.
+    """
+
+    styles: tuple[str, ...] = ()
+    titles: bool = False
+
+
+_look: ContextVar[Look] = ContextVar("look", default=Look())  # noqa: B039 - it is frozen
+
+
+@contextmanager
+def looking(look: Look) -> Iterator[None]:
+    """Figures drawn inside look so. Raises OSError for a style that there is not."""
+    for style in look.styles:
+        _over(style)
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
+@lru_cache
+def _over(style: str) -> dict[str, Any]:
+    from matplotlib import style as styles
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library: Any = styles.library
+        read: Any = library[style] if style in library else matplotlib.rc_params_from_file(style, False, False)
+        return dict(read)
+
+
 def styled() -> AbstractContextManager[None]:
     """Drawing inside has the style."""
-    style: Any = _style()  # Any: the stubs ask for a literal type of all keys
+    style: Any = dict(_style())  # Any: the stubs ask for a literal type of all keys
+    for name in _look.get().styles:
+        style |= {key: value for key, value in _over(name).items() if not key.startswith("backend")}
     return matplotlib.rc_context(style)
 
 
@@ -68,7 +112,12 @@ def blank(width: float, height: float) -> Figure:
 
 
 def entitle(figure: Figure, title: str) -> None:
-    """A title above everything, broken to the figure's width: matplotlib's own wrapping reads dollar signs as maths."""
+    """A title above everything if titles are asked for, broken to the figure's width.
+
+    Not by matplotlib's own wrapping, which reads dollar signs as maths.
+    """
+    if not _look.get().titles:
+        return
     room = int(figure.get_figwidth() * 16)  # characters
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, room)]
     figure.suptitle("\n".join(lines[:4]), x=0.01, ha="left", fontsize=7.5)
@@ -110,7 +159,8 @@ def clustered(table: pd.DataFrame) -> pd.DataFrame:
 def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = True, columns: str = "prompt") -> Figure:
     """Layers (rows) x prompts, aspects or windows; missing cells are hatched. `meaning` labels the colour bar.
 
-    Colours start at 0 with `from_zero`, else at the smallest value. columns: what they are, for the axis.
+    Colours start at 0 with `from_zero`, else at the smallest value, and follow the square root: most changes are small.
+    columns: what they are, for the axis.
     """
     values = table.to_numpy(dtype="float64")  # (layers, columns)
     n_layers, n_columns = values.shape
@@ -124,7 +174,8 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
         axes = figure.add_subplot()
         axes.set_facecolor("white")
         axes.patch.set(hatch="//////", edgecolor="0.6")
-        image = axes.imshow(np.ma.masked_invalid(values), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        scale = PowerNorm(0.5, low, high, clip=True)
+        image = axes.imshow(np.ma.masked_invalid(values), norm=scale, aspect="auto", interpolation="nearest")
         every, skip = max(1, -(-n_columns // NAMED)), max(1, -(-n_layers // NAMED))
         axes.set_xticks(range(0, n_columns, every), [clean(name, 28) for name in table.columns[::every]])
         axes.tick_params(axis="x", rotation=40 if n_columns <= 30 else 90, length=0)
@@ -138,11 +189,18 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
         figure.colorbar(image, ax=axes, label=meaning, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
         if written:
             for (row, column), value in np.ndenumerate(values):
-                shade = 1.0 if not np.isfinite(value) else (value - low) / (high - low)
-                text = number(float(value))
+                shade = 1.0 if not np.isfinite(value) else float(scale(value))
+                text = brief(float(value))
                 colour = "black" if shade > 0.5 else "white"
                 axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
     return figure
+
+
+def brief(value: float) -> str:
+    """Few digits: 0 for what is next to nothing, three places below 0.1, else two."""
+    if not np.isfinite(value):
+        return "n/a"
+    return "0" if abs(value) < 5e-4 else number(value, 3 if abs(value) < 0.0995 else 2)
 
 
 def limits(table: pd.DataFrame, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -213,3 +271,34 @@ def _line(axes: Axes, at: float, dash: str, text: str, row: int, span: tuple[flo
         named = f"{text}: {number(at, 2)} \u2192" if right else f"\u2190 {text}: {number(at, 2)}"
         side = "right" if right else "left"
         axes.annotate(named, (float(right), 1.0), (0, 1 + 7 * row), xycoords="axes fraction", ha=side, **place)
+
+
+def sheet(
+    pictures: Sequence[Sequence[Image.Image]], heads: Sequence[str], texts: Sequence[str], width: float
+) -> Figure:
+    """Pictures in rows of one prompt each and columns of one layer each; names and prompts are text, not pixels.
+
+    width: of the figure in inches.
+    """
+    from mpl_toolkits.axes_grid1 import ImageGrid  # type: ignore[import-untyped]
+
+    tall, wide = len(pictures), len(heads)
+    side = width / (wide + 0.55)
+    with styled():
+        figure = Figure(figsize=(width, min(TALL, side * tall + 0.25)))
+        grid: Any = ImageGrid(
+            figure, (0.5 * side / width, 0.0, 1 - 0.5 * side / width, 1 - 0.22 / figure.get_figheight()),
+            nrows_ncols=(tall, wide), axes_pad=0.03,
+        )  # fmt: skip
+        for place, axes in enumerate(grid):
+            row, column = divmod(place, wide)
+            axes.imshow(np.asarray(pictures[row][column]), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                axes.set_title(clean(heads[column]) if column == 0 else short_layer(heads[column]), loc="center", pad=2)
+            if column == 0:
+                room = max(8, int(side * 16))
+                lines = textwrap.wrap(clean(texts[row]), room)[:4]
+                axes.set_ylabel("\n".join(lines), rotation=90, fontsize=5.5)
+    return figure

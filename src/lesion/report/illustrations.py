@@ -18,7 +18,7 @@ from lesion.report.crossing import telling, window_maps
 from lesion.report.findings import Findings
 from lesion.report.profile import profile
 from lesion.report.tables import missing
-from lesion.report.text import clean, number
+from lesion.report.text import clean, number, short_names
 
 Drawn = list[tuple[Path, str]]  # and the text for those who cannot see it
 SETTINGS = 4  # with every figure, unless all are asked for; figures take most of the time of a report
@@ -50,6 +50,8 @@ def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool =
         by_prompt = layer_by_prompt(found.rows(setting), metric, selection)
         if by_prompt.size:
             zero = selection == LEAVE_ONE_OUT
+            texts = found.frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
+            by_prompt = by_prompt.rename(columns=short_names({one: str(texts[one]) for one in by_prompt.columns}))
             figure = figures.heat_map(by_prompt, meaning, title, zero)
             add(figure, f"heatmap--{selection}", f"Heat map of layers by prompts, {name}")
             if clusters:

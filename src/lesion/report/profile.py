@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from lesion.report.figures import DOUBLE, GREY, blank, entitle, styled
-from lesion.report.text import clean, number
+from lesion.report.figures import DOUBLE, GREY, blank, brief, entitle, styled
+from lesion.report.text import clean
 
 BOXES = 24  # layers into whose boxes numbers fit
 _PATH = re.compile(r"(?:(down_blocks|up_blocks)\.(\d+)|mid_block)(?:\.|$)")
@@ -49,7 +49,7 @@ def profile(table: pd.DataFrame, name: str, meaning: str, title: str) -> Figure 
     finite = values[np.isfinite(values)]
     low = min(0.0, float(finite.min())) if finite.size else 0.0
     high = max(float(finite.max()), low + 1e-3) if finite.size else 1.0
-    colours, scale = matplotlib.colormaps["cividis"], Normalize(low, high)
+    colours, scale = matplotlib.colormaps["cividis"], PowerNorm(0.5, low, high, clip=True)
     with styled():
         figure = blank(DOUBLE, 1.2 + 0.42 * (max(depth) - min(depth) + 1))
         axes = figure.add_subplot()
@@ -62,7 +62,7 @@ def profile(table: pd.DataFrame, name: str, meaning: str, title: str) -> Figure 
             axes.add_patch(box)
             if len(depth) <= BOXES:
                 ink = "black" if not known or scale(value) > 0.5 else "white"
-                text = f"{number(float(value), 2)}\n{_inner(str(layer))}"
+                text = f"{brief(float(value))}\n{_inner(str(layer))}"
                 axes.text(place, -level, text, ha="center", va="center", fontsize=5.5, color=ink, linespacing=1.3)
         _name_blocks(axes, table["layer"].tolist(), depth)
         axes.set(xlim=(-0.7, len(depth) - 0.3), ylim=(-max(depth) - 0.8, -min(depth) + 0.85))

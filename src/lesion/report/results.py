@@ -25,7 +25,7 @@ from lesion.report import contents, crossing, figures, grids, maps, write_report
 from lesion.report.canvas import load
 from lesion.report.findings import Findings, findings
 from lesion.report.merging import Refused, gather, put_together, run_folders
-from lesion.report.text import as_html, clean
+from lesion.report.text import as_html, clean, short_names
 from lesion.study.columns import GENERATION, LESION, TEXTS
 
 DPI = 120  # of figures as a notebook shows them
@@ -291,6 +291,8 @@ class Plots:
         table = self._results.by_prompt(selection, **where)
         if not table.size:
             raise RequestError("selection", f"these results have no {selection!r}")
+        texts = self._results.frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
+        table = table.rename(columns=short_names({one: str(texts[one]) for one in table.columns}))
         meaning = f"sufficiency: {found.metric}" if selection == ONLY_ONE else f"importance: 1 - {found.metric}"
         return _shown(figures.heat_map(table, meaning, clean(setting.label), selection != ONLY_ONE))
 
@@ -302,6 +304,34 @@ class Plots:
             raise RequestError("prompts", "these results have no aspects with leave_one_out")
         meaning = f"importance: 1 - {found.metric}"
         return _shown(figures.heat_map(aspect_table(table), meaning, clean(setting.label), columns="aspect"))
+
+    def sheet(
+        self,
+        prompts: Sequence[int | str],
+        layers: Sequence[str],
+        *,
+        seed: int | None = None,
+        selection: str = LEAVE_ONE_OUT,
+        columns: int = 1,
+        **where: Any,
+    ) -> Figure:
+        """A figure for print: the baseline and chosen layers (columns) of chosen prompts (rows), text as vectors.
+
+        prompts: places (from 0), ids or texts. columns: of the paper that it spans, 1 (3.3 inches) or 2 (6.9).
+        `savefig("figure.pdf")` writes it. Raises RequestError, naming what there is, for what is not there.
+        """
+        if columns not in (1, 2):
+            raise RequestError("columns", f"got {columns!r}; allowed: 1, 2")
+        results = self._results
+        rows_ = []
+        for prompt in prompts:
+            line = [results.image(prompt=prompt, seed=seed)]
+            line += [results.image(layer, selection, prompt=prompt, seed=seed, **where) for layer in layers]
+            rows_.append(line)
+        texts = [str(results._about(prompt, seed)["prompt"].iloc[0]) for prompt in prompts]
+        return _shown(
+            figures.sheet(rows_, ["baseline", *layers], texts, figures.SINGLE if columns == 1 else figures.DOUBLE)
+        )
 
     def grid(self, prompt: int | str | None = None, seed: int | None = None, **where: Any) -> Figure:
         """One prompt and seed: the baseline and every lesion, labelled with the similarity."""

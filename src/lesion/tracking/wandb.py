@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import lesion
+from lesion.study.columns import GENERATION
 from lesion.tracking import JobInfo, Tracker
 from lesion.tracking._plain import plain, text
 
@@ -33,6 +36,8 @@ Answer = TypeVar("Answer")
 MODES = ("auto", "online", "offline", "disabled")
 PICTURES_PER_KEY = 108  # wandb.Image.MAX_ITEMS: further pictures of one key are dropped by W&B
 TABLE_ROWS = 200_000  # wandb.Table.MAX_ARTIFACT_ROWS
+ARTIFACT = "lesion-results"
+RUN_ID = "id.txt"  # file that names the run of a folder
 NAME_LIMIT = 128  # characters of a run's name, group and job type
 TAG_LIMIT = 64
 
@@ -47,6 +52,7 @@ class Options:
     project: str = "lesion"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    notes: str | None = None
     max_table_images: int = 1000
     progress_every: float = 5.0  # seconds
     init_timeout: float = 10.0  # seconds
@@ -71,6 +77,7 @@ class WandbTracker:
         self.run: wandb.Run | None = None
         self.folder = Path()
         self.last_progress = float("-inf")
+        self._shown: set[Path] = set()  # pictures that were logged while the study ran
 
     def start(self, job: JobInfo) -> None:
         """Open the run: online if that is asked for and works, otherwise offline."""
@@ -109,25 +116,47 @@ class WandbTracker:
         self.last_progress = now
         with self._closing_on_error() as run:
             point = {"images_done": done, "images_left": total - done, "images_per_second": float(images_per_second)}
-            self._within(lambda: run.log(point))
+            self._within(lambda: run.log({**point, **self._newest()}))
+
+    def _newest(self) -> dict[str, object]:
+        """A picture of the run folder that was not logged yet, the newest; none where there is none."""
+        found = [path for path in (self.folder / "images").glob("*/*.png") if path not in self._shown]
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        picture = _picture(newest, caption=text(f"{newest.parent.name}: {newest.stem}")) if newest else None
+        if newest is None or picture is None:
+            return {}
+        self._shown.update(found)
+        return {"made": picture}
 
     def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
-        """Log the summary, all pictures, the report's tables, the results table and `results.parquet`."""
+        """Log the summary, all pictures, the report and its tables, a bar chart, the results table and an artifact."""
         if self.run is None:
             return
         import wandb
 
         with self._closing_on_error() as run, _environment(WANDB_DATA_DIR=str(self.folder / "wandb" / "data")):
             # WANDB_DATA_DIR is where wandb stages the files of artifacts and the pictures of tables.
-            self._within(lambda: run.summary.update({text(key): float(value) for key, value in summary.items()}))
+            # A dot in a key of the summary is a level to W&B, and layers have dots.
+            totals = {text(key).replace(".", "_"): float(value) for key, value in summary.items()}
+            self._within(lambda: run.summary.update(totals))
             if pictures := _picture_lists(run_dir / "grids", "grids") | _named_pictures(run_dir / "figures", "figures"):
                 self._within(lambda: run.log(pictures))
             if tables := _report_tables(run_dir / "tables"):
                 self._within(lambda: run.log(tables))
             table = _results_table(frame, run_dir, self.options.max_table_images)
             self._within(lambda: run.log({"results": table}))
-            artifact = wandb.Artifact(f"results-{run.id}", type="results")
+            if bars := _bars(summary):
+                self._within(lambda: run.log(bars))
+            if (page := run_dir / "report.html").is_file():
+                report = wandb.Html(str(page), inject=False)
+                self._within(lambda: run.log({"report": report}))
+            artifact = wandb.Artifact(ARTIFACT, type="results")  # one name: every study is a version of it
             artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
+            for name in ("floor.parquet", "report.html"):
+                if (run_dir / name).is_file():
+                    artifact.add_file(str(run_dir / name), name=name)
+            if (run_dir / "tables").is_dir():
+                artifact.add_dir(str(run_dir / "tables"), name="tables")
             self._within(lambda: run.log_artifact(artifact))
 
     def close(self, exit_code: int) -> None:
@@ -183,22 +212,38 @@ class WandbTracker:
                 log.debug("closing the run after a failure", exc_info=True)
             raise
 
+    def _run_id(self) -> tuple[str, bool]:
+        """The id of the folder's run, and whether it has one already: a resumed study resumes its run."""
+        known = self.folder / "wandb" / RUN_ID
+        try:
+            found = known.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeError):
+            found = ""
+        if re.fullmatch("[0-9a-f]{8}", found):
+            return found, True
+        found = secrets.token_hex(4)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(found, encoding="ascii")
+        return found, False
+
     def _open(self, job: JobInfo, mode: str) -> wandb.Run:
         """A new run in `mode` (online or offline). Raises what wandb raises; a failed attempt leaves no folder."""
         import wandb
 
         _silent_settings()
-        run_id = secrets.token_hex(4)
+        run_id, resumed = self._run_id()
         try:
             return wandb.init(
                 id=run_id,
+                resume="allow" if resumed else None,
+                notes=text(self.options.notes) if self.options.notes else None,
                 name=text(job.name, NAME_LIMIT) or None,
                 group=text(job.group, NAME_LIMIT) if job.group else None,
                 job_type=text(job.job_type, NAME_LIMIT),
                 project=self.options.project,
                 entity=self.options.entity,
                 tags=list(self.options.tags),
-                config={text(key): plain(value) for key, value in job.config.items()},
+                config={text(key): plain(value) for key, value in {**job.config, **_scalars(job.config)}.items()},
                 dir=str(self.folder),
                 mode="online" if mode == "online" else "offline",
                 settings=wandb.Settings(
@@ -212,6 +257,9 @@ class WandbTracker:
                 ),
             )
         except Exception:
+            (self.folder / "wandb" / RUN_ID).unlink(
+                missing_ok=True
+            )  # W&B takes an id that it could not open for in use
             for left_over in (self.folder / "wandb").glob(f"*run-*-{run_id}"):
                 shutil.rmtree(left_over, ignore_errors=True)
             raise
@@ -254,6 +302,8 @@ def build(options: dict[str, object]) -> Tracker:
     if not isinstance(tags, (list, tuple)):
         raise ValueError(f"tracker.tags={tags}: a list of words")
     values["tags"] = tuple(text(tag, TAG_LIMIT) for tag in tags if str(tag))
+    if not isinstance(values.get("notes", ""), str):
+        raise ValueError(f"tracker.notes={values['notes']}: a text, or null")
     return WandbTracker(Options(**values))  # type: ignore[arg-type]  # checked above, and by the config schema
 
 
@@ -311,6 +361,35 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def _scalars(config: Mapping[str, object]) -> dict[str, object]:
+    """What runs are grouped and filtered by, as single texts: groups of the config are mappings, which W&B cannot."""
+    found: dict[str, object] = {"lesion_version": lesion.__version__}
+    for key in ("selection", "replacement"):
+        if isinstance(names := config.get(key), Mapping):
+            found[f"{key}_name"] = "+".join(map(str, names))
+    for key in ("model", "prompts", "scorer"):
+        if isinstance(group := config.get(key), Mapping) and "name" in group:
+            found[f"{key}_name"] = group["name"]
+    return found
+
+
+def _bars(summary: Mapping[str, float]) -> dict[str, object]:
+    """A bar chart of the layers for each measure and setting of the summary (keys MEASURE/SETTING/LAYER)."""
+    import wandb
+
+    charts: dict[str, list[list[object]]] = {}
+    for key, value in summary.items():
+        name, _, layer = key.rpartition("/")
+        if name.count("/") == 1:
+            charts.setdefault(name, []).append([text(layer), float(value)])
+    return {
+        f"layers/{text(name).replace('/', '_')}": wandb.plot.bar(
+            wandb.Table(columns=["layer", "value"], data=rows), "layer", "value", title=text(name.partition("/")[0])
+        )
+        for name, rows in charts.items()
+    }
 
 
 def _picture(path: Path, caption: str | None = None) -> wandb.Image | None:
@@ -378,7 +457,7 @@ def _columns(frame: pd.DataFrame) -> dict[str, list[object]]:
 
 
 def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> wandb.Table:
-    """The frame as a W&B table: a column `picture` (for the first `max_images` images), then the frame's columns."""
+    """The frame as a W&B table: columns `baseline` and `picture` (for the first `max_images` images), then its own."""
     import wandb
 
     frame = frame.head(TABLE_ROWS)
@@ -389,5 +468,17 @@ def _results_table(frame: pd.DataFrame, run_dir: Path, max_images: int) -> wandb
         picture = _picture(run_dir / str(image)) if left > 0 and image else None
         left -= picture is not None
         pictures.append(picture)
-    rows = [list(row) for row in zip(pictures, *columns.values(), strict=True)]
-    return wandb.Table(columns=["picture", *columns], data=rows)
+    plain_ones = [place if pictures[row] else None for row, place in enumerate(_baselines(frame))]
+    baselines = [None if place is None else _picture(run_dir / str(frame["image"].iloc[place])) for place in plain_ones]
+    rows = [list(row) for row in zip(baselines, pictures, *columns.values(), strict=True)]
+    return wandb.Table(columns=["baseline", "picture", *columns], data=rows)
+
+
+def _baselines(frame: pd.DataFrame) -> list[int | None]:
+    """The place of each row's baseline; None for a baseline, and where there is none."""
+    if "selection" not in frame:
+        return [None] * len(frame)
+    own = [name for name in ("model", "prompt_id", "seed", *GENERATION) if name in frame]
+    keys = list(map(tuple, frame[own].astype(object).where(frame[own].notna(), None).to_numpy()))
+    plain_ones = {key: place for place, key in enumerate(keys) if frame["selection"].iloc[place] == "none"}
+    return [None if plain_ones.get(key) == place else plain_ones.get(key) for place, key in enumerate(keys)]
