@@ -7,6 +7,8 @@ import json
 
 import diffusers
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import tiny_spec
 from lesion.errors import RequestError
@@ -143,7 +145,7 @@ def test_a_folder_is_asked_for_its_own_size(cli, no_report, tiny_folder, tmp_pat
     assert derived.cell.tolist() == given.cell.tolist()
     assert {"height": 16, "width": 16, "steps": 2, "guidance": 7.5}.items() <= derived.iloc[0].to_dict().items()
     single = ["model=single_file", "model.id=x.safetensors", "model.pipeline=StableDiffusionPipeline"]
-    (tmp_path / "x.safetensors").write_bytes(b"")
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     code, out, err = cli(*single, f"model.config={tiny_folder}", "dry_run=true")
     assert code == 0 and "each of 16 x 16 pixels" in out, err
 

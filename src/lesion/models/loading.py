@@ -132,15 +132,17 @@ def _pipeline(source: Source, dtype: torch.dtype) -> Any:
 
 def _loaded(source: Source, dtype: torch.dtype) -> Any:
     spec = source.spec
-    kwargs: dict[str, Any] = {"torch_dtype": dtype}  # the name that diffusers 0.35 to 0.42 have
+    # torch_dtype: the name that diffusers 0.35 to 0.42 have. use_safetensors: pickled weights are never opened.
+    kwargs: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # a bar for weights that are read in a blink
     if source.vae:
-        kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype)
+        kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype, use_safetensors=True)
     if spec.scheduler and source.scheduler_config:
         cls = source.components["scheduler"][1]
         kwargs["scheduler"] = schedulers.without_switches(cls, source.scheduler_config)
     if source.file:
+        del kwargs["use_safetensors"]  # it has been looked at: a single file is opened by its name
         pipe = pipeline_class(source.pipeline).from_single_file(str(source.file), config=str(source.folder), **kwargs)
     else:
         cls = pipeline_class(spec.pipeline) if spec.pipeline else diffusers.DiffusionPipeline

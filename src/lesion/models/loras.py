@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.models import files
 from lesion.models.hub import snapshot
 
 KEY = "model.loras"
@@ -62,13 +63,20 @@ def locate(lora: Lora) -> Path:
                 KEY, f"no file or folder {lora.path!r}; allowed: a folder, a .safetensors file, a hub name"
             )
         path = snapshot(lora.path, [lora.file or "*.safetensors"], KEY, "file")
-    files = {file.name: file for file in path.glob(lora.file or "*.safetensors") if file.is_file()}
-    if USUAL in files:
-        return files[USUAL]
-    if len(files) != 1:
-        wanted, have = lora.file or ".safetensors file", ", ".join(sorted(files)) or "none"
+    found = {file.name: file for file in path.glob(lora.file or "*.safetensors") if file.is_file()}
+    if USUAL in found:
+        return found[USUAL]
+    if len(found) != 1:
+        wanted = lora.file or ".safetensors file"
+        have = ", ".join(sorted(found or (one.name for one in path.glob("*") if one.suffix in files.PICKLED))) or "none"
         raise RequestError(KEY, f"{lora.path!r} must hold one {wanted}, or name it by `file`; it has: {have}")
-    return next(iter(files.values()))
+    return next(iter(found.values()))
+
+
+def check(path: Path) -> None:
+    """Raises RequestError for a file that is no whole safetensors file, or holds no adapter."""
+    if not any("lora" in name.lower() for name in files.check_safetensors(path, KEY)):
+        raise RequestError(KEY, f"{str(path)!r} holds no LoRA: none of its tensors is named as one")
 
 
 def put_on(pipe: Any, loras: Sequence[Lora], files: Sequence[Path]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lesion.errors import RequestError
-from lesion.models import facts, loras, schedulers
+from lesion.models import facts, files, loras, schedulers
 from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
@@ -119,11 +119,7 @@ class Source:
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json: component name -> [library, class]."""
-        try:
-            index: dict[str, Any] = json.loads((self.folder / "model_index.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError("model.id", f"model_index.json of {self.spec.id!r} is no valid JSON: {error}") from None
-        return index
+        return files.read_mapping(self.folder / "model_index.json", "model.id")
 
     @property
     def components(self) -> dict[str, tuple[str, str]]:
@@ -272,13 +268,8 @@ def identity_of(source: Source, device: str) -> ModelIdentity:
 
 def _config(folder: Path, file: str = "*config.json") -> dict[str, Any]:
     """The JSON config of a component; empty if it has none."""
-    for path in sorted(folder.glob(file)):
-        try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError("model.id", f"{path} is no valid JSON: {error}") from None
-        return config
-    return {}
+    found = sorted(path for path in folder.glob(file) if path.is_file())
+    return files.read_mapping(found[0], "model.id") if found else {}
 
 
 def pipeline_class(name: str, key: str = "model.pipeline") -> Any:
@@ -342,6 +333,22 @@ def resolve(spec: ModelSpec) -> Source:
     return source
 
 
+def check_files(source: Source) -> None:
+    """Raises RequestError where a file of the model, of a local folder or single file, cannot be what it is to be.
+
+    Of a hub name the weights are not there yet.
+    """
+    if source.file:
+        files.check_safetensors(source.file, "model.id")
+    elif source.commit is None:
+        parts = {name: of for name, of in source.components.items() if not (source.vae and name == "vae")}
+        files.check_components(source.folder, parts, source.spec.variant, "model.id")
+    if source.vae:
+        files.check_weights(source.vae, "diffusers", None, "model.vae")
+    for path in source.adapters:
+        loras.check(path)
+
+
 def _refused(name: str) -> str:
     """Why `model.arguments` may not override this argument; "" if it may."""
     if name in SETTLED:
@@ -359,8 +366,6 @@ def _check_index(source: Source) -> None:
         raise RequestError("model.id", f"model_index.json of {source.spec.id!r} {what}")
 
     index = source.index
-    if not isinstance(index, dict):
-        refuse("is no mapping")
     name = index.get("_class_name", "DiffusionPipeline")
     if not isinstance(name, str) or not name.isidentifier():
         refuse(f"names the class {name!r}; allowed: one of diffusers, or package.module.Class as model.pipeline")

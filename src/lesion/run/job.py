@@ -69,6 +69,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     source = models.resolve(request.model)
     settings = replace(request.settings, scheduler=source.scheduler, embedded_guidance=source.embedded_guidance or None)
     _check_pipeline(settings, request.axes.branches, source)
+    models.check_files(source)
     paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
     _check_compiled(source)
     study = Study(
