@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from lesion.errors import RequestError
+from lesion.run import job
 from lesion.run.folder import RECORD, claim, fresh
 
 ONE = ["selection=leave_one_out", "layers.include=[mid_block.*]", "generation.steps=1"]
@@ -141,3 +143,31 @@ def test_three_studies_that_start_together_keep_three_results(cli):
     processes = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": package}) for command in commands]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert sorted(frame.seed.unique().tolist() for frame in cli.frames()) == [[0], [1], [2]]
+
+
+def test_places_that_cannot_be_folders_are_refused_in_one_line(cli):
+    here = cli.folder
+    before = here.parent / f"{here.name}-odd"
+    before.mkdir()
+    (before / "file").touch()
+    (before / "dangling").symlink_to("nowhere")
+    (before / "loop").symlink_to("loop")
+    (before / "r1").mkdir()
+    (before / "r1" / "images").touch()
+    (before / "r2" / "results.parquet").mkdir(parents=True)
+    long = "a" * 300
+    store = SimpleNamespace(dry_run=False, store=None)
+    for place in ["/dev/null", "file", "file/x", "dangling", "loop", long, "r1", "r2"]:
+        with pytest.raises(RequestError, match=r"^hydra.run.dir: .*(cannot be|in the way of)"):
+            claim(before / place, {"seeds": 0}, "hydra.run.dir")
+    for place in ["/proc/x", "/dev/null/x", "file", "dangling", "loop", f"{long}/x"]:
+        store.store = before / place
+        with pytest.raises(RequestError, match=r"^store.dir: .*cannot be made"):
+            job._check_store(store, None, None)
+    code, out, err = cli(*ONE, f"hydra.run.dir={before}/r1")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "images' is in the way of a folder" in err, err
+    assert list(here.iterdir()) == [] and len(list(before.rglob("*"))) == 7
+    here.rmdir()
+    code, out, err = cli(*ONE)
+    assert (code, out) == (2, "") and err == "lesion: command line: the folder in which it is run is gone; change it\n"
+    here.mkdir()

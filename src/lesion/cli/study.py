@@ -233,6 +233,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _check_here() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise RequestError("command line", "the folder in which it is run is gone; change it") from None
+
+
 def main() -> None:
     in_utf8()
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -250,6 +257,7 @@ def _main() -> None:
         print(f"lesion {lesion.__version__}")
         return
     try:
+        _check_here()
         flags, overrides = split(sys.argv[1:])
         sys.argv[1:] = [*flags, *prepared(overrides)]
         job()

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lesion.study.lesions import digest_of
 
 RECORD = Path(".hydra") / "request.json"
 MADE = ("images", "maps", "grids", "figures", "tables", "thumbs")  # folders whose every file a run writes
+FILES = ("results.parquet", "floor.parquet", "budget.parquet", "SHA256SUMS", "report.html")
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
 NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))
@@ -56,8 +58,16 @@ def fresh(folder: Path) -> Path:
 
 
 def check(folder: Path, request: Mapping[str, Any], key: str) -> None:
-    """Raises RequestError naming `key` where the folder holds results of another request."""
-    record = _recorded(folder)
+    """Raises RequestError naming `key` where the folder holds results of another request, or can be none."""
+    try:
+        record = _recorded(folder)
+        for name, directory in {**dict.fromkeys(MADE, True), **dict.fromkeys(FILES, False)}.items():
+            path = folder / name
+            if os.path.lexists(path) and path.is_dir() != directory:
+                wanted = "a folder" if directory else "a file"
+                raise RequestError(key, f"{str(path)!r} is in the way of {wanted} of the run; remove it")
+    except OSError as error:
+        raise RequestError(key, f"{str(folder)!r} cannot be a folder: {error.strerror}") from None
     if record is None:
         return
     other = sorted(name for name in record.keys() & request.keys() if record[name] != request[name])
@@ -88,7 +98,8 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
     except OSError as error:
         raise RequestError(key, f"{str(folder)!r} cannot be written to: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:

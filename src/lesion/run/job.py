@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -129,15 +130,32 @@ def _rounds(study: Study, budget: Budget | None) -> Rounds | None:
 def _check_store(request: Request, source: models.Source, study: Study) -> None:
     """Refuse a store that cannot be written to where something must be: not for a dry run or a complete study."""
     folder = request.store.absolute()
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name too long, links in a circle, a file on the way
+        raise RequestError("store.dir", f"{str(request.store)!r} cannot be made: {error.strerror}") from None
     there = next(path for path in (folder / "cells", folder, *folder.parents) if os.path.lexists(path))
     if there.is_dir():
-        if request.dry_run or os.access(there, os.W_OK | os.X_OK):
+        if request.dry_run or _can_be_written(there):
             return
         if there.name == "cells" and not tally(study, known(Store(folder), maps_of(request, source))).missing:
             return
     raise RequestError(
         "store.dir", f"{str(request.store)!r} cannot be made: {str(there)!r} is no folder one can write to"
     )
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether files can be made there: permissions alone do not say it, as of /proc."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".lesion-", dir=folder))
+    except OSError:
+        return False
+    return True
 
 
 def run(request: Request, context: JobContext, surveyed: tuple[models.Source, Study]) -> None:
