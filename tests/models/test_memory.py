@@ -11,9 +11,10 @@ import torch
 from conftest import settings, tiny_spec
 from lesion import models, replacements
 from lesion.generation.generate import generate
-from lesion.models import loading, memory
+from lesion.models import loading, memory, precision
 from lesion.run import maker as making
 from lesion.run.maker import Maker
+from lesion.scoring import Scorer
 from lesion.store.images import Store
 from lesion.study.grid import Cell, ModelIdentity
 from lesion.study.lesions import Lesion, Replacement
@@ -55,10 +56,112 @@ def test_a_failed_batch_is_let_go_of_before_it_is_tried_again(maker, monkeypatch
     device, done = Crowded(2), []
     monkeypatch.setattr(making, "generate", lambda model, cells, *rest: device(len(cells)) and cells)
     batch = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(8)]
-    maker._make(batch, SimpleNamespace(put=lambda cells, images: done.extend(cells)), SimpleNamespace())
+    maker._make(
+        batch, SimpleNamespace(put=lambda cells, *rest: done.extend(cells), drain=lambda: False), SimpleNamespace()
+    )
     assert done == batch
     assert device.tried == [8, 4, 2, 2, 2, 2]
     assert device.alive[:3] == [0, 0, 0]
+
+
+def test_scoring_in_flight_is_waited_for_before_a_batch_is_halved(maker, monkeypatch):
+    """Scores of earlier batches share the card: what did not fit beside them may fit afterwards."""
+    device, done, waiting = Crowded(4), [], [True]
+
+    def drained() -> bool:
+        device.most = 8
+        return bool(waiting) and waiting.pop()
+
+    monkeypatch.setattr(making, "generate", lambda model, cells, *rest: device(len(cells)) and cells)
+    batch = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(8)]
+    shelf = SimpleNamespace(put=lambda cells, *rest: done.extend(cells), drain=drained)
+    maker._make(batch, shelf, SimpleNamespace())
+    assert (done, device.tried, maker.size) == (batch, [8, 8], 8)
+
+
+def test_a_lost_card_stops_the_job_at_once(maker, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    tried = []
+
+    def lost(*args):
+        tried.append(args)
+        raise error
+
+    monkeypatch.setattr(making, "generate", lost)
+    batch = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(8)]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        maker._make(batch, SimpleNamespace(drain=lambda: False), SimpleNamespace())
+    assert len(tried) == 1 and not maker.failures
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        making._fitting(maker.request, maker.model, maker.study)
+    monkeypatch.setattr(replacements, "build", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        maker._prepare()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Scorer([type("Lost", (), {"name": "a", "identical": None, "__call__": lost})()]).score([1, 2])
+    memory.raise_if_lost(RuntimeError("CUDA out of memory"))
+    memory.raise_if_lost(ValueError("illegal memory access"))
+
+
+def test_scores_that_do_not_fit_together_are_made_in_halves():
+    class Narrow:
+        name, identical = "narrow", None
+
+        def __call__(self, shots):
+            if len(shots) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [shot.value for shot in shots]
+
+    shots = [SimpleNamespace(value=float(number)) for number in range(7)]
+    assert Scorer([Narrow()]).score(shots)["narrow"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_decoder_that_runs_out_of_memory_keeps_its_precision(tiny_sdxl_folder, monkeypatch):
+    """diffusers decodes a float16 autoencoder of SDXL in float32, and casts it back only where that succeeds."""
+    model = models.load(models.resolve(tiny_spec(tiny_sdxl_folder, dtype="float16")), "cpu")
+    vae = model.pipe.vae
+    vae.register_to_config(force_upcast=True)
+    cell = Cell(model.identity, Prompt("a"), 0, settings(steps=1), None)
+    before = generate(model, [cell], {})
+    found = []
+
+    def crowded(*args, **options):
+        found.append(next(vae.parameters()).dtype)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae.decoder, "forward", crowded)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(model, [cell], {})
+    assert found == [torch.float32]  # it was in the middle of the decode
+    assert {weight.dtype for weight in vae.parameters()} == {torch.float16}
+    assert (generate(model, [cell], {}) == before).all()
+    loading.forget()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_tf32_is_set_by_the_one_way_that_torch_has(new, monkeypatch):
+    """torch 2.9 raises where `allow_tf32` and `fp32_precision` are mixed; before it has only the former."""
+    if new:
+        matmul, cudnn = (
+            SimpleNamespace(fp32_precision="none"),
+            SimpleNamespace(conv=SimpleNamespace(fp32_precision="none")),
+        )
+    else:
+        matmul, cudnn = SimpleNamespace(allow_tf32=False), SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+    def now():
+        return [vars(matmul), vars(cudnn.conv if new else cudnn)]
+
+    on, off = ("tf32", "ieee") if new else (True, False)
+    name = "fp32_precision" if new else "allow_tf32"
+    precision.set_tf32(True)
+    assert now() == [{name: on}, {name: on}]
+    with precision.full_float32():
+        assert now() == [{name: off}, {name: off}]
+    assert now() == [{name: on}, {name: on}]
 
 
 def test_calibration_halves_the_batch_and_images_go_on_with_it(maker, monkeypatch):
@@ -158,6 +261,7 @@ def test_a_size_that_was_asked_for_and_did_not_fit_is_not_tried_again(maker):
         ("CUDA out of memory. Tried to allocate 2 GiB", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("GET was unable to find an engine to execute this computation", True),
         ("CUDA error: device-side assert triggered", False),
     ],
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from lesion.generation.capture import Capturing
 from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
 from lesion.models.calling import arguments
+from lesion.models.precision import set_tf32
 from lesion.models.text_cache import text_projected_once
 from lesion.models.words import words_of
 from lesion.study.grid import Cell
@@ -43,8 +44,7 @@ def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
     torch.cuda.manual_seed_all(seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = tf32  # float32 is to mean float32 unless asked otherwise
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    set_tf32(tf32)  # float32 is to mean float32 unless asked otherwise
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -99,12 +99,33 @@ def call(
     sites = () if model.gates else model.text_sites
     _say_unseen(model, prompts)
     run = Denoising(pipe, model.denoiser, len(prompts), clients)
-    with run.running(), model.texts.attached(model.pipe), text_projected_once(model.denoiser, sites):
+    with (
+        run.running(),
+        model.texts.attached(model.pipe),
+        text_projected_once(model.denoiser, sites),
+        _precision_kept(getattr(pipe, "vae", None)),
+    ):
         images = np.asarray(pipe(**asked).images)
     if images.shape[1:3] != (settings.height, settings.width):
         made = " x ".join(map(str, images.shape[1:3]))
         raise ValueError(f"{type(pipe).__name__} made {made} pixels instead of {settings.height} x {settings.width}")
     return images
+
+
+@contextmanager
+def _precision_kept(module: torch.nn.Module | None) -> Iterator[None]:
+    """A module whose dtype is the same afterwards, also after an error.
+
+    Pipelines decode with a float16 autoencoder in float32, and cast it back only if decoding succeeds: after one that
+    ran out of memory every later image would fail.
+    """
+    before = [] if module is None else [(weight, weight.dtype) for weight in (*module.parameters(), *module.buffers())]
+    try:
+        yield
+    finally:
+        for weight, dtype in before:
+            if weight.dtype != dtype:
+                weight.data = weight.data.to(dtype)
 
 
 def generate(

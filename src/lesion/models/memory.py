@@ -13,7 +13,18 @@ log = logging.getLogger(__name__)
 SHARE = 0.85  # of the memory that is free; the rest is left to fragmentation and to the scorer
 MOST = {"cpu": 32, "cuda": 64}  # larger batches no longer pay
 UNKNOWN = 4  # where memory cannot be measured
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "alloc_failed")
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "unable to find an engine",
+)  # of cuDNN, where its workspace does not fit
+# After these the context of the card is lost: every further call of this process fails with the same error.
+_LOST = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
+         "illegal instruction", "hardware stack error", "uncorrectable ecc", "invalid program counter",
+         "invalid address space", "launch timed out")  # fmt: skip
 
 
 def ran_out(error: BaseException) -> bool:
@@ -21,6 +32,13 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """Raise an error of CUDA after which nothing works any more in this process; what is finished stays finished."""
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if "cuda" in said and any(sign in said for sign in _LOST):
+        raise error
 
 
 def fitting(make: Callable[[int], object], device: str) -> int:
@@ -49,6 +67,11 @@ def fitting(make: Callable[[int], object], device: str) -> int:
     size = min(1 << (fits.bit_length() - 1), MOST["cuda" if device.startswith("cuda") else "cpu"])
     log.info("batch_size=auto: %d (about %.0f MiB an image, %.0f MiB free)", size, each / 2**20, free / 2**20)
     return size
+
+
+def usable() -> bool:
+    """Whether there is a CUDA device, whose memory can be given back."""
+    return torch.cuda.is_available()
 
 
 def release(device: str) -> None:

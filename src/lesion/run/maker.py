@@ -139,6 +139,7 @@ class Maker:
             try:
                 return replacements.build(name, self.request.replacements[name], bench), ""
             except Exception as error:  # a model can raise anything; the other replacements continue
+                memory.raise_if_lost(error)
                 why, crowded = brief(error), memory.ran_out(error)  # see `_make`
             if crowded:
                 memory.release(self.request.device)
@@ -165,11 +166,16 @@ class Maker:
             images = generate(self.model, batch, self.interventions, self.states, self.study.windows, capturing)
             maps = capturing.maps if capturing else None
         except Exception as error:  # a model can raise anything; the other cells continue
+            memory.raise_if_lost(error)
             # The error is not kept: its traceback holds every tensor of the failed call; the retry needs the memory.
             why, crowded = brief(error), memory.ran_out(error)
         else:
             self.sound = True
             shelf.put(batch, images, maps)
+            return
+        if crowded and shelf.drain():  # scores of earlier batches may have taken the memory
+            memory.release(self.request.device)
+            self._make(batch, shelf, claims)
             return
         if crowded:
             memory.release(self.request.device)
@@ -207,6 +213,7 @@ class Maker:
             try:
                 generate(self.model, [last], {})
             except Exception as error:  # whatever a model can raise
+                memory.raise_if_lost(error)
                 self.alone[last.key] = brief(error)
             else:
                 self.sound = True
@@ -263,10 +270,14 @@ class _Shelf:
             self._waiting.pop(0).result()
         self._waiting.append(self._pool.submit(self._put, batch, images, maps))
 
-    def drain(self) -> None:
-        """Wait until every queued batch is on disk."""
+    def drain(self) -> bool:
+        """Wait until every queued batch is on disk; whether any was not."""
+        waited = False
         while self._waiting:
-            self._waiting.pop(0).result()
+            waiting = self._waiting.pop(0)
+            waited |= not waiting.done()
+            waiting.result()
+        return waited
 
 
 def _probed(settings: Settings) -> Settings:
@@ -299,6 +310,7 @@ def _fitting(request: Request, model: models.Model, study: Study) -> int:
         try:
             _sizes[kind] = memory.fitting(lambda number: generate(model, [cell] * number, {}), request.device)
         except Exception as error:  # a model can raise anything; not kept, as this prompt may be the cause
+            memory.raise_if_lost(error)
             log.warning("batch_size=auto: 1, since the first image failed (%s)", brief(error))
             return 1
     return _sizes[kind]

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import logging
 import pkgutil
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,8 +155,12 @@ class Scorer:
             if only is not None and metric.name not in only:
                 continue
             try:
-                values = np.asarray(metric(shots) if shots else [], dtype=np.float64)
+                values = _values(metric, shots)
             except Exception as error:  # one metric that fails must not cost the others, nor the images
+                if "torch" in sys.modules:
+                    from lesion.models import memory
+
+                    memory.raise_if_lost(error)
                 log.error("metric %s failed, its values are left empty: %s", metric.name, error)
                 values = np.full(len(shots), np.nan)
             else:
@@ -165,6 +170,22 @@ class Scorer:
                     values[[shot.unchanged for shot in shots]] = metric.identical
             scores[metric.name] = values
         return scores
+
+
+def _values(metric: Metric, shots: Sequence[Shot]) -> NDArray[np.float64]:
+    """The values of a metric; of the halves one after the other where all of them do not fit in memory."""
+    if not shots:
+        return np.zeros(0)
+    try:
+        return np.asarray(metric(shots), dtype=np.float64)
+    except Exception as error:
+        from lesion.models import memory  # with torch, of which a metric that raises has need
+
+        if len(shots) == 1 or not memory.ran_out(error):
+            raise
+    memory.release("cuda" if memory.usable() else "cpu")
+    middle = len(shots) // 2
+    return np.concatenate([_values(metric, shots[:middle]), _values(metric, shots[middle:])])
 
 
 def known_metrics() -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from lesion.models.precision import full_float32
 
 if TYPE_CHECKING:
     import torch
@@ -15,15 +17,6 @@ def exact(device: torch.device) -> Iterator[None]:
     """No gradients, no autocast, and on CUDA no TF32: it is on for convolutions by default and costs three digits."""
     import torch
 
-    backends: tuple[Any, ...] = ()
-    if device.type == "cuda":
-        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    full = full_float32() if device.type == "cuda" else nullcontext()
+    with full, torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,40 @@
+"""How float32 is multiplied on a GPU: in full, or with factors rounded to TF32's 10 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def _knobs() -> list[tuple[Any, str, Any, Any]]:
+    """Of matrix products and convolutions: object, attribute, its value for TF32 and for full float32.
+
+    torch 2.9 has `fp32_precision` in the place of `allow_tf32`, and raises where both are used.
+    """
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    conv = getattr(cudnn, "conv", None)
+    if hasattr(matmul, "fp32_precision") and hasattr(conv, "fp32_precision"):
+        return [(one, "fp32_precision", "tf32", "ieee") for one in (matmul, conv)]
+    return [(one, "allow_tf32", True, False) for one in (matmul, cudnn)]
+
+
+def set_tf32(on: bool) -> None:
+    """Choose for the whole process."""
+    for one, name, tf32, full in _knobs():
+        setattr(one, name, tf32 if on else full)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32 inside; afterwards as before."""
+    knobs = _knobs()
+    before = [getattr(one, name) for one, name, _, _ in knobs]
+    try:
+        set_tf32(False)
+        yield
+    finally:
+        for (one, name, _, _), value in zip(knobs, before, strict=True):
+            setattr(one, name, value)
