@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 import lesion
+from lesion.report import attention
 from lesion.store import maps as stored
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,6 +37,12 @@ def test_maps_of_a_study_are_made_once_and_damaged_ones_again(cli, no_report):
     assert results.frame[["cell", "clip_similarity"]].equals(plain[["cell", "clip_similarity"]])
     assert all((folder / stored.beside_image(image)).is_file() for image in results.frame.image)
     _looks_at(results)
+    made = attention.pictures(folder, results.frame, "clip_similarity")
+    assert [one.word for one in made] == ["a", "red", "circle", "and", "a#2", "star"]
+    assert all(Image.open(one.path).width > 400 for one in made)
+    maps = pd.read_parquet(folder / "maps.parquet")
+    assert set(maps.cell) == set(plain.cell) and set(maps.word) > {"red", "<special>"}
+    assert np.allclose(maps[maps.selection == "none"].groupby("map_layer")["share"].sum(), 1, atol=1e-5)
 
     before = {path: (path.stat().st_mtime_ns, stored.read(path, path.name[:32])) for path in files}
     files[0].write_bytes(files[0].read_bytes()[:-50])

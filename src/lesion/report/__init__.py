@@ -12,13 +12,14 @@ from PIL import Image
 
 from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
-from lesion.report import contents, crossing, examples, fonts, html, illustrations, pictures, tables
+from lesion.report import attention, contents, crossing, examples, fonts, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
 from lesion.report.figures import Look, looking
 from lesion.report.findings import Findings, findings
 from lesion.report.pictures import Drawn
 from lesion.report.text import clean
 from lesion.report.words import QUESTIONS, answer, answers, comparison, ranking_lines
+from lesion.store import tables as stored_tables
 
 __all__ = ["findings", "ranking_lines", "write_report"]
 
@@ -145,10 +146,33 @@ def _write(
     if over is not None:
         sections.append(over)
         written += [run_dir / unquote(path) for path in over.files]
+    looks = attention.pictures(run_dir, frame, known.metric, None if all_grids else attention.SUBJECTS)
+    written += attention.files(looks)
+    if (seen := _maps_section(run_dir, siunitx)) is not None:
+        sections.append(seen)
+        written += [run_dir / unquote(path) for path in seen.files]
     written += tables.write(run_dir / "tables", contents.status(frame), siunitx)
     thumbs = _thumbnails(run_dir, frame)
     written += [run_dir / path for path in thumbs.values()]
-    return written + html.write(run_dir, frame, sections, page_data(frame, thumbs, known.metric), known.metric, notes)
+    shown = {
+        subject: [html.Word(one.word, *_shown([(one.path, f"{one.word}: {subject}")], run_dir)) for one in words]
+        for subject, words in attention.by_subject(looks).items()
+    }
+    data = page_data(frame, thumbs, known.metric)
+    return written + html.write(run_dir, frame, sections, data, known.metric, notes, shown)
+
+
+def _maps_section(run_dir: Path, siunitx: bool) -> html.Section | None:
+    """Measures of attention maps; None where the run kept none."""
+    path = run_dir / "maps.parquet"
+    if not path.is_file() or not len(maps := stored_tables.read(path)):
+        return None
+    table = attention.table(maps)
+    if not table.cells:
+        return None
+    listed = [_link(path, run_dir) for path in tables.write(run_dir / "tables", table, siunitx)]
+    part = html.Part("What does each layer look at?", tables=[table])
+    return html.Section("Attention maps", "attention-maps", parts=[part], files=listed)
 
 
 _UNDER = {

@@ -40,6 +40,14 @@ class Picture:
 
 
 @dataclass
+class Word:
+    """The attention maps of one word of a prompt."""
+
+    word: str
+    picture: Picture
+
+
+@dataclass
 class Part:
     """What is said in full to one question, folded on the page."""
 
@@ -91,6 +99,7 @@ def page(
     data: Mapping[str, Any] | None,
     metric: str = "clip_similarity",
     notes: Sequence[str] = (),
+    maps: Mapping[str, Sequence[Word]] | None = None,
 ) -> str:
     """The page's HTML; every text is escaped by the template. `data` is inlined; None: it stands in DATA_FILE.
 
@@ -123,6 +132,7 @@ def page(
         answered=[section for section in sections if section.answer],
         images=images,
         notes=notes,
+        maps=maps or {},
         policy=policy,
         style=Markup(style),
         script=Markup(script),
@@ -138,6 +148,7 @@ def write(
     data: Mapping[str, Any],
     metric: str = "clip_similarity",
     notes: Sequence[str] = (),
+    maps: Mapping[str, Sequence[Word]] | None = None,
 ) -> list[Path]:
     """Write report.html, and DATA_FILE where there are many images. Returns the paths, the page last."""
     path, beside = folder / "report.html", folder / DATA_FILE
@@ -147,7 +158,7 @@ def write(
             temporary.write_text(f"globalThis.LESION_REPORT = {as_json(data)};\n", encoding="ascii", newline="\n")
     else:
         beside.unlink(missing_ok=True)  # of an earlier, larger report
-    text = page(frame, sections, None if many else data, metric, notes)
+    text = page(frame, sections, None if many else data, metric, notes, maps)
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     return [beside, path] if many else [path]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lesion.config.parsing import Request
 from lesion.errors import RequestError
@@ -15,6 +17,11 @@ from lesion.study.capture import BYTES, Capture, pixels
 from lesion.study.grid import Study
 from lesion.study.lesions import covers
 from lesion.study.words import words_in
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lesion.store.maps import ImageMaps
 
 FILE_BYTES = 8192  # of a file beside its numbers: names, shapes and provenance
 # Text tokens by the beginning of the pipeline's name; of others 77.
@@ -95,3 +102,74 @@ def _heads(config: Mapping[str, Any]) -> int:
         if (value := config.get(name)) is not None:
             return max(value) if isinstance(value, list) else int(value)
     return 8
+
+
+def measured(study: Study, store: Store, maps: Maps, failures: Mapping[str, str]) -> pd.DataFrame:
+    """Measure the conditional maps of every image: maps.parquet, one row an image, layer that looks, and word.
+
+    Columns: those that name the image (`layer` is the lesioned one); map_layer and map_index, its place in depth;
+    word; aspect of the caption that the word is about, "" for others; the measures of `lesion.analysis.maps`. area is
+    the share of the picture that the word's object covers: the mass of a map that is the same everywhere. Masks are
+    the pixel reader's and exist for captions of the toy world only.
+    """
+    import pandas as pd
+
+    parts: list[pd.DataFrame] = []
+    if "cond" not in maps.capture.branches:
+        return pd.DataFrame()
+    for cell in study.cells():
+        kept = None if cell.key in failures else maps.get(cell.key)
+        if kept is None:
+            continue
+        lesion = cell.lesion
+        about: dict[str, Any] = {
+            "model": cell.model.name,
+            "prompt_id": cell.prompt.id,
+            "seed": cell.seed,
+            "selection": lesion.selection if lesion else "none",
+            "replacement": lesion.replacement.name if lesion else "",
+            "layer": lesion.layer if lesion else "",
+            "cell": cell.key,
+        }
+        parts.append(_measured(kept, cell.prompt.text, store.get(cell.key).pixels).assign(**about))
+    if not parts:
+        return pd.DataFrame()
+    whole = pd.concat(parts, ignore_index=True)
+    names = ["model", "prompt_id", "seed", "selection", "replacement", "layer", "cell"]
+    return whole[[*names, *(name for name in whole if name not in names)]]
+
+
+def _measured(kept: ImageMaps, caption: str, pixels: Any) -> pd.DataFrame:
+    import pandas as pd
+
+    from lesion.analysis.maps import against_masks, entropy
+    from lesion.toy_world.masks import masks, spoken
+
+    aspects = {word.name: word.aspect for word in spoken(caption)}
+    seen = masks(caption, pixels) if aspects else {}
+    words = list(kept.entries["cond"])
+    records: list[pd.DataFrame] = []
+    for index, layer in enumerate(kept.layers["cond"]):
+        looks = np.stack([kept.of(layer, word) for word in words]).astype(np.float64)
+        table = pd.DataFrame({"map_layer": layer, "map_index": index, "word": words})
+        table["aspect"] = [aspects.get(word, "") for word in words]
+        table["share"], table["entropy"] = looks.mean(axis=(1, 2)), entropy(looks)
+        for name in ("area", "mass", "iou", "average_precision"):
+            table[name] = float("nan")
+        there = [number for number, word in enumerate(words) if word in seen]
+        if there:
+            inside = np.stack([seen[words[number]] for number in there])
+            large = np.stack([_resized(looks[number], inside.shape[1:]) for number in there])
+            found = {"area": inside.mean(axis=(1, 2)), **against_masks(large, inside)}
+            for name, values in found.items():
+                table.loc[there, name] = values
+        records.append(table)
+    return pd.concat(records, ignore_index=True)
+
+
+def _resized(values: Any, form: tuple[int, ...]) -> Any:
+    """A map at the size of the picture, by linear interpolation."""
+    from PIL import Image
+
+    picture = Image.fromarray(values.astype(np.float32))
+    return np.asarray(picture.resize((form[1], form[0]), Image.Resampling.BILINEAR), dtype=np.float64)

@@ -24,7 +24,7 @@ from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
-from lesion.run.capture import bound, captured, known, maps_of
+from lesion.run.capture import bound, captured, known, maps_of, measured
 from lesion.run.folder import prune
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
@@ -254,6 +254,9 @@ def complete(
         beside = {}
         with suppress(Exception) if stopped else nullcontext():
             beside["floor"] = table.floor(study, scores)
+        if maps:
+            with suppress(Exception) if stopped else nullcontext():
+                beside["maps"] = measured(study, store, maps, failures)
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)

@@ -88,6 +88,12 @@ def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int
 
 def read_image(image: NDArray[np.uint8]) -> Reading:
     """What is in an image: (height, width, 3) uint8, values 0-255."""
+    background, regions = read_regions(image)
+    return Reading(background, tuple(found for found, _ in regions))
+
+
+def read_regions(image: NDArray[np.uint8]) -> tuple[str, list[tuple[Found, NDArray[np.bool_]]]]:
+    """Background of an image, and each object with the pixels that it covers, (height, width)."""
     from scipy import ndimage
 
     pixels = image.astype(np.float64)
@@ -107,15 +113,14 @@ def read_image(image: NDArray[np.uint8]) -> Reading:
         cover = np.where(near, ((pixels - ground) @ away / (away @ away)).clip(0, 1), 0)
         shape, radius, fit = _best_fit(cover)
         rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        found.append(
-            Found(
-                Thing(_nearest(colour, COLOURS), shape, "large" if radius >= SIZE_BORDER else "small"),
-                float(cols[0] + cols[-1] + 1) / 2,
-                float(rows[0] + rows[-1] + 1) / 2,
-                fit,
-            )
+        one = Found(
+            Thing(_nearest(colour, COLOURS), shape, "large" if radius >= SIZE_BORDER else "small"),
+            float(cols[0] + cols[-1] + 1) / 2,
+            float(rows[0] + rows[-1] + 1) / 2,
+            fit,
         )
-    return Reading(_nearest(ground, BACKGROUNDS), tuple(found))
+        found.append((one, mask))
+    return _nearest(ground, BACKGROUNDS), found
 
 
 def judge(reading: Reading, scene: Scene) -> Judgement:
