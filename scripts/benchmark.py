@@ -40,6 +40,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "un-ablated generation against the pipeline's own batched call",
         speed.overhead,
     ),
+    "capture": (
+        "Attention maps",
+        "generation with attention maps of all layers against generation without",
+        speed.capture,
+    ),
     "only-one": (
         "Only-one study against un-ablated generation",
         "sites that are lesioned in every image of a batch are skipped",
@@ -97,7 +102,7 @@ def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:
 
 
 def usual_parts(kind: str) -> list[str]:
-    on_gpu = ["speed", "overhead", "only-one", "window", "switches", "profile", "share"]
+    on_gpu = ["speed", "overhead", "capture", "only-one", "window", "switches", "profile", "share"]
     return on_gpu if kind == "cuda" else [part for part in PARTS if part != "share"]
 
 

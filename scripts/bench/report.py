@@ -19,7 +19,15 @@ HEADER = (
     "repeats, and given as their median (and range). Seconds of two runs or machines do not compare.\n"
 )
 AT_LEAST = {"speed": {"embedded": 3.3, "sd15": 4.0, "sdxl": 2.5}, "share": {"sdxl": 45.0}}  # by part and model
-AT_MOST = {"overhead": 1.03, "only-one": 0.95, "window": 0.6, "planning": 10.0, "reopening": 5.0, "memory": 1.05}
+AT_MOST = {
+    "overhead": 1.03,
+    "capture": 1.25,
+    "only-one": 0.95,
+    "window": 0.6,
+    "planning": 10.0,
+    "reopening": 5.0,
+    "memory": 1.05,
+}
 UNITS = {"share": "%", "planning": " s", "reopening": " s"}  # of what has a target; the others are ratios
 
 

@@ -13,9 +13,12 @@ import torch
 
 from bench.report import Row, aimed, alternate, ratios
 from bench.setup import Options, Setup, generating, job, loaded, plain, request, spaced
+from lesion.generation.capture import Capturing
 from lesion.generation.generate import generate
 from lesion.run import job as runner
+from lesion.study.capture import Capture
 from lesion.surgery.anatomy import examine
+from lesion.surgery.attention import text_attention
 
 BFLOAT16_TARGET = 4.0  # of the study in bfloat16 against the loop in float32, on a CPU
 
@@ -93,6 +96,33 @@ def speed(this: Setup, options: Options) -> tuple[str, list[Row]]:
         "images over the study's own prompts and seeds). Models are loaded before the clock starts; both sides run "
         "under the same kernel settings. "
         f"{this.said()}."
+    )
+    return note, rows
+
+
+def capture(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """The same batch of un-ablated images with and without attention maps."""
+    _, study, model = loaded([*this.overrides(this.batch), "selection=none"])
+    cells = list(study.cells())[: this.batch]
+    asked = Capture().chosen(text_attention(model.denoiser).paths)
+
+    def captured() -> float:
+        began = time.perf_counter()
+        capturing = Capturing(model, cells, asked)
+        generate(model, cells, {}, capturing=capturing)
+        _ = capturing.maps  # on the CPU, as they are stored
+        return time.perf_counter() - began
+
+    captured()
+    found = alternate(
+        options.repeats, {"with maps": captured, "without": lambda: generating(model, cells, this.batch, {})}
+    )
+    rows = [Row(name, "seconds a batch", values, " s") for name, values in found.items()]
+    values = ratios(found["with maps"], found["without"])
+    rows.append(aimed("capture", this.model, "capture", "generate() with / without attention maps, seconds", values))
+    note = (
+        f"The same {len(cells)} un-ablated images, with the maps of all {len(asked.layers or ())} layers, mean over "
+        f"heads and steps, a map a word; neither images nor maps are written. {this.said()}."
     )
     return note, rows
 

@@ -97,7 +97,7 @@ def test_the_script_fills_the_page(tmp_path, monkeypatch):
     tables.write(tmp_path, {"maps": maps, "results": frame.assign(**reads)})
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- looks -->\nold\n<!-- end -->\n<!-- causes -->\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(attention_doc, "looks", lambda maps: "looks")
+    monkeypatch.setattr(attention_doc, "looks", lambda maps, frame: "looks")
     attention_doc.main([str(tmp_path), "--page", str(page)])
     text = page.read_text()
     assert text.startswith("before\n<!-- looks -->\nlooks\n<!-- end -->") and text.endswith("after\n")

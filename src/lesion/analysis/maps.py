@@ -101,22 +101,24 @@ def maps_against_causes(
             x = looks.loc[prompts, layers].to_numpy()
             y = effects.loc[prompts, layers].to_numpy()
             drawn = dice.integers(len(prompts), size=(resamples, len(prompts)))
-            many = [_rank_correlation(x[one], y[one]) for one in drawn]
-            known = [one for one in many if np.isfinite(one)]
-            low, high = np.quantile(known, (0.025, 0.975)) if known else (float("nan"),) * 2
+            weights = np.stack([np.bincount(one, minlength=len(prompts)) for one in drawn]).astype(np.float64)
+            many = _rank_correlations(x, y, weights)
+            known = many[np.isfinite(many)]
+            low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (float("nan"),) * 2
             found.append(
                 {
                     "aspect": aspect,
                     "measure": measure,
                     "effect": broken or "importance",
-                    "correlation": _rank_correlation(x, y),
+                    "correlation": float(_rank_correlations(x, y, np.ones((1, len(prompts))))[0]),
                     "low": low,
                     "high": high,
                     "n_prompts": len(prompts),
                     "n_layers": len(layers),
                 }
             )
-    return pd.DataFrame(found)
+    columns = ["aspect", "measure", "effect", "correlation", "low", "high", "n_prompts", "n_layers"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def _effects(frame: pd.DataFrame, metric: str, broken: str | None) -> pd.DataFrame:
@@ -131,10 +133,17 @@ def _effects(frame: pd.DataFrame, metric: str, broken: str | None) -> pd.DataFra
     return lesioned.assign(effect=values).groupby(["prompt_id", "layer"])["effect"].mean().unstack()
 
 
-def _rank_correlation(x: Array, y: Array) -> float:
-    """Spearman's, of the columns' means over rows; NaN where one side is the same in all layers."""
-    with np.errstate(invalid="ignore"):
-        a, b = (np.nanmean(np.where(np.isnan(one).all(axis=0), 0, one), axis=0) for one in (x, y))
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
+def _rank_correlations(x: Array, y: Array, weights: Array) -> Array:
+    """Spearman's, of the layers' means over prompts; NaN where one side is the same in all layers.
+
+    x, y: (prompts, layers), NaN where nothing is known. weights: of the prompts, (n, prompts). Returns (n,).
+    """
+    ranks = []
+    for values in (x, y):
+        there = np.isfinite(values).astype(np.float64)
+        mean = (weights @ np.nan_to_num(values)) / np.maximum(weights @ there, 1e-12)
+        ranks.append(stats.rankdata(mean.round(12), axis=1))
+    a, b = (one - one.mean(axis=1, keepdims=True) for one in ranks)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Array = (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+    return found
