@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -108,3 +109,27 @@ def test_flags_may_stand_anywhere():
         with pytest.raises(RequestError, match=r"command line: .*lesion --help") as refused:
             split(wrong)
         assert "usage" not in str(refused.value)
+
+
+def test_each_model_of_a_sweep_has_keys_of_its_own(cli, tiny_folder):
+    own = [f"models.local.id={tiny_folder}", "models.local.name=mine", "models.local.steps=3"]
+    common = ["model.name=other", "dry_run=true", "store.dir=s"]
+    code, out, err = cli("-m", "model=embedded,local", *own, "models.embedded.steps=2", *common, defaults=False)
+    assert code == 0, err
+    assert re.findall(r"^study of (\w+):", out, re.M) == ["other", "mine"]
+    assert re.findall(r"(\d+) x \d+ pixels .* (\d+) steps", out) == [("64", "2"), ("16", "3")]
+    config = compose(["model=local", *own])
+    assert (config.model.id, config.model.name, config.generation.steps) == (str(tiny_folder), "mine", 3)
+    for wrong, words in {
+        "models.local.id=F": "models.local: is for model=local; the model of this job is embedded",
+        "models.lokal.id=F": "models.lokal: there is no such model; allowed: embedded, ",
+        "models.embedded.idd=F": "idd",
+        "models.embedded.steps=many": "steps",
+        "models.embedded=3": "models.embedded: must be a mapping",
+        "models=3": "models: must be a mapping",
+    }.items():
+        with pytest.raises(RequestError, match=words):
+            compose([wrong])
+    code, out, err = cli("-m", "model=embedded,local", "models.lokal.id=F", *common, defaults=False)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "models.lokal" in err

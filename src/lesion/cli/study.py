@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lesion
 from lesion.cli import _hydra, in_utf8, is_from, keep_traceback, say, unforeseen
-from lesion.config.compose import one_line, plain
+from lesion.config.compose import one_line, plain, with_own_keys
 from lesion.config.overrides import prepared, split
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
@@ -49,6 +49,7 @@ def job(config: DictConfig) -> None:
 
     details = HydraConfig.get()
     multirun = details.mode is not None and details.mode.name == "MULTIRUN"
+    with_own_keys(config, details.runtime.choices["model"], alone=not multirun)
     context = JobContext(
         folder=Path(details.runtime.output_dir),
         name=f"{details.job.name}-{details.job.override_dirname or 'defaults'}"[:120],
@@ -84,7 +85,7 @@ class CheckFirst(Callback):
             _hydra.check_keys(config.hydra)
             if not _basic(config):
                 for job in _samples(config):
-                    _surveyed(job)
+                    _surveyed(job, alone=False)
             sweep.begin(_take(_jobs(config) if _basic(config) else (), config, "sweep"))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -156,14 +157,18 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
             yield loader.load_sweep_config(config, list(job_overrides))
 
 
-def _surveyed(job: DictConfig) -> tuple[DictConfig, Request, Study]:
-    """A job's config as it will get it, and what it asks for. Raises RequestError where that is wrong."""
+def _surveyed(job: DictConfig, alone: bool) -> tuple[DictConfig, Request, Study]:
+    """A job's config as it will get it, and what it asks for. Raises RequestError where that is wrong.
+
+    alone: whether it is the only one.
+    """
     from lesion.config.parsing import parse
     from lesion.run.job import survey
 
     task = copy.deepcopy(job)
     with read_write(task), open_dict(task):
         del task["hydra"]
+    with_own_keys(task, job.hydra.runtime.choices.model, alone)
     request = parse(task)
     return task, request, survey(request)[1]
 
@@ -178,7 +183,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
     wanted: dict[Path, dict[str, Any]] = {}
     made = 0
     for number, given in enumerate(jobs):
-        task, request, study = _surveyed(given)
+        task, request, study = _surveyed(given, alone=mode == "run")
         if mode == "sweep":
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"

@@ -23,7 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lesion.config.overrides import CHOSEN, prepared, quoted
@@ -59,6 +59,29 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
+def with_own_keys(config: DictConfig, choice: Any, alone: bool = True) -> None:
+    """Move what `models` has for the chosen model to `model`; config is changed, and has no `models` left.
+
+    choice: the name of the model's file in conf/model. alone: whether no other job may be meant by other names.
+    Raises RequestError for a name that is no model or not chosen; OmegaConf's errors for keys a model does not have.
+    """
+    own = config.get("models") or {}
+    known = sorted(path.stem for path in (conf_dir() / "model").glob("[!_]*.yaml"))
+    if not isinstance(own, DictConfig | dict):
+        raise RequestError("models", f"must be a mapping of names of models to their keys; got {own!r}")
+    for name, keys in ((str(name), own[name]) for name in own):
+        if name not in known and name != choice:
+            raise RequestError(f"models.{name}", f"there is no such model; allowed: {', '.join(known)}")
+        if alone and name != choice:
+            raise RequestError(f"models.{name}", f"is for model={name}; the model of this job is {choice}")
+        if not isinstance(keys, DictConfig):
+            raise RequestError(f"models.{name}", f"must be a mapping of the model's keys; got {keys!r}")
+    with read_write(config):
+        for key, value in own[choice].items_ex(resolve=False) if choice in own else ():
+            OmegaConf.update(config, f"model.{key}", value)
+        config.models = {}
+
+
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The config of one job, with Hydra's own part under `hydra`. Raises RequestError in the command line's words."""
     try:
@@ -66,6 +89,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             register(conf_dir())
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 config: DictConfig = _compose("lesion", prepared(overrides), return_hydra_config=True)
+                with_own_keys(config, config.hydra.runtime.choices.model)
                 return config
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError("", one_line(error)) from None

@@ -16,7 +16,7 @@ from lesion.study.prompt_files import STDIN
 from lesion.study.prompts import LONGEST_TEXT
 
 NAMED = ("selection", "replacement")  # names and their options; these are checked where they are used
-FREE = ("tracker", "model.arguments")  # so are the keys of these
+FREE = ("tracker", "model.arguments", "models")  # so are the keys of these
 CALIBRATION = ("prompts", "seeds")
 WHOLE = 2**63  # tables hold whole numbers of 64 bits
 PATHS = ("store.dir", "generation.init", "prompts.path", "calibration.prompts.path")

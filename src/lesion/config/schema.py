@@ -128,6 +128,7 @@ class LesionConf:
     """A whole request."""
 
     model: ModelConf = field(default_factory=ModelConf)
+    models: dict[str, Any] = field(default_factory=_free)
     prompts: PromptsConf = field(default_factory=PromptsConf)
     seeds: Any = MISSING
     layers: LayersConf = field(default_factory=LayersConf)
