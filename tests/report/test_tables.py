@@ -15,6 +15,7 @@ from lesion.analysis.settings import settings
 from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
 from lesion.report.tables import Column, Table
+from lesion.report.text import markdown
 from lesion.report.words import comparison, summary
 from planted import LAYERS, planted
 
@@ -275,3 +276,21 @@ def test_ratios_to_a_tiny_floor_are_far_above():
         ("far above", ""), ("2.000", "[1.000, > 10]"), ("0.400", "[0.300, 0.500]"), ("far below", "")
     ]  # fmt: skip
     assert shown[0].value == "73.2"  # the page sorts by the number
+
+
+def test_the_compact_table_has_short_words_above_and_statistics_below(full):
+    frame, found = full
+    table = contents.compact(found, first(frame))
+    assert [column.head for column in table.columns] == ["layer", "importance", "sufficiency"]
+    whole = contents.layers(found, first(frame))
+    for head in ("importance", "sufficiency"):
+        assert cell(table, LAYERS[2], head) == cell(whole, LAYERS[2], head)
+    assert len(table.caption.split()) < 25 and "bootstrap" in table.note and "bootstrap" not in table.caption
+    source = tables.to_latex(table)
+    assert (
+        source.index(r"\caption")
+        < source.index(r"\bottomrule")
+        < source.index("bootstrap")
+        < source.index(r"\end{table}")
+    )
+    assert tables.to_markdown(table).rstrip().endswith(markdown(table.note, 2000))

@@ -186,7 +186,7 @@ def _parts(said: dict[str, list[str]], made: Sequence[tables.Table], drawn: Sequ
     """Sentences, tables and figures under the question that they answer; the page's heat map has layers by prompts."""
     parts = {name: html.Part(question, said[name]) for name, question in QUESTIONS.items()}
     for table in made:
-        if (kind := table.stem.partition("--")[0]) != "prompts":
+        if (kind := table.stem.partition("--")[0]) not in ("prompts", "layers-compact"):
             parts[_UNDER.get(kind, "layers")].tables.append(table)
     for picture in drawn:
         kind = picture.path.rpartition("/")[2].partition("--")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pandas as pd
 
@@ -81,6 +82,25 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     words = caption(found.rows(setting), setting, words, found.metric)
     raw = table.drop(columns="effect_text")
     return Table.of(f"layers--{setting.slug}", "Layer table", words, columns, table, raw, count="depth")
+
+
+def compact(found: Findings, setting: Setting) -> Table | None:
+    """Layers with importance and sufficiency alone, for one column of a paper; statistics stand in a note."""
+    table = found.summary(setting)
+    measures = [name for name in ("importance", "sufficiency") if len(table) and table[name].notna().any()]
+    if not measures:
+        return None
+    columns = [Column("layer", "layer", "code"), *(_measure(name, name) for name in measures)]
+    methods = interval_words(table, [f"{name}_method" for name in measures])
+    note = (
+        f"Importance: 1 - {found.metric} with the layer lesioned; sufficiency: {found.metric} with all others so. "
+        f"Means over seeds, then prompts, 95 % intervals in brackets, largest in bold.{methods}"
+    )
+    part = found.rows(setting)
+    raw = table[["layer", *(f"{name}{end}" for name in measures for end in ("", "_low", "_high"))]]
+    words = caption(part, setting, f"{' and '.join(measures).capitalize()} of each layer.", found.metric)
+    made = Table.of(f"layers-compact--{setting.slug}", "Layers, compact", words, columns, table, raw, count="depth")
+    return replace(made, note=note)
 
 
 def ranks_words(table: pd.DataFrame) -> str:
@@ -325,7 +345,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
 
 def of_setting(found: Findings, setting: Setting) -> list[Table]:
     """Every table there is of one setting, the layer table first where there is one."""
-    first = [layers(found, setting), *prompts(found, setting)]
+    first = [layers(found, setting), compact(found, setting), *prompts(found, setting)]
     rest = [what(found, setting) for what in (aspects, reading, alone, order, pairs, cumulative, shapley)]
     return [table for table in [*first, *rest] if table is not None]
 

@@ -129,6 +129,7 @@ class Table:
     lead: int = 1
     title: str = ""
     count: str = "row"
+    note: str = ""  # below the table: what would make its caption long
 
     @classmethod
     def of(
@@ -188,7 +189,8 @@ def to_markdown(table: Table) -> str:
     lines = ["| " + " | ".join(markdown(column.head) for column in table.columns) + " |"]
     lines.append("|" + "|".join(" --- " if column.left else " ---: " for column in table.columns) + "|")
     lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.cells]
-    return markdown(table.caption, 2000) + "\n\n" + "\n".join(lines) + "\n"
+    note = f"\n{markdown(table.note, 2000)}\n" if table.note else ""
+    return markdown(table.caption, 2000) + "\n\n" + "\n".join(lines) + "\n" + note
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -272,7 +274,7 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
     if len(body) > LONG:
         lines = [r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}"]
         lines += [named + r"\\", *top, r"\endfirsthead", *top, r"\endhead", r"\bottomrule", r"\endlastfoot", *body]
-        lines += [r"\end{longtable}", r"\endgroup"]
+        lines += [r"\end{longtable}", *_noted(table), r"\endgroup"]
     else:
         lines = [
             r"\begin{table}[tbp]",
@@ -280,8 +282,15 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
             named + r"\par\smallskip",
             r"\footnotesize\setlength{\tabcolsep}{3pt}",
         ]
-        lines += [rf"\begin{{tabular}}{{{layout}}}", *top, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+        lines += [rf"\begin{{tabular}}{{{layout}}}", *top, *body, r"\bottomrule", r"\end{tabular}", *_noted(table)]
+        lines += [r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _noted(table: Table) -> list[str]:
+    if not table.note:
+        return []
+    return [r"\par\smallskip", rf"\parbox{{0.9\linewidth}}{{\scriptsize {latex(table.note, 2000)}}}"]
 
 
 def _row(pieces: Iterable[str]) -> str:
