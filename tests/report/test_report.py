@@ -198,7 +198,7 @@ def test_letters_that_dejavu_lacks_are_drawn_in_a_font_that_has_them_or_named(on
     assert below == line_height(face) and wrap("红🍎" * 30, face, 100, 9)[0] == "红🍎红🍎红"  # 20 px each
     assert not caplog.records
 
-    with figures.styled():
+    with figures.looking(figures.Look(titles=True)), figures.styled():
         figure = figures.heat_map(pd.DataFrame({"红红": [0.0, 1.0]}, index=["🍎", "b"]), "importance", "红")
     figures.save(figure, tmp_path / "map")
     drawn = {text.get_text(): text.get_fontfamily() for text in figure.findobj(Text)}
