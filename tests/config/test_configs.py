@@ -19,7 +19,18 @@ from lesion.toy_world import is_held_out, parse_caption
 from lesion.tracking import tracker_names
 
 CONF = conf_dir()
-GROUPS = ("model", "prompts", "selection", "replacement", "capture", "scorer", "tracker", "experiment", "debug")
+GROUPS = (
+    "model",
+    "prompts",
+    "selection",
+    "replacement",
+    "capture",
+    "steering",
+    "scorer",
+    "tracker",
+    "experiment",
+    "debug",
+)
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
 BASES = [CONF / "model" / "_base.yaml"]  # what the files of a group share
 NEEDS = {
@@ -38,6 +49,8 @@ NEEDS = {
     "inline": ["prompts.items=[a red circle]"],
     "donor_prompt": ["replacement.donor_prompt.prompt=a blue square"],
     "resample": ["replacement.resample.prompt=a blue square"],
+    "layout": ["prompts=boxes"],
+    "steering_off": ["prompts=boxes", "steering=layout"],
     "lora_off": ["model.loras=[{path: my_lora}]"],
 }
 

@@ -45,21 +45,24 @@ def test_cells_have_the_keys_and_columns_they_had_in_version_0_1(name, monkeypat
     for column in of_cells:
         if column.name != "prompt_id":  # longer since
             values = [column.of(cell, padded) for cell in study.cells()]
-            assert values == then[column.name].tolist(), column.name
+            later = [column.earlier] * len(then)  # of a column that 0.1 did not have
+            assert values == then.get(column.name, pd.Series(later)).tolist(), column.name
 
 
 def test_columns_mean_what_they_meant_for_comparing_runs():
-    """Those of version 0.1, by hand."""
+    """Those of version 0.1, by hand, and what was added."""
     assert LESION == ("kind", "replacement", "window_start", "window_end", "branch", "strength")
-    assert GENERATION == ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt", "noising")
+    then = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt", "noising")
+    assert (*then, "steering", "steering_settings") == GENERATION  # the last two since
     assert set(IDENTITY) == {"fingerprint", "dtype", "device", "scorer_identity", "importance_metric", "protocol"}
     assert set(MADE) == {"fingerprint", "dtype", "device"}
     assert SEVERAL == ("lesioned", "order", "permutation")
     assert {"model", "prompt_id", "seed", "selection", "layer", "status", "image", "cell"} <= set(NEEDED)
-    assert EARLIER == {
+    assert {
         **{"kind": "cross_attention", "lesioned": "", "aspects": "", "init": "", "noising": 0.0},
         "negative_prompt": "",
-    }
+        **dict.fromkeys(("steering", "steering_settings", "steering_layers"), ""),
+    } == EARLIER
 
 
 def test_what_is_at_its_default_is_in_no_key_and_not_passed():

@@ -5,8 +5,8 @@ No DictConfig goes past this file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lesion.errors import RequestError
 from lesion.models import ModelSpec, check_offload
 from lesion.models.defaults import filled
 from lesion.models.devices import cuda_devices
-from lesion.scoring import ScorerSpec
+from lesion.scoring import BOXES, ScorerSpec
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
 from lesion.study.checks import one_of
@@ -26,6 +26,7 @@ from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds
 from lesion.study.settings import Settings
+from lesion.study.steering import STEERING_OFF, Layout
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
     capture = Capture.of(data["capture"], task.steps(settings), settings.guidance > 1)
     if capture and model.compile:
         raise RequestError("capture", "works without performance.compile only; allowed here: none")
+    settings = replace(settings, steering=Layout.of(data["steering"]))
+    if settings.steering and model.compile:
+        raise RequestError("steering", "works without performance.compile only; allowed here: none")
     given = {name: dict(options or {}) for name, options in data["replacement"].items()}
     if not given:
         raise RequestError("replacement", f"is empty; allowed: one or more of {', '.join(replacements.known())}")
@@ -97,6 +101,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         replacements.check(name, layers.kind, axes.branches, layers.by)
         replacements.check_model(name, model)
     prompts = parse_prompts(data["prompts"])
+    _check_steering(settings, prompts.prompts, given)
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -105,7 +110,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         axes=axes,
         replacements=given,
         settings=settings,
-        scorer=ScorerSpec.of(data["scorer"]),
+        scorer=_with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts),
         tracker=_tracker(data["tracker"]),
         budget=Budget.of(data["budget"]),
         store=Path(data["store"]["dir"]).expanduser(),
@@ -116,6 +121,24 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         capture=capture,
         notes=prompts.notes,
     )
+
+
+def _check_steering(settings: Settings, prompts: Sequence[Prompt], replacements: Mapping[str, Any]) -> None:
+    """Refuse steering without boxes, and taking layers out of a loss that there is not."""
+    if settings.steering is None:
+        if STEERING_OFF in replacements:
+            raise RequestError("replacement", f"{STEERING_OFF} needs steering; with it: steering=layout")
+    elif bare := [prompt.text for prompt in prompts if not prompt.boxes]:
+        raise RequestError(
+            "prompts", f"steering=layout needs boxes: [{{words, box}}, …] with each prompt; {bare[0][:80]!r} has none"
+        )
+
+
+def _with_boxes(scorer: ScorerSpec, prompts: Sequence[Prompt]) -> ScorerSpec:
+    """The scorer, with the metrics of boxes where prompts have some, steered or not: so both can be compared."""
+    if not any(prompt.boxes for prompt in prompts):
+        return scorer
+    return replace(scorer, metrics=tuple(dict.fromkeys((*scorer.metrics, *BOXES))))
 
 
 def _check_compiled(model: ModelSpec, layers: Layers) -> None:

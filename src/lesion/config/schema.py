@@ -110,6 +110,19 @@ class CaptureConf:
 
 
 @dataclass
+class SteeringConf:
+    name: str = "none"
+    layers: Any = None
+    scale: Any = None
+    threshold: Any = None
+    iterations: Any = None
+    steps: Any = None
+    step_size: Any = None
+    mask: Any = None
+    checkpointing: Any = False
+
+
+@dataclass
 class BudgetConf:
     ci_halfwidth: Any = None
     max_images: Any = None
@@ -141,6 +154,7 @@ class LesionConf:
     performance: PerformanceConf = field(default_factory=PerformanceConf)
     scorer: ScorerConf = field(default_factory=ScorerConf)
     capture: CaptureConf = field(default_factory=CaptureConf)
+    steering: SteeringConf = field(default_factory=SteeringConf)
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConf = field(default_factory=BudgetConf)

@@ -22,6 +22,7 @@ from lesion.store.maps import ImageMaps
 from lesion.study.capture import REST, SPECIAL, Capture
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, covers
+from lesion.study.steering import STEERING_OFF
 from lesion.surgery.attention import SiteCall, text_attention, watched
 
 _NUMBERS = {"cond": COND, "uncond": UNCOND}
@@ -76,7 +77,7 @@ class Capturing(Client):
     def _dead(self, model: Model, lesion: Lesion | None) -> dict[str, set[int] | None]:
         """Sites of which a lesion leaves nothing, and which of their heads; None for all."""
         found: dict[str, set[int] | None] = {}
-        if lesion is None or lesion.strength < 1:
+        if lesion is None or lesion.strength < 1 or lesion.replacement.name == STEERING_OFF:
             return found
         for path in (path for layer in lesion.layers for path in model.anatomy.sites[layer]):
             attention, _, head = path.partition(".heads.")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lesion import tasks
 from lesion.denoising.run import Client, Denoising, Enough
 from lesion.generation.capture import Capturing
+from lesion.generation.layout import Steering, Target
 from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
 from lesion.models.calling import arguments
@@ -26,6 +27,8 @@ from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
+from lesion.study.steering import STEERING_OFF
+from lesion.surgery.attention import text_attention
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 
@@ -58,12 +61,36 @@ def under_lesions(
 ) -> list[Client]:
     """Return the clients of a run in which image i is made under lesions[i]; none where there is nothing to do.
 
-    On a compiled denoiser lesions are put on its gates.
+    On a compiled denoiser lesions are put on its gates. One of the loss that steers is for `steering`, not for these.
     """
+    lesions = [None if lesion and lesion.replacement.name == STEERING_OFF else lesion for lesion in lesions]
     if model.gates:
         return [model.gates.lesions(model.anatomy, lesions, interventions)]
     client = Lesions(model.anatomy, lesions, interventions)
     return [client] if client.sites else []
+
+
+def steering(model: Model, cells: Sequence[Cell], lesions: Sequence[Lesion | None]) -> Steering | None:
+    """Return the client that steers the images of these cells; None where nothing steers.
+
+    lesions: of all images of the batch: those behind the cells' own are of source prompts, which nothing steers.
+    """
+    settings = cells[0].settings
+    if settings.steering is None:
+        return None
+    pipe = model.pipeline(settings.task)
+    targets: list[list[Target]] = []
+    for cell in cells:
+        words = words_of(pipe, cell.prompt.text, model.arguments)
+        targets.append([Target(words.find(box.words), box.box) for box in cell.prompt.boxes])
+    return Steering(
+        settings.steering,
+        text_attention(model.denoiser),
+        targets + [[] for _ in lesions[len(cells) :]],
+        lesions,
+        settings.height / settings.width,
+        whole=any(lesion and lesion.strength and lesion.replacement.name != STEERING_OFF for lesion in lesions),
+    )
 
 
 def _say_unseen(model: Model, prompts: Sequence[Prompt]) -> None:
@@ -135,6 +162,7 @@ def generate(
     states: States | None = None,
     windows: Sequence[tuple[float, float]] = (),
     capturing: Capturing | None = None,
+    masses: dict[str, float] | None = None,
 ) -> NDArray[np.float32]:
     """Make the images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
 
@@ -144,14 +172,15 @@ def generate(
     windows: those of the study, for which a baseline leaves its snapshot.
     capturing: what keeps the attention maps of these cells; their images are then made from noise, since a snapshot
         has no maps of the steps before it.
+    masses: gets `Steering.mass` of each steered cell, by its key.
     """
     try:
-        return _generate(model, cells, interventions, states, windows, capturing)
+        return _generate(model, cells, interventions, states, windows, capturing, masses)
     except OtherCount as error:
         log.warning("late windows are made from noise: %s", error)
         assert states is not None
         states.usable = False
-        return _generate(model, cells, interventions, states, windows, capturing)
+        return _generate(model, cells, interventions, states, windows, capturing, masses)
 
 
 def _generate(
@@ -161,6 +190,7 @@ def _generate(
     states: States | None,
     windows: Sequence[tuple[float, float]],
     capturing: Capturing | None,
+    masses: dict[str, float] | None,
 ) -> NDArray[np.float32]:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
@@ -173,6 +203,10 @@ def _generate(
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
     clients = under_lesions(model, lesions, interventions)
+    steers = steering(model, cells, lesions)
+    if steers:
+        clients.append(steers)
+        states = None  # a snapshot is no place to go on from: what was steered before it could not be measured
     recording = None
     if states and states.usable and not together and any(start > 0 for start, _ in windows):
         if not any(lesions):  # an image beside a source prompt's leaves no snapshot
@@ -183,6 +217,8 @@ def _generate(
     if capturing:
         clients.append(capturing)
     images = call(model, prompts, noise, settings, clients)[: len(cells)]
+    if steers and masses is not None:
+        masses |= {cell.key: mass for cell, mass in zip(cells, steers.mass, strict=False)}
     if states and recording and recording.calls:
         states.note(cells[0], recording.calls)
         for step, batch in recording.states.items():

@@ -41,16 +41,17 @@ def captured(request: Request, source: Source) -> Capture | None:
         return None
     if source.embedded_guidance and request.capture.branch != "cond":
         raise RequestError("capture.branch", f"{source.pipeline} has one branch; allowed: cond")
-    try:
-        paths = layers.layer_paths(source, "attention", "cross_attention")
-    except RequestError:
+    return request.capture.chosen(attention_layers(source, "capture"))
+
+
+def attention_layers(source: Source, key: str) -> tuple[str, ...]:
+    """Layers in which a model's image looks at its text, in forward order. Raises RequestError naming `key`."""
+    for kind in ("cross_attention", "text_to_image"):
         try:
-            paths = layers.layer_paths(source, "attention", "text_to_image")
+            return layers.layer_paths(source, "attention", kind)
         except RequestError:
-            raise RequestError(
-                "capture", f"{source.pipeline} has no attention from image to text; allowed: none"
-            ) from None
-    return request.capture.chosen(paths)
+            continue
+    raise RequestError(key, f"{source.pipeline} has no attention from image to text; allowed: none")
 
 
 def maps_of(request: Request, source: Source) -> Maps | None:

@@ -27,7 +27,9 @@ NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "mo
 def asked(config: Mapping[str, Any], study: Study) -> dict[str, Any]:
     """What a request asks for, by key: `config`, and what lies in the files that it names, by digest."""
     contents = {
-        "prompts": digest_of([[p.text, p.id, list(p.aspects), p.digest] for p in study.prompts]),
+        "prompts": digest_of(
+            [[p.text, p.id, list(p.aspects), p.digest, *((b.words, b.box) for b in p.boxes)] for p in study.prompts]
+        ),
         "model.id": study.model.fingerprint,
         "calibration": dict(study.protocol),
     }

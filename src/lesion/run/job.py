@@ -24,7 +24,7 @@ from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
-from lesion.run.capture import bound, captured, known, maps_of, measured
+from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
 from lesion.run.folder import prune
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
@@ -71,6 +71,8 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     settings = replace(request.settings, scheduler=source.scheduler, embedded_guidance=source.embedded_guidance or None)
     _check_pipeline(settings, request.axes.branches, source)
     models.check_files(source)
+    if settings.steering:
+        settings = replace(settings, steering=settings.steering.on(attention_layers(source, "steering")))
     paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
     _check_compiled(source)
     study = Study(

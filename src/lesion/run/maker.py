@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,7 @@ class Maker:
         self.maps = maps
         self.states = States(store.states)
         self.failures: dict[str, str] = {}
+        self.masses: dict[str, float] = {}  # of steered images that wait to be stored, `Picture.box_mass`
         self.size = study.settings.batch_size or 0
         self.interventions: dict[str, Intervention] = {}
         self.broken: dict[str, str] = {}
@@ -163,7 +165,9 @@ class Maker:
             return
         try:
             capturing = Capturing(self.model, batch, self.maps.capture) if self.maps else None
-            images = generate(self.model, batch, self.interventions, self.states, self.study.windows, capturing)
+            images = generate(
+                self.model, batch, self.interventions, self.states, self.study.windows, capturing, self.masses
+            )
             maps = capturing.maps if capturing else None
         except Exception as error:  # a model can raise anything; the other cells continue
             memory.raise_if_lost(error)
@@ -242,7 +246,7 @@ class Maker:
                 if self.maps and maps:
                     self.maps.put(cell, maps[number])
                 if not self.maps or not self.store.has(cell.key):  # made earlier, without maps: it is the same image
-                    picture = self.store.put(cell, pixels, reason)
+                    picture = self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan))
                     self.made(cell, pixels, picture)
             except OSError as error:
                 log.error("%s could not be stored: %s", label(cell), brief(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ class ScoreQueue:
     def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str, check: bool = False):
         self.store, self.spec, self.device, self.check = store, spec, device, check
         self._checked: set[bytes] = set()
+        self._masses: dict[str, float] = {}  # of steered images, by key
         try:
             self.identities = scoring.identities(spec)
         except scoring.ScorerError as error:
@@ -171,14 +173,20 @@ class ScoreQueue:
             raise Damaged(str(error), key) from None
         if self.check:
             self._checked.add(bytes.fromhex(key))
+        self._mass(key, stored.picture)
         if noted != stored.picture:
             self.note(key, stored.picture)
         return stored.pixels
 
     def note(self, key: str, picture: Picture) -> None:
         """Remember the facts of a stored image."""
+        self._mass(key, picture)
         self.scores.add_picture(key, picture)
         self._written(1)
+
+    def _mass(self, key: str, picture: Picture) -> None:
+        if math.isfinite(picture.box_mass):
+            self._masses[key] = picture.box_mass
 
     def _flush(self) -> None:
         """Write what is known to the store; where that cannot be, one warning: it serves this run all the same."""
@@ -196,12 +204,24 @@ class ScoreQueue:
             self._flush()
 
     def _lacking(self, cell: Cell) -> frozenset[str]:
-        return self._asked(cell.prompt.text).difference(self.values(cell))
+        return self._asked(cell.prompt.text, bool(cell.prompt.boxes), cell.settings.steering is not None).difference(
+            self.values(cell)
+        )
 
     def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
         lacking = self._lacking(cell)
         queue = self._queue[lacking]
-        queue.append(Shot(cell.key, pixels, cell.baseline.key, baseline, cell.prompt.text))
+        queue.append(
+            Shot(
+                cell.key,
+                pixels,
+                cell.baseline.key,
+                baseline,
+                cell.prompt.text,
+                cell.prompt.boxes,
+                self._masses.get(cell.key, math.nan),
+            )
+        )
         if len(queue) >= CHUNK or len(queue) * pixels.nbytes >= CHUNK_BYTES:
             self._score([lacking])
 

@@ -25,6 +25,7 @@ from lesion.study.checks import one_of
 from lesion.study.settings import LARGEST_BATCH
 
 __all__ = [
+    "BOXES",
     "Direction",
     "Metric",
     "OptionError",
@@ -42,6 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 KEY = "scorer.metrics"
+BOXES = ("box_mass", "box_iou", "box_success")  # of prompts with boxes
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,16 @@ def identities(spec: ScorerSpec) -> dict[str, str]:
     return found
 
 
-def columns_for(spec: ScorerSpec, prompt: str) -> frozenset[str]:
-    """The metrics that have a value for images of this prompt. Loads nothing; ScorerError as for `identities`."""
-    return frozenset(metric.name for metric in spec.described if metric.asks(prompt))
+def columns_for(spec: ScorerSpec, prompt: str, boxed: bool = False, steered: bool = False) -> frozenset[str]:
+    """The metrics that have a value for images of this prompt. Loads nothing; ScorerError as for `identities`.
+
+    boxed: whether the prompt has boxes. steered: whether the images are steered to them.
+    """
+    return frozenset(
+        metric.name
+        for metric in spec.described
+        if metric.asks(prompt) and metric.boxed <= boxed and metric.steered <= steered
+    )
 
 
 def make_scorer(spec: ScorerSpec, device: str) -> Scorer:

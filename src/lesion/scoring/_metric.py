@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesion.errors import RequestError
+from lesion.study.boxes import Box
 
 Direction = Literal["similarity", "distance", "prompt", "property"]
 
@@ -41,6 +43,8 @@ class Shot:
     baseline_key: str
     baseline: NDArray[np.uint8]  # the same shape
     prompt: str
+    boxes: tuple[Box, ...] = ()  # of the prompt
+    box_mass: float = math.nan  # of steered images: the share of attention in the boxes
 
     def __post_init__(self) -> None:
         for name, pixels in (("image", self.image), ("baseline", self.baseline)):
@@ -67,6 +71,7 @@ class Metric(ABC):
     range: the lowest and the highest value.
     identical: the value of an image that is its baseline, pixel for pixel; None where it depends on the image.
     models: the networks it needs, in words; "" for none.
+    boxed: whether it has values only for prompts with boxes. steered: whether only for steered images.
     shared: options that are taken from these keys of the scorer where `scorer.metrics` gives none of them.
     """
 
@@ -75,6 +80,8 @@ class Metric(ABC):
     range: ClassVar[tuple[float, float]]
     identical: ClassVar[float | None] = None
     models: ClassVar[str] = ""
+    boxed: ClassVar[bool] = False
+    steered: ClassVar[bool] = False
     shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -46,7 +46,7 @@ class Read(Metric):
         for number, shot in enumerate(shots):
             scene = _scene(shot.prompt)
             if scene and asks_of(scene, self.aspect):
-                values[number] = float(getattr(judge(_reading(shot.image), scene), self.aspect))
+                values[number] = float(getattr(judge(reading(shot.image), scene), self.aspect))
         return values
 
 
@@ -60,7 +60,8 @@ def asks_of(scene: Scene, aspect: str) -> bool:
     }.get(aspect, True)
 
 
-def _reading(image: NDArray[np.uint8]) -> Reading:
+def reading(image: NDArray[np.uint8]) -> Reading:
+    """What the reader sees in an image; each is read once."""
     name = repr(image.shape).encode() + hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
     if name not in _kept:
         _kept[name] = read_image(image)

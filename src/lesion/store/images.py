@@ -1,8 +1,9 @@
 """Cells on disk: one PNG a cell, named by its hash, written atomically; safe for many processes.
 
 Format: cells/<first 2 digits>/<key, 32 hex digits>.png, RGB of 8 bits, with one iTXt chunk `lesion` of JSON: `cell`
-(the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), and the
-fields of `Cell.identity`. So a file explains itself, and shows changed pixels, wherever it is copied.
+(the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), the fields
+of `Cell.identity`, and of steered images `box_mass`. So a file explains itself, and shows changed pixels, wherever it
+is copied.
 
 A file torn by a power cut is noticed by its missing end and made again. Pixels are compared whenever they are read:
 with the digest in the file, or, where it has none, with the one remembered in scores/ (`lesion.store.scores`).
@@ -13,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import stat
 import struct
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +47,14 @@ class Picture:
 
     size: bytes of the file. modified: its mtime in nanoseconds. digest: of shape and pixels, 32 hex digits.
     reason: why the image is invalid, or "".
+    box_mass: of steered images the share of attention in the prompt's boxes, as the file says it; NaN where not known.
     """
 
     size: int
     modified: int
     digest: str
     reason: str
+    box_mass: float = field(default=math.nan, compare=False)
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,10 @@ class Store:
             known._list(path)
         return known
 
-    def put(self, cell: Cell, pixels: NDArray[np.uint8], reason: str = "") -> Picture:
+    def put(self, cell: Cell, pixels: NDArray[np.uint8], reason: str = "", box_mass: float = math.nan) -> Picture:
         """Write an image in one step, in place of any that is there; safe from many threads and processes.
+
+        box_mass: as in `Picture`.
 
         Raises OSError.
         """
@@ -205,11 +211,13 @@ class Store:
         notes = PngImagePlugin.PngInfo()
         digest, status = digest_of(pixels), "invalid" if reason else "ok"
         record = {"cell": cell.key, "status": status, "reason": reason, "pixels": digest, **cell.identity()}
+        if math.isfinite(box_mass):
+            record["box_mass"] = box_mass
         notes.add_itxt("lesion", json.dumps(record, ensure_ascii=False))
         with atomically(path) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
             facts = temporary.stat()
-        return Picture(facts.st_size, facts.st_mtime_ns, digest, reason)
+        return Picture(facts.st_size, facts.st_mtime_ns, digest, reason, box_mass)
 
     def get(self, key: str, size: tuple[int, int] | None = None, digest: str | None = None) -> Stored:
         """Read an image and check whose it is and that its pixels are those that were stored.
@@ -233,6 +241,7 @@ class Store:
                     pixels = np.asarray(image.convert("RGB"))
             if not isinstance(record, dict) or not isinstance(reason := record.get("reason", ""), str):
                 raise ValueError("its record is of another form")
+            mass = float(record.get("box_mass", math.nan))
             if record.get("cell") != key:
                 raise ValueError("carries the hash of another cell")
             found = digest_of(pixels)
@@ -242,7 +251,7 @@ class Store:
             raise
         except Exception as error:  # whatever a decoder can raise on broken bytes
             raise Damaged(f"{path.name}: {error}") from None
-        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason))
+        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason, mass))
 
     def discard(self, key: str) -> None:
         """Remove an image, or whatever else has its name. Raises OSError."""

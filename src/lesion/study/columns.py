@@ -10,6 +10,7 @@ from typing import Any
 from lesion.study.grid import Cell
 from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
+from lesion.study.steering import STEERING_OFF, within
 
 Of = Callable[[Cell, Sequence[str]], Any]
 
@@ -51,6 +52,19 @@ def _layer_index(cell: Cell, layers: Sequence[str]) -> int:
     return layers.index(cell.lesion.layer) if cell.lesion and cell.lesion.layer else -1
 
 
+def _steering(cell: Cell, what: str) -> str:
+    return str(getattr(cell.settings.steering, what)) if cell.settings.steering else ""
+
+
+def steering_layers(cell: Cell) -> tuple[str, ...]:
+    """The layers whose maps steer the image, without those that a lesion takes out of the loss."""
+    if cell.settings.steering is None:
+        return ()
+    lesion = cell.lesion
+    off = lesion.layers if lesion and lesion.replacement.name == STEERING_OFF and lesion.strength == 1 else ()
+    return tuple(path for path in cell.settings.steering.layers if not any(within(path, out) for out in off))
+
+
 def _of_setting(declared: Declaration) -> Column:
     name = declared.name
     return Column(
@@ -82,6 +96,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("branch", _of_lesion(lambda lesion: lesion.branch, Lesion.branch), "lesion", needed=True),
     Column("strength", _of_lesion(lambda lesion: lesion.strength, 0.0), "lesion", needed=True),
     *(_of_setting(declared) for declared in DECLARED if declared.column),
+    Column("steering", lambda cell, layers: _steering(cell, "name"), "generation", text=True, earlier=""),
+    Column("steering_settings", lambda cell, layers: _steering(cell, "digest"), "generation", text=True, earlier=""),
+    Column("steering_layers", lambda cell, layers: "+".join(steering_layers(cell)), text=True, earlier=""),
     Column("dtype", lambda cell, layers: cell.model.dtype, "identity"),
     Column("device", lambda cell, layers: cell.model.device, "identity"),
     Column("fingerprint", lambda cell, layers: cell.model.fingerprint, "identity"),

@@ -85,12 +85,22 @@ def _context(identity: Mapping[str, Any]) -> str:
 
 
 def _asked(prompt: Prompt) -> Any:
-    """The prompt's identity: its text, and with an init image also that image's digest."""
-    return {"text": prompt.text, "init": prompt.digest} if prompt.digest else prompt.text
+    """The prompt's identity: its text, and what it has of an init image's digest and of boxes.
+
+    Boxes count also where nothing steers: the scores of an image tell how well it fits them.
+    """
+    if not prompt.digest and not prompt.boxes:
+        return prompt.text
+    asked: dict[str, Any] = {"text": prompt.text}
+    if prompt.digest:
+        asked["init"] = prompt.digest
+    if prompt.boxes:
+        asked["boxes"] = [[box.words, list(box.box)] for box in prompt.boxes]
+    return asked
 
 
 def _subject(context: str, prompt: Prompt) -> str:
-    if prompt.digest:
+    if prompt.digest or prompt.boxes:
         return f"{context}\n{digest_of(_asked(prompt))}"
     return f"{context}\n{hashlib.sha256(prompt.text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
@@ -158,11 +168,11 @@ class Study:
             yield lesion, key
 
     def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
-        # Two cells of a study have one key if their prompts' texts, seeds and lesions' digests are equal: to make these
+        # Two cells of a study have one key if prompts' identities, seeds and lesions' digests are equal: to make these
         # unique takes far less memory than to remember every key.
-        prompts: dict[tuple[str, str], Prompt] = {}
+        prompts: dict[Any, Prompt] = {}
         for prompt in self.prompts:
-            prompts.setdefault((prompt.text, prompt.digest), prompt)
+            prompts.setdefault((prompt.text, prompt.digest, prompt.boxes), prompt)
         seeds = dict.fromkeys(self.seeds)
         done: set[str] = set()
         for lesion in itertools.chain([None], self.lesions()):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.study.boxes import boxes_of_row
 from lesion.study.prompt_files import Row
 
 TEXTS = ("text", "prompt", "prompts", "texts", "caption", "captions", "sentence")
@@ -105,7 +106,7 @@ def find(
 
 
 def entries(rows: Iterable[Row], columns: Columns, key: str, folder: Path) -> Iterator[Any]:
-    """Each row as a text, or a mapping of text, aspects, id and image; other columns are left alone.
+    """Each row as a text, or a mapping of text, aspects, id, image and boxes; other columns are left alone.
 
     folder: where images lie. Raises RequestError where columns that could mean the same differ.
     """
@@ -123,6 +124,8 @@ def entries(rows: Iterable[Row], columns: Columns, key: str, folder: Path) -> It
             entry["aspects"] = _aspects(row, columns.aspects)
         if (image := entry.get("image")) and isinstance(image, str):
             entry["image"] = str(folder / Path(image).expanduser())
+        if boxes := row.get("boxes") or boxes_of_row(row, str(entry.get("text")), f"{key}.path"):
+            entry["boxes"] = boxes
         yield entry
 
 

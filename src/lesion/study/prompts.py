@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from lesion.errors import RequestError
 from lesion.study import prompt_columns, prompt_files
+from lesion.study.boxes import Box, parse_boxes
 
-FIELDS = ("text", "aspects", "id", "image")
+FIELDS = ("text", "aspects", "id", "image", "boxes")
 _FIELDS = set(FIELDS)
 OPTIONS = ("name", "items", "path", "format", "column", "id_column", "aspects_column")
 PICKS = ("where", "sample", "sample_seed", "limit")  # which of a set's prompts count
@@ -29,7 +30,7 @@ class Prompt:
     """What the model is asked.
 
     aspects: tags such as colour, shape, count. id: a readable, unique slug. image, digest: of img2img the path of the
-    init image and its identity, see `inits.read_init`.
+    init image and its identity, see `inits.read_init`. boxes: where some of its words are to be, for `steering=layout`.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Prompt:
     id: str = ""
     image: str = ""
     digest: str = ""
+    boxes: tuple[Box, ...] = ()
 
 
 def slug(text: str) -> str:
@@ -220,7 +222,7 @@ def _different(entries: Iterable[Any], key: str, limit: int | None, once: bool) 
         same = found.setdefault(prompt.id, prompt)
         if same is prompt:
             continue
-        if once or (same.text, same.image) != (prompt.text, prompt.image):
+        if once or (same.text, same.image, same.boxes) != (prompt.text, prompt.image, prompt.boxes):
             field = "text" if same.text == prompt.text else "id"
             raise RequestError(key, f"{field} {getattr(prompt, field)[:80]!r} is given twice; give each prompt once")
         repeats += 1
@@ -266,7 +268,8 @@ def _prompt(entry: Any, key: str) -> Prompt:
         raise RequestError(key, f"image is the path of an init image; got {_shown(image)}")
     if image:
         _check_text(image, "image", key)
-    return Prompt(text, tuple(aspects), _id(entry.get("id"), text, key), image)
+    boxes = parse_boxes(entry.get("boxes"), text, key)
+    return Prompt(text, tuple(aspects), _id(entry.get("id"), text, key), image, boxes=boxes)
 
 
 def _id(given: Any, text: str, key: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from lesion.errors import RequestError
+from lesion.study.steering import Layout
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Settings:
 
     noising: of img2img, the strength to which the init image is noised; `generation.strength` in a request.
     scheduler: name of its class and variant, as the model has it.
+    steering: None where nothing steers.
     embedded_guidance: True where guidance is an input of the model (FLUX.1), which then has no CFG branches; else None.
     batch_size: images made at once; None for as many as memory allows.
     """
@@ -129,6 +131,7 @@ class Settings:
         of_task=True,
     )
     embedded_guidance: bool | None = setting(None, key=None, column=None)
+    steering: Layout | None = setting(None, key=None, column=None)  # noqa: RUF009 - as the others, a field
     batch_size: int | None = setting(
         None,
         asked=Any,
@@ -164,11 +167,18 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """Their part in a cell's identity, as JSON data."""
-        return {one.name: value for one, value in self._declared() if one.identity}
+        return {
+            one.name: value.identity() if isinstance(value, Layout) else value
+            for one, value in self._declared()
+            if one.identity
+        }
 
     def provenance(self) -> dict[str, Any]:
-        """Their part in the provenance of calibration means: as in a cell's, with null for no negative prompt."""
-        return {"negative_prompt": None, **self.identity()}
+        """Their part in the provenance of calibration means: as in a cell's, with null for no negative prompt.
+
+        Calibration never steers.
+        """
+        return {"negative_prompt": None, **replace(self, steering=None).identity()}
 
     def arguments(self, images: int) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call that take a setting as it is; one at its default is not passed."""

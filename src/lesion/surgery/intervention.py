@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Intervention:
     """One replacement at work. A subclass implements one of `fill`, `text` and `rerun`, as `changes` says."""
 
-    changes: ClassVar[Literal["output", "text", "condition"]] = "output"
+    changes: ClassVar[Literal["output", "text", "condition", "loss"]] = "output"
     """What of a site it changes: `output` is put in by `fill`; `text` that it reads by `text`; `condition` in which it
-    runs by `rerun`."""
+    runs by `rerun`; `loss`: nothing of it, the client that steers leaves its maps out."""
     kinds: ClassVar[tuple[str, ...] | None] = None
     """Values of `layers.kind` that it suits; None: all."""
     branches: ClassVar[tuple[str, ...]] = BRANCHES

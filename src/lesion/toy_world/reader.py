@@ -25,6 +25,7 @@ class Found:
     x: float
     y: float
     fit: float  # soft intersection over union with the best silhouette, 0-1
+    box: tuple[float, float, float, float]  # x_min, y_min, x_max, y_max as shares of the image
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ def read_regions(image: NDArray[np.uint8]) -> tuple[str, list[tuple[Found, NDArr
             float(cols[0] + cols[-1] + 1) / 2,
             float(rows[0] + rows[-1] + 1) / 2,
             fit,
+            (
+                float(cols[0] / mask.shape[1]),
+                float(rows[0] / mask.shape[0]),
+                float((cols[-1] + 1) / mask.shape[1]),
+                float((rows[-1] + 1) / mask.shape[0]),
+            ),
         )
         found.append((one, mask))
     return _nearest(ground, BACKGROUNDS), found

@@ -1,0 +1,196 @@
+"""Layout guidance: its loss by hand, its gradient by differences, its steps, and what must stay as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+from conftest import settings
+from lesion.denoising.run import Client, DenoiserCall, Denoising
+from lesion.generation.generate import call, generate, generators
+from lesion.generation.layout import Steering, Target, box_mask, grid, layout_losses, sigma_squared
+from lesion.models.words import words_of
+from lesion.replacements.steering_off import SteeringOff
+from lesion.replacements.zero import Zero
+from lesion.study.boxes import Box
+from lesion.study.grid import Cell
+from lesion.study.lesions import Lesion, Replacement
+from lesion.study.prompts import Prompt
+from lesion.study.steering import Layout
+from lesion.surgery.attention import text_attention
+
+PROMPTS = [
+    Prompt("a red circle", boxes=(Box("circle", (0.0, 0.0, 0.5, 0.5)),)),
+    Prompt("two stars", boxes=(Box("two", (0.0, 0.0, 1.0, 0.5)), Box("stars", (0.5, 0.25, 1.0, 1.0)))),
+]
+OFF = {"steering_off:[]": SteeringOff()}
+LAYOUT = Layout(("mid_block.attentions.0", "up_blocks.0.attentions.1"), 1e3, 0.0, 2, 3, "noise_share", "covered")
+
+
+def cells(model, layout=LAYOUT, lesion=None, prompts=PROMPTS):
+    return [Cell(model.identity, prompt, 0, settings(steering=layout), lesion) for prompt in prompts]
+
+
+def client(model, layout=LAYOUT, prompts=PROMPTS):
+    targets = [
+        [Target(words_of(model.pipe, prompt.text).find(box.words), box.box) for box in prompt.boxes]
+        for prompt in prompts
+    ]
+    return Steering(layout, text_attention(model.denoiser), targets)
+
+
+def test_the_loss_is_that_of_the_publication_by_hand():
+    torch.manual_seed(0)
+    maps = [torch.rand(2, 3, 16, 5).softmax(-1), torch.rand(2, 3, 4, 5).softmax(-1)]
+    boxes = [[((1, 2), (0.0, 0.0, 0.5, 0.5))], [((3,), (0.5, 0.0, 1.0, 1.0)), ((0, 4), (0.0, 0.5, 1.0, 1.0))]]
+    expected = []
+    for row, own in enumerate(boxes):
+        loss = 0.0
+        for one in maps:
+            side = int(one.shape[2] ** 0.5)
+            for columns, (x_min, y_min, x_max, y_max) in own:
+                for column in columns:
+                    for head in one[row, :, :, column].reshape(3, side, side):
+                        inside = head[int(y_min * side) : int(y_max * side), int(x_min * side) : int(x_max * side)]
+                        loss += float((1 - inside.sum() / head.sum()) ** 2) / 3 / len(columns) / len(own) / len(maps)
+        expected.append(loss)
+    masks, tokens = [torch.zeros(2, 2, 16), torch.zeros(2, 2, 4)], torch.zeros(2, 2, 5)
+    for row, own in enumerate(boxes):
+        for number, (columns, box) in enumerate(own):
+            tokens[row, number, list(columns)] = 1
+            for mask, side in zip(masks, (4, 2), strict=True):
+                mask[row, number] = box_mask(box, side, side, "whole").flatten()
+    assert torch.allclose(layout_losses(maps, masks, tokens, torch.ones(2, 2)), torch.tensor(expected), atol=1e-6)
+    alone = layout_losses(maps[:1], masks[:1], tokens, torch.ones(1, 2))
+    weights = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert torch.allclose(layout_losses(maps, masks, tokens, weights), alone, atol=1e-6)
+
+
+def test_masks_and_grids():
+    assert box_mask((0.3, 0.0, 0.8, 0.5), 2, 4, "whole").tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
+    covered = box_mask((0.125, 0.0, 0.5, 0.75), 2, 4, "covered")
+    assert torch.allclose(covered, torch.tensor([[0.5, 1, 0, 0], [0.25, 0.5, 0, 0]]))
+    assert (grid(64, 1.0), grid(96, 1.5), grid(24, 2 / 3)) == ((8, 8), (12, 8), (4, 6))
+    with pytest.raises(RuntimeError, match="no grid"):
+        grid(7, 1.0)
+
+
+def test_the_gradient_is_that_of_finite_differences(tiny_model):
+    denoiser, steering = tiny_model.denoiser.double(), client(tiny_model)
+    torch.manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 77, 16).double()
+    run, weights = Denoising(tiny_model.pipe, denoiser, 2, [steering]), torch.ones(2, 2)
+    asked = DenoiserCall([latents, torch.tensor(500)], {"encoder_hidden_states": text})
+    with torch.no_grad(), steering.attached(run):
+        _, gradient = steering._gradient(run, asked, latents[:0], latents, weights)
+        for _ in range(3):
+            along = torch.randn_like(latents)
+            above, below = (
+                steering._gradient(run, asked, latents[:0], latents + sign * 1e-4 * along, weights)[0]
+                for sign in (1, -1)
+            )
+            slope = (above - below).sum() / 2e-4
+            assert float(slope) == pytest.approx(float((gradient * along).sum()), rel=1e-4)
+    denoiser.float()
+
+
+class Seen(Client):
+    """The input of each denoiser call and the sample of each step, as they arrive."""
+
+    def __init__(self):
+        self.inputs, self.samples = [], []
+
+    def before_call(self, run, call):
+        self.inputs.append(call.sample.clone())
+
+    def before_step(self, run, step):
+        self.samples.append(step.sample.clone())
+
+
+@pytest.mark.parametrize("form", ["euler", "ddim"])
+def test_a_step_is_sigma_squared_times_the_gradient_with_respect_to_the_latents(tiny_model, form):
+    if form == "euler":
+        tiny_model.pipe.scheduler = EulerDiscreteScheduler.from_config(tiny_model.pipe.scheduler.config)
+    layout = replace(LAYOUT, iterations=1, steps=1, step_size="sigma_squared", layers=LAYOUT.layers[:1], scale=10.0)
+    before, after, steering = Seen(), Seen(), client(tiny_model, layout)
+    call(tiny_model, PROMPTS, generators([0, 0]), settings(), [before, steering, after])
+    scheduler, unet = tiny_model.pipe.scheduler, tiny_model.denoiser
+    scheduler.set_timesteps(4)
+    time = scheduler.timesteps[0]
+    latents = before.samples[0].detach().clone().requires_grad_()
+    text = tiny_model.pipe.encode_prompt([one.text for one in PROMPTS], "cpu", 1, False)[0].detach()
+    kept = []
+
+    def look(module, args, kwargs):
+        query, key = module.to_q(args[0]), module.to_k(kwargs["encoder_hidden_states"])
+        kept.append(module.get_attention_scores(*map(module.head_to_batch_dim, (query, key))))
+
+    site = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    handle = site.register_forward_pre_hook(look, with_kwargs=True)
+    unet(scheduler.scale_model_input(latents, time), time, encoder_hidden_states=text)
+    handle.remove()
+    maps = kept[0].unflatten(0, (2, -1))
+    masks, tokens = torch.zeros(2, 2, maps.shape[2]), torch.zeros(2, 2, 77)
+    for row, boxes in enumerate(steering.targets):
+        for number, target in enumerate(boxes):
+            masks[row, number] = box_mask(target.box, *grid(maps.shape[2], 1.0), "covered").flatten()
+            tokens[row, number, list(target.columns)] = 1
+    loss = layout_losses([maps], [masks], tokens, torch.ones(1, 2)).sum()
+    (gradient,) = torch.autograd.grad(loss, latents)
+    if form == "euler":
+        variance = float(scheduler.sigmas[0]) ** 2
+    else:
+        alpha = float(scheduler.alphas_cumprod[time])
+        variance = (1 - alpha) / alpha
+    moved = latents.detach() - 10 * variance * gradient
+    assert not torch.allclose(moved, latents, atol=1e-3)
+    assert torch.allclose(after.samples[0], moved, rtol=1e-4, atol=1e-4)
+    expected = scheduler.scale_model_input(moved, time)
+    assert torch.allclose(after.inputs[0], torch.cat([expected, expected]), rtol=1e-4, atol=1e-4)
+
+
+def test_sigma_of_schedulers_with_alphas_and_infinite_ones():
+    pndm = PNDMScheduler(skip_prk_steps=True)
+    pndm.set_timesteps(4)
+    alpha = float(pndm.alphas_cumprod[int(pndm.timesteps[3])])
+    assert sigma_squared(pndm, len(pndm.timesteps), 3) == pytest.approx((1 - alpha) / alpha)
+    assert sigma_squared(pndm, 2, 0) == sigma_squared(pndm, len(pndm.timesteps), len(pndm.timesteps) - 2)
+
+
+def test_steering_moves_attention_into_the_boxes_and_is_the_same_alone_again_and_checkpointed(tiny_model):
+    plain = call(tiny_model, PROMPTS, generators([0, 0]), settings())
+    still, masses, after = {}, {}, {}
+    assert np.array_equal(
+        generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0)), {}, masses=still), plain
+    )
+    together = generate(tiny_model, cells(tiny_model), {}, masses=masses)
+    assert np.abs(together - plain).max() > 0.01
+    assert all(new > old for new, old in zip(masses.values(), still.values(), strict=True))
+    assert np.array_equal(generate(tiny_model, cells(tiny_model), {}), together)
+    checkpointed = replace(LAYOUT, checkpointing=True)
+    assert np.array_equal(generate(tiny_model, cells(tiny_model, checkpointed), {}, masses=after), together)
+    assert list(after.values()) == list(masses.values())
+    for row, cell in enumerate(cells(tiny_model)):
+        assert np.abs(generate(tiny_model, [cell], {})[0] - together[row]).max() < 1e-3
+    assert np.array_equal(call(tiny_model, PROMPTS, generators([0, 0]), settings()), plain)  # nothing stays behind
+    assert all(parameter.requires_grad for parameter in tiny_model.denoiser.parameters())
+
+
+def test_layers_left_out_of_the_loss_and_lesions_while_steering(tiny_model):
+    together = generate(tiny_model, cells(tiny_model), {})
+    off = Lesion("leave_one_out", LAYOUT.layers[0], LAYOUT.layers[:1], Replacement("steering_off"))
+    only = generate(tiny_model, cells(tiny_model, replace(LAYOUT, layers=LAYOUT.layers[1:])), {})
+    assert np.abs(only - together).max() > 1e-3
+    assert np.array_equal(generate(tiny_model, cells(tiny_model, lesion=off), OFF), only)
+    none = replace(off, layers=LAYOUT.layers)
+    plain = call(tiny_model, PROMPTS, generators([0, 0]), settings())
+    assert np.array_equal(generate(tiny_model, cells(tiny_model, lesion=none), OFF), plain)
+    zero = Lesion("leave_one_out", "down_blocks.0.attentions.0", ("down_blocks.0.attentions.0",), Replacement("zero"))
+    work = {"zero:[]": Zero()}
+    lesioned = generate(tiny_model, cells(tiny_model, lesion=zero), work)
+    unsteered = generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0), lesion=zero), work)
+    assert np.abs(lesioned - together).max() > 1e-3 and np.abs(lesioned - unsteered).max() > 1e-3
