@@ -182,7 +182,17 @@ SIZES = {
     "prompt_swap_windows": 1 + 10 + 4,
     "flux_vital_layers": 1 + 2 + 3,  # the stand-in has 2 double and 3 single blocks
     "sd3_vital_layers": 1 + 3,
+    "layout": 1 + 2 + 2 + 1,  # the stand-in has two layers in its last up block
+    "sd15_layout": 1 + 4 + 4 + 1,
 }  # images of one prompt and seed on the stand-in
+
+
+BOXED = "prompts.items=[{text:a red circle,boxes:[{words:red circle,box:[0,0,0.5,1]}]}]"
+LOUD = (BOXED, "steering.scale=1e4", "steering.mask=covered")  # random weights look everywhere alike
+BESIDE = {
+    "layout": (*LOUD, "layers.include=[up_blocks.1.*]", "steering.layers=[up_blocks.1.*]"),
+    "sd15_layout": LOUD,
+}
 
 
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "experiment" and name != "lora"])
@@ -196,7 +206,7 @@ def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
     folder = tiny_folder if model == "embedded" else stand_in(model, tmp_path / "stand_in")
     dino = write_dino(tmp_path / "dino")
     steps = 10 if len(request.axes.windows) > 1 else 2
-    code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip, dino, steps))
+    code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip, dino, steps), *BESIDE.get(name, ()))
     assert code == 0, err
     (frame,) = cli.frames()
     assert (frame.status == "ok").all()
