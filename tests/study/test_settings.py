@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from conftest import settings
 from lesion.config.parsing import parse
 from lesion.config.schema import conf_dir, register
+from lesion.errors import RequestError
 from lesion.run.job import survey
 from lesion.study.columns import COLUMNS, EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL
 from lesion.study.settings import DECLARED, Settings
@@ -53,7 +54,7 @@ def test_columns_mean_what_they_meant_for_comparing_runs():
     """Those of version 0.1, by hand, and what was added."""
     assert LESION == ("kind", "replacement", "window_start", "window_end", "branch", "strength")
     then = ("task", "steps", "guidance", "height", "width", "scheduler", "negative_prompt", "noising")
-    assert (*then, "steering", "steering_settings") == GENERATION  # the last two since
+    assert (*then, "noise", "steering", "steering_settings") == GENERATION  # the last three since
     assert set(IDENTITY) == {"fingerprint", "dtype", "device", "scorer_identity", "importance_metric", "protocol"}
     assert set(MADE) == {"fingerprint", "dtype", "device"}
     assert SEVERAL == ("lesioned", "order", "permutation")
@@ -61,6 +62,7 @@ def test_columns_mean_what_they_meant_for_comparing_runs():
     assert {
         **{"kind": "cross_attention", "lesioned": "", "aspects": "", "init": "", "noising": 0.0},
         "negative_prompt": "",
+        "noise": "shared",
         **dict.fromkeys(("steering", "steering_settings", "steering_layers"), ""),
     } == EARLIER
 
@@ -73,6 +75,16 @@ def test_what_is_at_its_default_is_in_no_key_and_not_passed():
     assert other.identity() == {**plain.identity(), "negative_prompt": "b", "noising": 0.5}
     assert other.arguments(2) == {**plain.arguments(2), "negative_prompt": ["b", "b"], "strength": 0.5}
     assert settings(batch_size=3) == plain  # it changes no pixel
+
+
+def test_own_noise_makes_cells_of_its_own_and_leaves_calibration_as_it_is():
+    own = settings(noise="own")
+    assert own.identity() == {**settings().identity(), "noise": "own"}
+    assert own.provenance() == settings().provenance()
+    (_, study), (_, shared) = survey(asked("generation.noise=own")), survey(asked())
+    assert set(study.keys()).isdisjoint(shared.keys())
+    with pytest.raises(RequestError, match=r"generation\.noise: must be shared or own; got 'other'"):
+        asked("generation.noise=other")
 
 
 def test_every_declared_argument_is_kept_from_model_arguments():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -71,6 +72,20 @@ def drawn(pipe, subjects=SUBJECTS, steps=4, guidance=3.0):
 def test_baseline_is_plain_diffusers_to_the_bit(tiny_folder, tiny_model, guidance):
     ours = run(tiny_model, [cell(tiny_model, subject, guidance=guidance) for subject in SUBJECTS])
     assert np.array_equal(ours, plain(tiny_folder, SUBJECTS, guidance=guidance))
+
+
+def test_own_noise_is_that_of_prompt_and_seed_and_shared_noise_that_of_the_seed(tiny_folder, tiny_model):
+    subjects = [("a red circle", 3), ("a blue square", 3)]
+    cells = [cell(tiny_model, subject, noise="own") for subject in subjects]
+    seeds = [one.noise_seed for one in cells]
+    by_hand = [hashlib.sha256(f"{hashlib.sha256(t.encode()).hexdigest()}\n{s}".encode()) for t, s in subjects]
+    assert seeds == [int(digest.hexdigest()[:16], 16) // 2 for digest in by_hand]
+    same = [(prompt, seed) for (prompt, _), seed in zip(subjects, seeds)]
+    assert np.array_equal(run(tiny_model, cells), plain(tiny_folder, same))
+    assert [cell(tiny_model, subject).noise_seed for subject in subjects] == [3, 3]
+    nothing = zero(tiny_model.anatomy.paths[1], strength=1e-9)
+    lesioned = run(tiny_model, [cell(tiny_model, subject, nothing, noise="own") for subject in subjects])
+    assert np.abs(lesioned - plain(tiny_folder, same)).max() < 1e-6  # the noise of its baseline
 
 
 def test_baseline_in_a_batch_agrees_with_single_calls(tiny_folder, tiny_model):

@@ -52,7 +52,7 @@ def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator an image, seeded with its seed, so that noise depends on neither device nor batch."""
+    """One CPU generator an image, seeded with `Cell.noise_seed`, so that noise depends on neither device nor batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -192,7 +192,7 @@ def _generate(
     capturing: Capturing | None,
     masses: dict[str, float] | None,
 ) -> NDArray[np.float32]:
-    prompts, seeds, settings = [cell.prompt for cell in cells], [cell.seed for cell in cells], cells[0].settings
+    prompts, seeds, settings = [cell.prompt for cell in cells], [cell.noise_seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
     sources = [_source(lesion, interventions) for lesion in lesions]
     together = any(sources)
@@ -253,7 +253,7 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
         found = {key: states.get(key, start, calls) for key in baselines}
     missing = [cell for key, cell in baselines.items() if found[key] is None]
     if missing:
-        noise = generators([cell.seed for cell in missing])
+        noise = generators([cell.noise_seed for cell in missing])
         settings = missing[0].settings
         record = Recording(noise, [window], stop=True)
         with suppress(Enough):

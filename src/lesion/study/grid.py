@@ -76,6 +76,17 @@ class Cell:
         return _key(_subject(_context(self.identity()), self.prompt), self.seed, self.lesion)
 
     @property
+    def noise_seed(self) -> int:
+        """What the generator of the image's noise is seeded with: the seed where seeds are shared by all prompts.
+
+        With noise of its own, the first 63 bits of the SHA-256 of two lines, the prompt's part of the key and the seed.
+        """
+        if self.settings.noise == "shared":
+            return self.seed
+        digest = hashlib.sha256(f"{_digest_of_prompt(self.prompt)}\n{self.seed}".encode()).digest()
+        return int.from_bytes(digest[:8]) >> 1
+
+    @property
     def baseline(self) -> Cell:
         return self if self.lesion is None else Cell(self.model, self.prompt, self.seed, self.settings, None)
 
@@ -99,10 +110,14 @@ def _asked(prompt: Prompt) -> Any:
     return asked
 
 
-def _subject(context: str, prompt: Prompt) -> str:
+def _digest_of_prompt(prompt: Prompt) -> str:
     if prompt.digest or prompt.boxes:
-        return f"{context}\n{digest_of(_asked(prompt))}"
-    return f"{context}\n{hashlib.sha256(prompt.text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+        return digest_of(_asked(prompt))
+    return hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _subject(context: str, prompt: Prompt) -> str:
+    return f"{context}\n{_digest_of_prompt(prompt)}"
 
 
 def _key(subject: str, seed: int, lesion: Lesion | None) -> str:

@@ -34,6 +34,7 @@ def number(low: float, high: float = math.inf, *, open_below: bool = False) -> A
 
 # Bounds beyond which no model works, so that a slip of the keyboard is refused before it takes memory or days.
 MOST_STEPS, MOST_GUIDANCE, LONGEST_SIDE, LARGEST_BATCH = 10_000, 10_000, 16_384, 10_000
+NOISES = ("shared", "own")
 SIDE = Allowed(lambda side: 8 <= side <= LONGEST_SIDE and side % 8 == 0, f"a multiple of 8 from 8 to {LONGEST_SIDE}")
 
 
@@ -107,6 +108,10 @@ class Settings:
 
     noising: of img2img, the strength to which the init image is noised; `generation.strength` in a request.
     scheduler: name of its class and variant, as the model has it.
+    noise: `shared`, if a seed is the same noise for every prompt, that of `torch.Generator().manual_seed(seed)`; `own`,
+        if it is another for each prompt (`Cell.noise_seed`). Shared is the default, so that an image is the one that
+        the pipeline gives for that seed without this package, and studies go on from the images that they have. Then
+        seeds are crossed with prompts, which intervals have to pay for (`analysis.crossed`).
     steering: None where nothing steers.
     embedded_guidance: True where guidance is an input of the model (FLUX.1), which then has no CFG branches; else None.
     batch_size: images made at once; None for as many as memory allows.
@@ -130,6 +135,7 @@ class Settings:
         argument="strength",
         of_task=True,
     )
+    noise: str = setting("shared", allowed=Allowed(lambda noise: noise in NOISES, " or ".join(NOISES)))
     embedded_guidance: bool | None = setting(None, key=None, column=None)
     steering: Layout | None = setting(None, key=None, column=None)  # noqa: RUF009 - as the others, a field
     batch_size: int | None = setting(
@@ -176,9 +182,9 @@ class Settings:
     def provenance(self) -> dict[str, Any]:
         """Their part in the provenance of calibration means: as in a cell's, with null for no negative prompt.
 
-        Calibration never steers.
+        Calibration never steers, and its noise is that of its own seeds.
         """
-        return {"negative_prompt": None, **replace(self, steering=None).identity()}
+        return {"negative_prompt": None, **replace(self, steering=None, noise="shared").identity()}
 
     def arguments(self, images: int) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call that take a setting as it is; one at its default is not passed."""
