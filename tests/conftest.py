@@ -146,6 +146,11 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lesion.report, "findings", lambda *args: None)
 
 
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the report: the jobs of `cli` draw it. Without this fixture they have `no_report`."""
+
+
 class Cli:
     """Runs the console script `lesion` in this process, in a folder of its own."""
 
@@ -183,8 +188,17 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tiny_folder: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> Cli:  # type: ignore[no-untyped-def]
-    """`lesion` on the tiny model: 2 prompts, 1 seed, 3 of 7 layers, 3 steps, without a tracker."""
+def cli(  # type: ignore[no-untyped-def]
+    tiny_folder: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    request: pytest.FixtureRequest,
+):
+    """`lesion` on the tiny model: 2 prompts, 1 seed, 3 of 7 layers, 3 steps, without tracker; a report with `drawn`."""
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("no_report")
     root = logging.getLogger()
     before = root.handlers[:], root.level
     yield Cli(

@@ -56,7 +56,7 @@ def keys(cli):
     )
 
 
-def test_a_study_is_that_of_the_command_line_to_the_bit(cli, keys, no_report, monkeypatch):
+def test_a_study_is_that_of_the_command_line_to_the_bit(cli, keys, monkeypatch):
     assert cli("store.dir=a", "hydra.run.dir=typed")[0] == 0
     study = lesion.study(**keys, **{"store.dir": "b"})
     plan = study.plan()
@@ -162,7 +162,7 @@ def test_hydra_elsewhere_in_the_process_is_left_alone(keys, tmp_path):
             del ConfigStore.instance().repo["schema.yaml"]
 
 
-def test_failures_are_in_the_results_and_multiruns_open(cli, keys, monkeypatch, no_report):
+def test_failures_are_in_the_results_and_multiruns_open(cli, keys, monkeypatch):
     def failing(model, cells, *rest):
         if any(cell.lesion and cell.lesion.layer.startswith("mid") for cell in cells):
             raise RuntimeError("boom")

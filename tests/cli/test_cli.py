@@ -40,7 +40,7 @@ CONTRACT = [
 LAYERS = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.1"]
 
 
-def test_a_study_from_command_to_run_folder(cli):
+def test_a_study_from_command_to_run_folder(cli, drawn):
     code, out, _ = cli()
     assert code == 0
     folder = cli.newest()
@@ -65,7 +65,7 @@ def test_a_study_from_command_to_run_folder(cli):
     assert str(folder) in out
 
 
-def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch, no_report):
+def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, monkeypatch):
     made = []
 
     def counting(model, cells, *rest):
@@ -85,7 +85,7 @@ def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, mon
     assert len(set(made)) == 28
 
 
-def test_lists_in_a_job_and_a_sweep_over_jobs_are_the_same(cli, monkeypatch, no_report):
+def test_lists_in_a_job_and_a_sweep_over_jobs_are_the_same(cli, monkeypatch):
     loads = []
     monkeypatch.setattr(models, "load", lambda *args, load=models.load: loads.append(load(*args)) or loads[-1])
     grid = {"selection": ["leave_one_out", "only_one"], "replacement": ["zero", "mean"]}
@@ -209,7 +209,7 @@ def test_one_wrong_job_of_a_sweep_stops_it_before_the_first(cli):
     assert list(cli.folder.iterdir()) == []
 
 
-def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch, no_report):
+def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
     def failing(model, cells, *rest):
         if any(cell.lesion and cell.lesion.layer == LAYERS[1] and cell.seed == 0 for cell in cells):
             raise RuntimeError("planted fault")
@@ -230,7 +230,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch, no_repor
     assert cli("seeds=[0,1]")[0] == 0
 
 
-def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
+def test_invalid_images_are_marked_and_left_out(cli, drawn, monkeypatch):
     def poisoned(model, cells, *rest):
         images = generate(model, cells, *rest)
         for image, cell in zip(images, cells):
@@ -252,7 +252,7 @@ def test_invalid_images_are_marked_and_left_out(cli, monkeypatch):
     assert np.isnan(table.importance[LAYERS[0]])
 
 
-def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch, no_report):
+def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):
     def failing(model, cells, *rest):
         if any(cell.lesion is None and cell.prompt.text == "two stars" for cell in cells):
             raise RuntimeError("planted fault")
@@ -267,7 +267,7 @@ def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch
     assert lesioned.reason.str.contains("baseline").all()
 
 
-def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch, no_report):
+def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch):
     calls = []
 
     def interrupted(model, cells, *rest):
@@ -288,7 +288,7 @@ def test_an_interrupt_keeps_what_is_finished(cli, monkeypatch, no_report):
     assert len(made) == 14 - kept
 
 
-def test_a_damaged_image_is_noticed_and_made_again(cli, no_report):
+def test_a_damaged_image_is_noticed_and_made_again(cli):
     assert cli()[0] == 0
     victim = next((cli.folder / "store").rglob("*.png"))
     whole = victim.read_bytes()
@@ -351,7 +351,7 @@ def test_other_layers_kinds_and_selections_from_command_to_table(cli):
     assert lesioned[lesioned.selection != "none"].clip_similarity.notna().all()
 
 
-def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli):
+def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli, drawn):
     assert (
         cli("window=[[0,0.4],[0.4,1]]", "selection=leave_one_out", "layers.include=[up_blocks.1.attentions.1]")[0] == 0
     )
@@ -375,7 +375,7 @@ def test_a_replacement_that_cannot_be_made_ready_costs_only_its_own_cells(cli, m
     assert bad.reason.str.contains("planted fault").all()
 
 
-def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch, no_report):
+def test_a_metric_that_fails_costs_only_its_own_column(cli, monkeypatch):
     from lesion.scoring import ssim
 
     monkeypatch.setattr(ssim.Ssim, "__call__", None)
@@ -410,7 +410,7 @@ def test_help_fits_a_screen_and_its_examples_are_understood(cli, tiny_folder):
     assert (code, out) == (0, f"lesion {lesion.__version__}\n")
 
 
-def test_phases_are_named_and_pictures_appear_as_they_are_made(cli, no_report, monkeypatch, caplog):
+def test_phases_are_named_and_pictures_appear_as_they_are_made(cli, monkeypatch, caplog):
     seen = []
     from lesion.run.score_queue import ScoreQueue
 
@@ -432,6 +432,6 @@ def test_phases_are_named_and_pictures_appear_as_they_are_made(cli, no_report, m
     assert "Loading weights" not in err and "torch_dtype" not in err
 
 
-def test_a_multirun_says_which_job_is_at_work(cli, no_report):
+def test_a_multirun_says_which_job_is_at_work(cli):
     code, _, err = cli("-m", "seeds=0,1", "selection=none")
     assert code == 0 and "job 1 of 2, tiny" in err.replace("local", "tiny") and "all jobs: 100%" in err

@@ -126,7 +126,7 @@ def test_an_unforeseen_error_before_the_start_is_one_line_and_leaves_no_trace(cl
     assert "Traceback (most recent call last)" in (cli.folder / "traceback.txt").read_text()
 
 
-def test_after_the_start_the_results_of_what_is_there_are_written(cli, no_report, monkeypatch):
+def test_after_the_start_the_results_of_what_is_there_are_written(cli, monkeypatch):
     batches = []
 
     def failing(self, *args, made=maker.Maker._make, **options):

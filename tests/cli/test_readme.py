@@ -64,7 +64,7 @@ def run(cli, tiny_folder, tiny_sdxl_folder, tiny_clip, tmp_path):
     return execute
 
 
-def test_the_worked_multirun_and_its_report(run, tmp_path):
+def test_the_worked_multirun_and_its_report(run, drawn, tmp_path):
     chosen = [command for command in COMMANDS if " -m " in command or command.startswith("lesion-report")]
     assert len(chosen) == 2
     for command in chosen:
@@ -76,7 +76,7 @@ def test_the_worked_multirun_and_its_report(run, tmp_path):
 @pytest.mark.parametrize(
     "command", [command for command in COMMANDS if " -m " not in command and not command.startswith("lesion-report")]
 )
-def test_every_other_command(run, no_report, command):
+def test_every_other_command(run, command):
     out = run(command)
     assert ("dry run" in out) == ("dry_run=true" in command)
 

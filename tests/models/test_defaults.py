@@ -130,7 +130,7 @@ def test_what_is_given_stays_and_what_no_config_says_is_asked_for(tmp_path):
         filled({**given, "width": None}, lambda: tiny_spec(source))
 
 
-def test_a_folder_is_asked_for_its_own_size(cli, no_report, tiny_folder, tmp_path):
+def test_a_folder_is_asked_for_its_own_size(cli, tiny_folder, tmp_path):
     """The cells are those of the same numbers given by hand."""
     plain = {"generation.height", "generation.width", "generation.steps"}
     cli.defaults = [one for one in cli.defaults if one.split("=")[0] not in plain]

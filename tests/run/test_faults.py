@@ -20,8 +20,6 @@ from lesion.store import tables
 from lesion.store.scores import Scores
 from test_resume import flip
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")

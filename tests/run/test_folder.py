@@ -64,7 +64,7 @@ def test_an_existing_folder_is_never_written_over(cli):
     assert {path: path.stat().st_mtime_ns for path in (cli.folder / "mine").rglob("*")} == before
 
 
-def test_the_same_request_goes_on_in_its_folder_and_leaves_no_old_picture(cli):
+def test_the_same_request_goes_on_in_its_folder_and_leaves_no_old_picture(cli, drawn):
     named = [*ONE, "hydra.run.dir=mine"]
     assert cli(*named)[0] == 0
     files = {path for path in (cli.folder / "mine").rglob("*") if path.is_file()}
@@ -74,7 +74,7 @@ def test_the_same_request_goes_on_in_its_folder_and_leaves_no_old_picture(cli):
     assert {path for path in (cli.folder / "mine").rglob("*") if path.is_file()} == files
 
 
-def test_a_folder_of_version_0_1_belongs_to_the_request_in_its_config(cli, no_report):
+def test_a_folder_of_version_0_1_belongs_to_the_request_in_its_config(cli):
     named = [*ONE, "hydra.run.dir=mine"]
     assert cli(*named)[0] == 0
     (cli.folder / "mine" / RECORD).unlink()
@@ -84,7 +84,7 @@ def test_a_folder_of_version_0_1_belongs_to_the_request_in_its_config(cli, no_re
     assert cli(*named)[0] == 0
 
 
-def test_prompts_that_change_in_their_file_are_another_request(cli, no_report):
+def test_prompts_that_change_in_their_file_are_another_request(cli):
     cli.defaults = [default for default in cli.defaults if not default.startswith("prompts")]
     named = [*ONE, "hydra.run.dir=mine", "prompts=a.txt"]
     (cli.folder / "a.txt").write_text("a cat\n")
@@ -95,7 +95,7 @@ def test_prompts_that_change_in_their_file_are_another_request(cli, no_report):
     assert "prompts (content)" in err
 
 
-def test_a_sweep_takes_its_folder_whole_or_not_at_all(cli, no_report):
+def test_a_sweep_takes_its_folder_whole_or_not_at_all(cli):
     def swept(*arguments):
         return cli("-m", *ONE, "~hydra.callbacks.sweep_report", *arguments)
 
@@ -124,7 +124,7 @@ def test_a_sweep_of_no_jobs_is_refused(cli):
     assert list(cli.folder.iterdir()) == []
 
 
-def test_jobs_that_change_their_folder_share_store_and_files(cli, no_report):
+def test_jobs_that_change_their_folder_share_store_and_files(cli):
     cli.defaults = [default for default in cli.defaults if not default.startswith("prompts")]
     (cli.folder / "a.txt").write_text("a cat\n")
     code, _, err = cli("-m", *ONE, "prompts=a.txt", "seeds=0,1", "hydra.job.chdir=true", "hydra.sweep.dir=out")

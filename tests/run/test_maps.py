@@ -17,7 +17,7 @@ from lesion.store import maps as stored
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_maps_of_a_study_are_made_once_and_damaged_ones_again(cli, no_report):
+def test_maps_of_a_study_are_made_once_and_damaged_ones_again(cli):
     few = ("prompts.items=[a red circle and a star]", "selection=leave_one_out")
     code, _, err = cli(*few)
     assert code == 0, err
@@ -105,7 +105,7 @@ def test_wrong_requests_are_refused_before_anything_is_made(cli):
     assert not list(cli.folder.rglob("store"))
 
 
-def test_words_that_no_model_sees_are_named_once(cli, no_report):
+def test_words_that_no_model_sees_are_named_once(cli):
     text = " ".join(["circle"] * 40) + " star"
     code, _, err = cli(f"prompts.items=[{text}, a red circle]", "seeds=[0,1]", "selection=none")
     assert code == 0, err

@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_finished_study_opens_without_running_any_network(old, cli, no_report, monkeypatch, name):
+def test_a_finished_study_opens_without_running_any_network(old, cli, monkeypatch, name):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *args, **kwargs: pytest.fail(f"ran {type(self)}"))
     before = files(cli.folder / "store")
     folder = old(name)
@@ -69,7 +69,7 @@ def test_a_finished_study_opens_without_running_any_network(old, cli, no_report,
     assert set(floor.prompt_id_a) <= set(results.prompt_id)
 
 
-def test_means_and_snapshots_serve_an_image_that_is_lost(old, cli, no_report, monkeypatch):
+def test_means_and_snapshots_serve_an_image_that_is_lost(old, cli, monkeypatch):
     """The late half of one image under `mean` costs two denoiser calls: nothing is calibrated, no early step made."""
     frame = pd.read_parquet(FIXTURE / "runs" / "grid" / "results.parquet")
     late = (frame.replacement == "mean") & (frame.window_start == 0.5) & (frame.selection == "only_one")

@@ -44,8 +44,6 @@ making.generate = noting
 cli.main()
 """
 
-pytestmark = pytest.mark.usefixtures("no_report")
-
 
 @pytest.fixture
 def process(cli, tmp_path):

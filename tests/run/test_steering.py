@@ -31,7 +31,7 @@ STUDY = (
 )
 
 
-def test_layers_are_taken_out_of_the_loss_and_lesioned_in_one_grid(cli, no_report):
+def test_layers_are_taken_out_of_the_loss_and_lesioned_in_one_grid(cli):
     code, _, err = cli(items(BOXES), *STUDY, "replacement=[zero,steering_off]")
     assert code == 0, err
     (frame,) = cli.frames()
@@ -54,7 +54,7 @@ def test_layers_are_taken_out_of_the_loss_and_lesioned_in_one_grid(cli, no_repor
     assert np.array_equal(again["box_mass"], frame["box_mass"])
 
 
-def test_unsteered_and_steered_images_are_settings_of_their_own(cli, no_report):
+def test_unsteered_and_steered_images_are_settings_of_their_own(cli):
     assert cli(items(BOXES), "selection=none", "scorer.metrics=[clip_similarity]")[0] == 0
     assert cli(items(BOXES), "selection=none", *STUDY[:-1], "scorer.metrics=[clip_similarity]")[0] == 0
     both = {frame["steering"].iloc[0]: frame for frame in cli.frames()}

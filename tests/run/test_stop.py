@@ -16,7 +16,7 @@ PROMPTS = "prompts.items=[a red circle, two stars, a cat]"
 
 
 @pytest.fixture
-def broken(cli, no_report, monkeypatch):
+def broken(cli, monkeypatch):
     """Runs a study in which `why(cell)` says what generating that cell raises; returns code, frame and batches made."""
 
     def run(why, *given):

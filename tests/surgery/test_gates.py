@@ -187,7 +187,7 @@ def test_a_replacement_that_reads_the_output_is_refused(compiled):
     generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": fine, "another:[]": filler})
 
 
-def test_switches_make_cells_of_their_own(cli, monkeypatch, no_report):
+def test_switches_make_cells_of_their_own(cli, monkeypatch):
     monkeypatch.setattr(loading, "BACKEND", "eager")
     frames = {}
     for switches in ("", "performance.compile=true", "performance.channels_last=true", "performance.tf32=true"):
