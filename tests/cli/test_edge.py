@@ -10,6 +10,7 @@ import pytest
 from hydra.plugins.sweeper import Sweeper
 
 from lesion import models
+from lesion.cli import report, structure
 from lesion.config import parsing
 from lesion.errors import RequestError, visible
 from lesion.report.tables import Column, Table, write
@@ -162,3 +163,26 @@ def test_csv_tables_hold_no_formula_and_no_control_character(tmp_path):
 def test_control_characters_are_spelled_out():
     assert visible("a\x1b]0;x\x07\u202eb\udc80\x85é 日本🎉") == r"a\x1b]0;x\x07\u202eb\udc80\x85é 日本🎉"
     assert str(RequestError("key", "a\x1bb")) == r"key: a\x1bb"
+
+
+@pytest.mark.parametrize("program", ["lesion-report", "lesion-inspect"])
+def test_what_the_other_commands_do_not_foresee_is_one_line_too(program, capsys, monkeypatch, tmp_path):
+    def fault(*args, **options):
+        raise KeyError("planted\nfault")
+
+    kept = tmp_path / "traceback.txt"
+    monkeypatch.setenv("LESION_TRACEBACK", str(kept))
+    if program == "lesion-report":
+        (tmp_path / "results.parquet").touch()
+        monkeypatch.setattr(report, "report", fault)
+        code = report.main([str(tmp_path)])
+    else:
+        monkeypatch.setattr("sys.argv", [program, "model=embedded"])
+        monkeypatch.setattr(structure, "report", fault)
+        with pytest.raises(SystemExit) as end:
+            structure.main()
+        code = end.value.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"{program}: unforeseen KeyError") and "planted" in err and str(kept) in err
+    assert "Traceback" in kept.read_text(encoding="utf-8")
