@@ -30,7 +30,7 @@ from lesion.run import job as runner
 from lesion.store import images as store
 
 score_queue.FLUSH, score_queue.CHUNK = 5, 3
-lesion.report.write_report = lambda *args: []
+lesion.report.write_report = lambda *args, **options: []
 PLACES = {
     "image": (store.Store, "put"),  # stored, not yet noted
     "rename": (os, "replace"),  # its content is written, its name is not given

@@ -37,6 +37,7 @@ from lesion.scoring import _clip as clip_module
 from lesion.scoring import _clip_weights as weights_module
 from lesion.scoring import _embeddings as embeddings_module
 from lesion.scoring import dino_similarity as dino_module
+from lesion.study.boxes import Box
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "scorer").glob("*.yaml"))
 WORDS = ["a", "red", "green", "blue", "circle", "square", "above", "below", "on", "white"]
@@ -537,8 +538,9 @@ def test_each_metric_keeps_the_facts_it_states(
     little = near.copy()
     little[:8, :8] ^= 1
     prompt = "a small red circle above a blue star on a white background"
-    given = [Shot("a", near.copy(), "b", near, prompt), Shot("c", little, "b", near, prompt)]
-    given += [Shot("d", far, "b", near, prompt)]
+    boxed = {"boxes": (Box("red circle", (0.0, 0.0, 0.5, 0.5)),), "box_mass": 0.25}
+    given = [Shot("a", near.copy(), "b", near, prompt, **boxed), Shot("c", little, "b", near, prompt, **boxed)]
+    given += [Shot("d", far, "b", near, prompt, **boxed)]
     every = spec(clip_folder, *known_metrics(), dino_model=str(dino_folder))
     found = make_scorer(every, "cpu").score(given)
     lpips._net.cache_clear()
@@ -578,7 +580,9 @@ def test_the_table_of_metrics_in_the_docs_is_what_they_state() -> None:
 
 def test_metrics_are_found_by_module_name_without_torch() -> None:
     read = [f"read_{one}" for one in ("background", "binding", "colour", "count", "relation", "shape", "size")]
-    assert known_metrics() == ("clip_similarity", "clip_text", "dino_similarity", "lpips", "psnr", *read, "ssim")
+    boxes = ("box_iou", "box_mass", "box_success")
+    others = ("clip_similarity", "clip_text", "dino_similarity", "lpips", "psnr")
+    assert known_metrics() == (*boxes, *others, *read, "ssim")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
