@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import traceback
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -46,6 +48,19 @@ class RequestError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:  # jobs may run in other processes
         return RequestError, (self.key, str(self).removeprefix(f"{self.key}: "))
+
+
+def no_such_key(key: str, known: Iterable[str], beside: Iterable[str]) -> RequestError:
+    """The refusal of a key that there is not.
+
+    key: its full name, dotted.
+    known: full names of which the nearest are named.
+    beside: full names that are all named where none is near.
+    """
+    near = difflib.get_close_matches(key, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return RequestError(
+        key, f"there is no such key; {'near' if near else 'allowed'}: {', '.join(near or sorted(beside))}"
+    )
 
 
 class StudyFailed(Exception):

@@ -121,7 +121,7 @@ def test_dry_run_counts_and_makes_nothing(cli, monkeypatch):
 
 REFUSALS = [
     (["generation.step=3"], ["step", "steps"]),
-    (["generation.steps=many"], ["generation.steps", "Integer"]),
+    (["generation.steps=many"], ["generation.steps", "whole number"]),
     (["generation.steps=0"], ["generation.steps", "in [1, 10000]"]),
     (["generation.height=17"], ["generation.height", "multiple of 8"]),
     (["generation.guidance=-1"], ["generation.guidance", "in [0, 10000]"]),
@@ -247,7 +247,7 @@ def test_invalid_images_are_marked_and_left_out(cli, drawn, monkeypatch):
     reasons = frame[frame.status == "invalid"].groupby("layer").reason.first().to_dict()
     assert reasons == {LAYERS[0]: "image has non-finite values", LAYERS[2]: "image is all black"}
     assert frame[frame.status == "invalid"].clip_similarity.isna().all()
-    table = pd.read_csv(next((cli.newest() / "tables").glob("layers*.csv"))).set_index("layer")
+    table = pd.read_csv(next((cli.newest() / "tables").glob("layers--*.csv"))).set_index("layer")
     assert table.n_invalid[LAYERS[0]] == 2
     assert np.isnan(table.importance[LAYERS[0]])
 
@@ -359,7 +359,7 @@ def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli, drawn):
     lesioned = frame[frame.selection != "none"]
     assert sorted(set(zip(lesioned.window_start, lesioned.window_end))) == [(0.0, 0.4), (0.4, 1.0)]
     assert lesioned.layer_index.unique().tolist() == [6]  # depth in the model, not among the layers under study
-    assert len(list((cli.newest() / "tables").glob("layers*.csv"))) == 2
+    assert len(list((cli.newest() / "tables").glob("layers--*.csv"))) == 2
 
 
 def test_a_replacement_that_cannot_be_made_ready_costs_only_its_own_cells(cli, monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
 
 import pandas as pd
 import pytest
 from hydra.plugins.sweeper import Sweeper
 
+import lesion
 from lesion import models
 from lesion.cli import report, structure
 from lesion.config import parsing
@@ -186,3 +189,27 @@ def test_what_the_other_commands_do_not_foresee_is_one_line_too(program, capsys,
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"{program}: unforeseen KeyError") and "planted" in err and str(kept) in err
     assert "Traceback" in kept.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("generation.guidance_scale=1", "generation.guidance_scale: there is no such key; near: generation.guidance,"),
+        ("genration.steps=1", "genration: there is no such key; near: generation,"),
+        ("foo=1", "foo: there is no such key; allowed: branch, budget,"),
+        ("store=3", "store: must be a mapping; got 3"),
+        ("generation=null", "generation: must have a value; got null"),
+        ("generation.steps=abc", "generation.steps: must be a whole number; got 'abc'"),
+        ("prompts.items=3", "prompts.items: must be a list; got int"),
+    ],
+)
+def test_wrong_keys_and_types_are_named_as_ours(cli, given, said):
+    code, out, err = cli(given)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"lesion: {said}")
+    assert list(cli.folder.iterdir()) == []
+
+
+def test_the_module_is_the_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "lesion", "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"lesion {lesion.__version__}\n")

@@ -153,17 +153,19 @@ def test_a_damaged_part_is_reported_and_scored_again(cli):
 )
 def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32, meanwhile):
     """A scorer sets full float32 for the whole process, also for what is generated in another thread."""
-    told = []
+    told, published = [], []
     results = SimpleNamespace(made=lambda *_: told.append("scored"), note=lambda *facts: told.append(facts))
     request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32))
-    runner._when_made(request, results)(SimpleNamespace(key="c0ffee"), None, "its picture")
+    cell = SimpleNamespace(key="c0ffee")
+    runner._when_made(request, results, SimpleNamespace(publish=published.append))(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
+    assert published == [cell]
 
 
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
     decide = runner._when_made
     gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True))
-    monkeypatch.setattr(runner, "_when_made", lambda request, results: decide(gpu, results))
+    monkeypatch.setattr(runner, "_when_made", lambda request, *rest: decide(gpu, *rest))
     assert cli("selection=none")[0] == 0
     (frame,) = cli.frames()
     assert frame.clip_similarity.tolist() == [1.0, 1.0]
@@ -340,7 +342,7 @@ def test_an_image_that_is_damaged_again_is_given_up(cli, monkeypatch):
     assert made == [first.cell[0]]
     frame = pd.read_parquet(cli.newest() / "results.parquet")
     assert frame.status.tolist() == ["failed", "ok"]
-    assert frame.reason[0] == "the stored image is damaged, also after it was made anew"
+    assert frame.reason[0] == "what is stored of it is damaged, also after it was made anew"
 
 
 def test_what_another_process_has_scored_meanwhile_is_not_scored_again(cli, monkeypatch):

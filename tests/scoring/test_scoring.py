@@ -637,9 +637,9 @@ def test_names_and_names_with_options_say_the_same(dino_folder: Path) -> None:
         ({"clip_similarity": {}, "lpips": "vgg"}, "scorer.metrics.lpips", "got 'vgg'; allowed: {option: value}"),
         (["clip_similarity", {"lpips": {}, "ssim": {}}], "scorer.metrics", "one `name: options`"),
         (["clip_similarity", "lpips", {"lpips": {"net": "vgg"}}], "scorer.metrics", "names 'lpips' twice"),
-        (["clip_similarity", 3], "scorer.metrics", "got 3; allowed: clip_similarity, clip_text"),
-        (["clip_similarity", {"taste": {}}], "scorer.metrics", "got 'taste'; allowed: clip_similarity, clip_text"),
-        ([], "scorer.metrics", "is empty; allowed: one or more of clip_similarity, clip_text"),
+        (["clip_similarity", 3], "scorer.metrics", "got 3; allowed: box_iou, box_mass"),
+        (["clip_similarity", {"taste": {}}], "scorer.metrics", "got 'taste'; allowed: box_iou, box_mass"),
+        ([], "scorer.metrics", "is empty; allowed: one or more of box_iou, box_mass"),
         ({"ssim": {}}, "scorer.metrics", "must name clip_similarity"),
     ],
 )
@@ -692,7 +692,7 @@ def test_a_new_metric_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monkey
         (
             ("ssim", "sim"),
             {},
-            "unknown metric sim; allowed: clip_similarity, clip_text, dino_similarity, lpips",
+            "unknown metric sim; allowed: box_iou, box_mass",
         ),
         (("_clip",), {}, "unknown metric _clip"),
         ((), {}, "at least one"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from lesion.errors import RequestError
+from lesion.errors import RequestError, no_such_key
 
 MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
 SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
@@ -27,9 +26,8 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
         known["env"] = dict  # a group of Hydra's that its own schema lacks
     for key in map(str, config):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-            allowed = ", ".join(f"{above}.{name}" for name in near or sorted(known))
-            raise RequestError(f"{above}.{key}", f"there is no such key; {'near' if near else 'allowed'}: {allowed}")
+            names = [f"{above}.{name}" for name in known]
+            raise no_such_key(f"{above}.{key}", names, names)
         part = config._get_node(key)
         if is_dataclass(known[key]):
             check_keys(part, known[key], f"{above}.{key}")

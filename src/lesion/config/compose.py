@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -24,32 +24,51 @@ from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lesion.config.overrides import CHOSEN, prepared, quoted
-from lesion.config.schema import conf_dir, register
-from lesion.errors import RequestError
+from lesion.config.reading import names_below
+from lesion.config.schema import LesionConf, conf_dir, register
+from lesion.errors import RequestError, no_such_key
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error of ours, Hydra's or OmegaConf's, with the key and what is allowed."""
     if isinstance(error, RequestError):
         return str(error)
-    text = " ".join(str(error).split())
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OmegaConfBaseException):
-            detail = " ".join(str(cause.msg or cause).split())
-            if detail and detail not in text:
-                text += f" ({detail})"
-            if cause.full_key and cause.full_key not in text:
-                text += f" (key: {cause.full_key})"
-            parent = getattr(cause, "parent_node", None)
-            if isinstance(parent, DictConfig) and "not in" in text:
-                text += f"; allowed: {', '.join(sorted(str(key) for key in parent))}"
-                break
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return str(_refusal(str(cause.full_key), cause))
         cause = cause.__cause__
-    return text
+    return " ".join(str(error).split())
+
+
+_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+_Reason = Callable[[re.Match[str]], str]
+_REASONS: tuple[tuple[str, _Reason], ...] = (  # what OmegaConf says, and what we say
+    (
+        r"Value '(.*)' of type '\w+' could not be converted to (\w+)",
+        lambda m: f"must be {_KINDS.get(m[2], m[2])}; got {m[1]!r}",
+    ),
+    (r"field '.*' is not Optional", lambda m: "must have a value; got null"),
+    (r"Invalid type assigned: \w+ is not a subclass of \w+\. value: (.*)", lambda m: f"must be a mapping; got {m[1]}"),
+    (r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", lambda m: f"must be a list; got {m[1]}"),
+)
+
+
+def _refusal(key: str, error: OmegaConfBaseException) -> RequestError:
+    """What is wrong with the value of that key, or that there is no such key."""
+    parent = getattr(error, "parent_node", None)
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
+        above = key.rpartition(".")[0]
+        beside = [f"{above}.{one}" if above else one for one in map(str, parent)]
+        return no_such_key(key, [*names_below(OmegaConf.structured(LesionConf)), *beside], beside)
+    said = str(error).split("\n")[0]
+    for pattern, reason in _REASONS:
+        if match := re.match(pattern, said):
+            return RequestError(key, reason(match))
+    return RequestError(key, said)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lesion.config.schema import LesionConf
-from lesion.errors import RequestError
+from lesion.errors import RequestError, no_such_key
 from lesion.study.prompt_files import STDIN
 from lesion.study.prompts import LONGEST_TEXT
 
@@ -46,9 +45,7 @@ def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
     for key in given:
         name = f"{above}{key}"
         if key not in known:
-            near = difflib.get_close_matches(name, list(_names(schema, above)), n=3, cutoff=0.5)
-            allowed = near or sorted(f"{above}{one}" for one in known)
-            raise RequestError(name, f"there is no such key; {'near' if near else 'allowed'}: {', '.join(allowed)}")
+            raise no_such_key(name, names_below(schema, above), (f"{above}{one}" for one in known))
         inner = None if OmegaConf.is_missing(schema, key) else schema[key]
         if not isinstance(inner, DictConfig):
             continue
@@ -67,11 +64,12 @@ def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
             _check_keys(value, inner, f"{name}.")
 
 
-def _names(schema: DictConfig, above: str) -> Iterator[str]:
+def names_below(schema: DictConfig, above: str = "") -> Iterator[str]:
+    """Full names of all keys of a schema. above: the name of the schema's own key and a dot."""
     for key in map(str, schema.keys()):
         yield f"{above}{key}"
         if not OmegaConf.is_missing(schema, key) and isinstance(schema[key], DictConfig):
-            yield from _names(schema[key], f"{above}{key}.")
+            yield from names_below(schema[key], f"{above}{key}.")
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
