@@ -20,9 +20,14 @@ def switches(this: Setup, options: Options) -> tuple[str, list[Row]]:
         "float32": plain,
         "bfloat16": ["performance.dtype=bfloat16"],
         "channels_last": [*plain, "performance.channels_last=true"],
+        "decoder bfloat16": [*plain, "performance.decoder=bfloat16"],
     }
     if options.device.startswith("cuda"):
-        asked |= {"float16": ["performance.dtype=float16"], "tf32": [*plain, "performance.tf32=true"]}
+        asked |= {
+            "float16": ["performance.dtype=float16"],
+            "tf32": [*plain, "performance.tf32=true"],
+            "decoder tf32": [*plain, "performance.decoder=tf32"],
+        }
     if shutil.which("g++") and not options.quick:  # the inductor backend compiles C++ on a CPU, and helpers on a GPU
         asked["compile"] = [*plain, "performance.compile=true"]
     frames: dict[str, pd.DataFrame] = {}

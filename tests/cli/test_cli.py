@@ -232,7 +232,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
 
 def test_invalid_images_are_marked_and_left_out(cli, drawn, monkeypatch):
     def poisoned(model, cells, *rest):
-        images = generate(model, cells, *rest)
+        images = generate(model, cells, *rest[:-1])  # not as bytes, which cannot hold a NaN
         for image, cell in zip(images, cells):
             if cell.lesion and cell.lesion.layer == LAYERS[0] and cell.lesion.selection == "leave_one_out":
                 image[0, 0, 0] = np.nan

@@ -5,17 +5,23 @@ from __future__ import annotations
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from conftest import settings, tiny_spec
 from lesion import models, replacements
-from lesion.generation.generate import generate
+from lesion.errors import RequestError
+from lesion.generation import decoding
+from lesion.generation.generate import generate, to_pixels
 from lesion.models import loading, memory, precision
 from lesion.run import maker as making
 from lesion.run.maker import Maker
-from lesion.scoring import Scorer
+from lesion.scoring import Scorer, Shot
+from lesion.scoring._pixels import batches
 from lesion.store.images import Store
+from lesion.study.capture import Capture
 from lesion.study.grid import Cell, ModelIdentity
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
@@ -137,6 +143,129 @@ def test_a_decoder_that_runs_out_of_memory_keeps_its_precision(tiny_sdxl_folder,
     assert {weight.dtype for weight in vae.parameters()} == {torch.float16}
     assert (generate(model, [cell], {}) == before).all()
     loading.forget()
+
+
+def test_a_batch_that_cannot_be_decoded_at_once_is_decoded_in_slices(tiny_model, monkeypatch):
+    """What the denoising led to is kept: only the decode is done again, in halves, and what fitted is remembered."""
+    cells = [Cell(tiny_model.identity, Prompt("a"), seed, settings(steps=2), None) for seed in range(5)]
+    whole, vae, tried, denoised = generate(tiny_model, cells, {}), tiny_model.pipe.vae, [], []
+    forward = vae.decoder.forward
+    tiny_model.denoiser.register_forward_pre_hook(lambda *args: denoised.append(1))
+
+    def crowded(z, *args, **options):
+        tried.append(len(z))
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(z, *args, **options)
+
+    monkeypatch.setattr(vae.decoder, "forward", crowded)
+    again = generate(tiny_model, cells, {})
+    assert (tried, len(denoised)) == ([5, 2, 2, 1], 2)
+    assert abs(again - whole).max() < 1e-5
+    tried.clear()
+    generate(tiny_model, cells, {})
+    assert tried == [2, 2, 1]
+    monkeypatch.setattr(vae.decoder, "forward", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(tiny_model, cells, {})
+
+
+def test_no_tensor_of_a_decoder_has_more_elements_than_an_index_can_name():
+    sd = {"block_out_channels": (128, 256, 512, 512)}
+    with torch.device("meta"):
+        decoder = AutoencoderKL(**sd, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4).decoder
+    largest = []
+    for module in decoder.modules():
+        module.register_forward_hook(lambda module, args, output: largest.append(output.numel()))
+    for side in (64, 128):
+        decoder(torch.empty(1, 4, side, side, device="meta"))
+        assert decoding.most_at_once(sd, (64, 4, side, side)) == (2**31 - 1) // max(largest)
+    assert decoding.most_at_once({}, (9, 4, 8, 8)) == 9
+
+
+def test_the_decoders_precision_is_a_switch_of_its_own(tiny_folder):
+    """bfloat16 in the decode alone: latents stay as they are, and images are cells of their own."""
+    found = {}
+    for chosen in ("", "bfloat16"):
+        loading.forget()
+        model = models.load(models.resolve(tiny_spec(tiny_folder, decoder=chosen)), "cpu")
+        images = generate(model, [Cell(model.identity, Prompt("a"), 0, settings(steps=2), None)], {})
+        found[chosen] = images, model.identity.switches
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    asked = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    latents = pipe("a", generator=torch.Generator().manual_seed(0), output_type="latent", **asked).images
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.float()
+    assert (found["bfloat16"][0] == pipe.image_processor.postprocess(rough, "np")).all()
+    assert 0 < abs(found["bfloat16"][0] - found[""][0]).max() < 0.05
+    assert [switches for _, switches in found.values()] == [(), ("decoder bfloat16",)]
+    with pytest.raises(RequestError, match=r"performance.decoder: got 'fp4'; allowed: null, tf32, bfloat16"):
+        models.ModelSpec.of({"name": "a", "id": "b"}, {"decoder": "fp4"})
+    loading.forget()
+
+
+def test_finished_images_leave_the_device_as_bytes(tiny_model):
+    cells = [Cell(tiny_model.identity, Prompt("a"), seed, settings(steps=2), None) for seed in range(2)]
+    rough, fine = generate(tiny_model, cells, {}, rounded=True), generate(tiny_model, cells, {})
+    assert rough.dtype == np.uint8
+    assert [to_pixels(image)[1] for image in rough] == ["", ""]
+    assert (rough == np.stack([to_pixels(image)[0] for image in fine])).all()
+    with torch.no_grad():
+        tiny_model.pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
+    assert to_pixels(generate(tiny_model, cells, {}, rounded=True)[0])[1] == "image has non-finite values"
+
+
+def test_large_images_are_scored_few_at_a_time():
+    def sizes(side, number, most=32):
+        pixels = np.zeros((side, side, 3), np.uint8)
+        return [len(rows) for rows, *_ in batches([Shot("a", pixels, "b", pixels, "")] * number, most)]
+
+    assert sizes(64, 40) == [32, 8]
+    assert sizes(1024, 9) == [4, 4, 1]
+    assert sizes(3000, 2) == [1, 1]
+
+
+def test_auto_is_told_by_two_and_four_images(monkeypatch):
+    """A single row takes other kernels than several, and less memory than its share."""
+    monkeypatch.setattr(memory, "_peak", lambda work, device: work() and {2: 700, 4: 900}[device_made[-1]])
+    monkeypatch.setattr(memory, "_free", lambda device: 2000)
+    device_made = []
+    assert memory.fitting(lambda number: device_made.append(number) or True, "cpu") == 8  # 500 + 100 n in 1700
+    assert device_made == [1, 2, 2, 4]
+    assert memory.fitting(Crowded(3), "cpu") == 2
+
+
+def test_auto_counts_donors_and_maps(maker, monkeypatch):
+    made = []
+    monkeypatch.setattr(memory, "fitting", lambda make, device: make(4) and 8)
+    monkeypatch.setattr(making, "Capturing", lambda model, cells, capture: (capture, len(cells)))
+    monkeypatch.setattr(
+        making, "generate", lambda model, cells, *rest: made.append((len(cells), rest[3])) or bool(cells)
+    )
+    assert making._fitting(maker.request, maker.model, maker.study) == 8
+    assert making._fitting(maker.request, maker.model, maker.study, Capture()) == 8
+    resampled = Lesion("leave_one_out", "a", ("a",), Replacement("resample", {"prompt": "a cat"}))
+    maker.study.lesions = lambda: [resampled]
+    assert making._fitting(maker.request, maker.model, maker.study) == 8
+    assert made == [(4, None), (4, (Capture(), 4)), (8, None)]
+
+
+def test_a_fault_that_looks_like_memory_stops_a_study_all_the_same(maker, monkeypatch):
+    """cuDNN says "unable to find an engine" of both; a broken cuDNN must not be asked for every cell."""
+    tried = []
+
+    def broken(model, cells, *rest):
+        tried.append(len(cells))
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    monkeypatch.setattr(making, "generate", broken)
+    cells = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(64)]
+    maker.study.prompts, maker.study.seeds = (Prompt("a"),), (99,)
+    maker.study.cell = lambda prompt, seed, lesion: Cell(IDENTITY, prompt, seed, settings(), lesion)
+    claims = SimpleNamespace(release=lambda keys: None)
+    maker._make(cells[:8], SimpleNamespace(drain=lambda: False), claims)
+    assert "unable to find an engine" in maker.hopeless
+    assert tried == [8, 4, 2, 1, 1, 1]
 
 
 @pytest.mark.parametrize("new", [True, False])

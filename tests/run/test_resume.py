@@ -155,7 +155,7 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
     """A scorer sets full float32 for the whole process, also for what is generated in another thread."""
     told, published = [], []
     results = SimpleNamespace(made=lambda *_: told.append("scored"), note=lambda *facts: told.append(facts))
-    request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32))
+    request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32, decoder=""))
     cell = SimpleNamespace(key="c0ffee")
     runner._when_made(request, results, SimpleNamespace(publish=published.append))(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
@@ -164,7 +164,7 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
 
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
     decide = runner._when_made
-    gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True))
+    gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True, decoder=""))
     monkeypatch.setattr(runner, "_when_made", lambda request, *rest: decide(gpu, *rest))
     assert cli("selection=none")[0] == 0
     (frame,) = cli.frames()
@@ -219,11 +219,11 @@ def test_auto_finds_a_batch_size_that_fits(cli, monkeypatch):
         making,
         "generate",
         lambda model, cells, *rest: (
-            (tried if len(rest) == 1 else sizes).append(len(cells)) or generate(model, cells, *rest)
+            (sizes if rest[-1] is True else tried).append(len(cells)) or generate(model, cells, *rest)
         ),
     )
     assert cli("generation.batch_size=auto", "seeds=[0,1,2,3]")[0] == 0
-    assert tried == [1, 1, 2]
+    assert tried == [1, 2, 2, 4]
     assert max(sizes) == 8  # (0.85 * 1000 - 40) / 100 = 8.1
 
 

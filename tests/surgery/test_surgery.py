@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import settings, small_pipeline, tiny_spec
+from conftest import settings, small_pipeline, small_unet, tiny_spec
 from lesion import models, replacements
-from lesion.denoising.run import branches_of
+from lesion.denoising.run import Denoising, branches_of
 from lesion.generation.generate import call, generate, generators, to_pixels
 from lesion.models import loading
+from lesion.replacements.zero import Zero
 from lesion.study.grid import Cell
 from lesion.study.layers import KINDS
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
-from lesion.surgery.hook_points import Share, blend
+from lesion.surgery.hook_points import Call, Share, Update, blend
 from lesion.surgery.operation import Lesions, replacement_key
 
 ZERO = Replacement("zero")
@@ -155,12 +158,75 @@ def test_windows_branches_and_strength(tiny_model):
 
 
 def test_blend_keeps_and_replaces_to_the_bit():
-    output, values = torch.randn(4, 3, 2), torch.randn(1, 2)
+    output, values, weights = torch.randn(4, 3, 2), torch.randn(1, 2), [0.0, 1.0, 0.25, 0.0]
     output[0, 0, 0] = torch.inf  # a kept row keeps even this; a replaced row loses it
-    mixed = blend(output, values, Share.of(torch.tensor([0.0, 1.0, 0.25, 0.0]), output))
+    mixed = blend(output, values, Share.of(torch.tensor(weights), weights, output.dim()))
     assert torch.equal(mixed[[0, 3]], output[[0, 3]])
     assert torch.equal(mixed[1], values.expand(3, 2))
     assert torch.allclose(mixed[2], 0.75 * output[2] + 0.25 * values)
+
+
+def test_a_strength_and_a_difference_are_not_rounded_in_half_precision():
+    output, values, weights = torch.tensor([[[1.0]]]).bfloat16(), torch.tensor([[[9.0]]]).bfloat16(), [0.3]
+    mixed = blend(output, values, Share.of(torch.tensor(weights), weights, 3))
+    assert mixed.dtype == torch.bfloat16 and mixed.item() == torch.tensor(1 + 0.3 * 8).bfloat16().item()
+    block = torch.nn.Identity()
+    hidden, out = torch.tensor([[[256.0]]]).bfloat16(), torch.tensor([[[0.75]]]).bfloat16()
+    update = Update("block").read(Call(block, block.forward, (hidden,), {}), out, 0)
+    assert update.item() == -255.25  # bfloat16 has -255
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators, copies from main memory and waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = self.copies = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, out = str(function), function(*args, **(kwargs or {}))
+        self.operators += 1
+        devices = {value.device.type for value in (*args[:1], out) if isinstance(value, torch.Tensor)}
+        self.copies += len(devices) > 1
+        self.waits += any(one in name for one in ("_local_scalar", "nonzero", "equal.default"))
+        return out
+
+
+def counted(by, lesions, calls):
+    """Of each of some denoiser calls of 2 images of a small UNet, on a device that computes nothing."""
+    with torch.device("meta"):
+        unet = small_unet()
+    found, anatomy = [], examine(unet, by)
+    client = Lesions(anatomy, lesions(anatomy), {"zero:[]": Zero()})
+    pipe = SimpleNamespace(_num_timesteps=calls)
+    run = Denoising(pipe, unet, 2, [client])
+    arguments = [torch.empty(4, 4, 8, 8, device="meta"), torch.empty(4, device="meta")]
+    text = torch.empty(4, 7, 16, device="meta")
+    with run.running():
+        for _ in range(calls):
+            with Counted() as now:
+                unet(*arguments, encoder_hidden_states=text)
+            found.append(now)
+    return found
+
+
+def test_a_late_window_is_one_table_a_batch_and_heads_are_one_mask():
+    def late(anatomy):
+        return [zero(*anatomy.paths[:3], window=(0.5, 1.0)), zero(anatomy.paths[4])]
+
+    bare = counted("attention", lambda anatomy: [None, None], 1)[0]
+    found = counted("attention", late, 6)
+    # Two images have other branches of guidance: the table of weights, and the branches.
+    assert [now.copies for now in found] == [2, 0, 0, 2, 0, 0]
+    assert not any(now.waits for now in found)
+
+    def only_one(anatomy):
+        return [zero(*(path for path in anatomy.paths if path != kept)) for kept in anatomy.paths[:2]]
+
+    heads = counted("head", only_one, 2)[-1]
+    layers = counted("attention", only_one, 2)[-1]
+    assert (bare.copies, heads.copies) == (0, 0)
+    assert heads.operators - layers.operators < 40 * 6  # of six layers; head by head it was 15 a head and more
 
 
 def test_branches_of_rows():

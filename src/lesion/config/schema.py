@@ -85,6 +85,7 @@ class PerformanceConf:
     compile: bool = False
     channels_last: bool = False
     tf32: bool = False
+    decoder: str | None = None
 
 
 @dataclass

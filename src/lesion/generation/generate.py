@@ -8,14 +8,17 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lesion import tasks
 from lesion.denoising.run import Client, Denoising, Enough
 from lesion.generation.capture import Capturing
+from lesion.generation.decoding import decoding
 from lesion.generation.layout import Steering, Target
 from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
@@ -115,8 +118,8 @@ def call(
     noise: Sequence[torch.Generator],
     settings: Settings,
     clients: Sequence[Client] = (),
-) -> NDArray[np.float32]:
-    """Call the pipeline with these clients taking part: (n, height, width, 3) float in [0, 1].
+) -> Tensor:
+    """Call the pipeline with these clients taking part: (n, 3, height, width) in [0, 1], on the device.
 
     Raises ValueError where the pipeline makes another size than is asked for.
     """
@@ -131,10 +134,13 @@ def call(
         model.texts.attached(model.pipe),
         text_projected_once(model.denoiser, sites),
         _precision_kept(getattr(pipe, "vae", None)),
+        decoding(getattr(pipe, "vae", None), model.decodable, model.decoder),
     ):
-        images = np.asarray(pipe(**asked).images)
-    if images.shape[1:3] != (settings.height, settings.width):
-        made = " x ".join(map(str, images.shape[1:3]))
+        images = pipe(**asked).images
+    if not isinstance(images, Tensor):  # of a pipeline that makes arrays, whatever it is asked for
+        images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+    if images.shape[2:] != (settings.height, settings.width):
+        made = " x ".join(map(str, images.shape[2:]))
         raise ValueError(f"{type(pipe).__name__} made {made} pixels instead of {settings.height} x {settings.width}")
     return images
 
@@ -163,7 +169,8 @@ def generate(
     windows: Sequence[tuple[float, float]] = (),
     capturing: Capturing | None = None,
     masses: dict[str, float] | None = None,
-) -> NDArray[np.float32]:
+    rounded: bool = False,
+) -> NDArray[Any]:
     """Make the images of a batch, (n, height, width, 3) float in [0, 1]; all cells have the same settings.
 
     interventions: the replacements at work, by `operation.replacement_key`.
@@ -173,14 +180,20 @@ def generate(
     capturing: what keeps the attention maps of these cells; their images are then made from noise, since a snapshot
         has no maps of the steps before it.
     masses: gets `Steering.mass` of each steered cell, by its key.
+    rounded: rather as uint8 pixels, of which a quarter of the bytes leave the device; as float if some are not finite.
     """
     try:
-        return _generate(model, cells, interventions, states, windows, capturing, masses)
+        images = _generate(model, cells, interventions, states, windows, capturing, masses)
     except OtherCount as error:
         log.warning("late windows are made from noise: %s", error)
         assert states is not None
         states.usable = False
-        return _generate(model, cells, interventions, states, windows, capturing, masses)
+        images = _generate(model, cells, interventions, states, windows, capturing, masses)
+    images = images.permute(0, 2, 3, 1).float()
+    if rounded and bool(images.isfinite().all()):
+        images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    found: NDArray[Any] = images.cpu().numpy()
+    return found
 
 
 def _generate(
@@ -191,7 +204,7 @@ def _generate(
     windows: Sequence[tuple[float, float]],
     capturing: Capturing | None,
     masses: dict[str, float] | None,
-) -> NDArray[np.float32]:
+) -> Tensor:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.noise_seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
     sources = [_source(lesion, interventions) for lesion in lesions]
@@ -272,13 +285,16 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
     return [state for cell in cells if (state := found[cell.baseline.key])], start
 
 
-def to_pixels(image: NDArray[np.float32]) -> tuple[NDArray[np.uint8], str]:
-    """uint8 pixels as diffusers makes them, and the reason why the image is invalid ("" if it is fine)."""
+def to_pixels(image: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
+    """uint8 pixels as diffusers makes them, and the reason why the image is invalid ("" if it is fine).
+
+    image: (height, width, 3), float in [0, 1] or uint8.
+    """
     reason = ""
     if not np.isfinite(image).all():
         reason = "image has non-finite values"
         image = np.nan_to_num(image, nan=0.0, posinf=1.0, neginf=0.0)
-    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = image if image.dtype == np.uint8 else (image.clip(0, 1) * 255).round().astype(np.uint8)
     if not reason and pixels.max() <= 1:
         reason = "image is all black"
     return pixels, reason

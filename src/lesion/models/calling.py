@@ -63,7 +63,7 @@ def arguments(
     found: dict[str, Any] = {
         "prompt": list(texts),
         "generator": list(generators),
-        "output_type": "np",
+        "output_type": "pt",
         **settings.arguments(len(texts)),
         **inputs,
     }

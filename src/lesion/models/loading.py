@@ -46,6 +46,8 @@ class Model:
     others: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)  # prompts whose words beyond the limit have been named
+    decodable: dict[torch.Size, int] = field(default_factory=dict)  # images decoded at once, by their latents' shape
+    decoder: str = ""  # `performance.decoder`
     settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
 
     def pipeline(self, task: str) -> Any:
@@ -119,6 +121,7 @@ def _load(source: Source, device: str) -> Model:
         text_sites=text_sites(denoiser),
         gates=gates,
         arguments={name: json.loads(value) for name, value in spec.arguments},
+        decoder=spec.decoder,
         settle=settle,
     )
 

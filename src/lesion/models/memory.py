@@ -19,8 +19,11 @@ _SIGNS = (
     "not enough memory",
     "cannot allocate memory",
     "alloc_failed",
+    # cuDNN's convolutions: PyTorch tries one plan after another, swallows what each raises, an out-of-memory of its
+    # workspace among it, and says only this at the end (aten/src/ATen/native/cudnn/Conv_v8.cpp, pytorch#108645). Where
+    # memory was not the reason, a smaller batch fails alike, and `Maker` gives up once single images do.
     "unable to find an engine",
-)  # of cuDNN, where its workspace does not fit
+)
 # After these the context of the card is lost: every further call of this process fails with the same error.
 _LOST = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
          "illegal instruction", "hardware stack error", "uncorrectable ecc", "invalid program counter",
@@ -42,28 +45,32 @@ def raise_if_lost(error: BaseException) -> None:
 
 
 def fitting(make: Callable[[int], object], device: str) -> int:
-    """The largest power of two, up to MOST, of images that fit in free memory, from what one and two of them take.
+    """The largest power of two, up to MOST, of images that fit in free memory, from what two and four of them take.
 
-    make: makes that many images and drops them. 1 where memory runs out on the way; any other error of it is raised.
+    make: makes that many images and drops them. 1 or 2 where memory runs out on the way; any other error is raised.
     """
+    peaks: list[int | None] = []
+    done = crowded = False
     try:
         make(1)  # what is needed once: kernels, workspaces, the weights' first touch
-        one, two = _peak(lambda: make(1), device), _peak(lambda: make(2), device)
+        make(2)  # a single row takes other kernels than several; compiled code is made anew for several
+        done = True
+        peaks += [_peak(lambda number=number: make(number), device) for number in (2, 4)]  # type: ignore[misc]
     except Exception as error:
         if not ran_out(error):
             raise
         crowded = True
-    else:
-        crowded = False
     if crowded:
         release(device)
-        log.info("batch_size=auto: 1, since two images do not fit in memory")
-        return 1
+        size = 2 if done else 1
+        log.info("batch_size=auto: %d, since %d images do not fit in memory", size, 2 * size)
+        return size
+    two, four = peaks
     free = _free(device)
-    if one is None or two is None or free is None:
+    if two is None or four is None or free is None:
         return UNKNOWN
-    each = max(two - one, one // 8, 1)
-    fits = max(1, int((SHARE * free - (one - each)) // each))
+    each = max((four - two) // 2, two // 16, 1)
+    fits = max(1, int((SHARE * free - (two - 2 * each)) // each))
     size = min(1 << (fits.bit_length() - 1), MOST["cuda" if device.startswith("cuda") else "cpu"])
     log.info("batch_size=auto: %d (about %.0f MiB an image, %.0f MiB free)", size, each / 2**20, free / 2**20)
     return size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -27,13 +27,22 @@ def set_tf32(on: bool) -> None:
         setattr(one, name, tf32 if on else full)
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32() -> AbstractContextManager[None]:
     """No TF32 inside; afterwards as before."""
+    return _chosen(False)
+
+
+def tf32() -> AbstractContextManager[None]:
+    """TF32 inside; afterwards as before."""
+    return _chosen(True)
+
+
+@contextmanager
+def _chosen(on: bool) -> Iterator[None]:
     knobs = _knobs()
     before = [getattr(one, name) for one, name, _, _ in knobs]
     try:
-        set_tf32(False)
+        set_tf32(on)
         yield
     finally:
         for (one, name, _, _), value in zip(knobs, before, strict=True):

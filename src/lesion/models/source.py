@@ -43,6 +43,7 @@ REFUSED = {
     r"callback.*|kwargs": "it is code, not a value",
 }
 LIBRARIES = ("diffusers", "transformers")  # that an index may name classes of
+DECODERS = ("tf32", "bfloat16")
 _MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
@@ -57,7 +58,8 @@ class ModelSpec:
     scheduler: a key of SCHEDULERS, or None for the model's own. loras: adapters. vae: folder or hub name of an
     autoencoder in the place of the model's own. arguments: further ones of the pipeline's call, as (name, JSON) pairs.
     offload: none, model or sequential: where weights wait. vae_slicing: images are decoded one at a time; vae_tiling:
-    in tiles. compile, channels_last, tf32: for speed; they, slicing and tiling change the rounding.
+    in tiles. compile, channels_last, tf32: for speed; they, slicing and tiling change the rounding. decoder: tf32 or
+    bfloat16: precision of the products in the autoencoder's decode, "" for its own.
     """
 
     name: str
@@ -77,6 +79,7 @@ class ModelSpec:
     compile: bool = False
     channels_last: bool = False
     tf32: bool = False
+    decoder: str = ""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], performance: Mapping[str, Any]) -> ModelSpec:
@@ -86,7 +89,8 @@ class ModelSpec:
         """
         for key, group in (("model.dtype", config), ("performance.dtype", performance)):
             one_of(key, group.get("dtype", "auto"), ("auto", *DTYPES))
-        both = {**config, **performance}
+        both = {**config, **performance, "decoder": performance.get("decoder") or ""}
+        one_of("performance.decoder", both["decoder"] or "null", ("null", *DECODERS))
         both["loras"] = loras.parse(config.get("loras") or [])
         both["arguments"] = tuple(sorted((k, json.dumps(v)) for k, v in (config.get("arguments") or {}).items()))
         return cls(**{name: both[name] for name in cls.__dataclass_fields__ if name in both})
@@ -98,7 +102,8 @@ class ModelSpec:
         A name gets a number when what it does is mended: images made before it then do not count.
         """
         names = ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")
-        return tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
+        on = tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
+        return (*on, f"decoder {self.decoder}") if self.decoder else on
 
 
 @dataclass(frozen=True)

@@ -132,22 +132,29 @@ class Calibration(Client):
 
 
 class _Sums:
-    """Of one quantity, float64: totals (2, channels) and counts (2,) by denoiser call; unconditional branch first."""
+    """Of one quantity, float64: totals (2, channels) and counts (2,) by denoiser call; unconditional branch first.
+
+    Totals stay where the quantity is: a copy would wait for the device at every site and step.
+    """
 
     def __init__(self) -> None:
         self.totals: list[Tensor] = []
-        self.counts: list[Tensor] = []
+        self.counts: list[list[int]] = []
 
     def add(self, step: int, branches: Tensor, quantity: Tensor) -> None:
         """quantity: (rows, tokens, channels) or (rows, channels, height, width)."""
         positions = (2, 3) if quantity.dim() == 4 else (1,)
-        totals = quantity.double().sum(dim=positions).cpu()  # (rows, channels)
+        totals = quantity.sum(dim=positions, dtype=torch.float64)  # (rows, channels), accumulated in float64
         if step == len(self.totals):
-            self.totals.append(torch.zeros(2, totals.shape[1], dtype=torch.float64))
-            self.counts.append(torch.zeros(2, dtype=torch.float64))
-        number = float(quantity[0].numel() // totals.shape[1])
-        self.totals[step].index_add_(0, branches, totals)
-        self.counts[step].index_add_(0, branches, torch.full((len(quantity),), number, dtype=torch.float64))
+            self.totals.append(totals.new_zeros(2, totals.shape[1]))
+            self.counts.append([0, 0])
+        number = quantity[0].numel() // totals.shape[1]
+        for branch in (0, 1):  # `index_add_` has no fixed order on a GPU
+            rows = (branches == branch).nonzero().flatten().tolist()
+            if rows:  # rows of one branch lie together
+                self.totals[step][branch] += totals[rows[0] : rows[-1] + 1].sum(dim=0)
+                self.counts[step][branch] += number * len(rows)
 
     def means(self) -> Tensor:
-        return (torch.stack(self.totals) / torch.stack(self.counts)[..., None]).float().contiguous()
+        counts = torch.tensor(self.counts, dtype=torch.float64)
+        return (torch.stack(self.totals).cpu() / counts[..., None]).float().contiguous()

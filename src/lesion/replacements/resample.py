@@ -26,6 +26,7 @@ class Resample(Intervention):
 
     kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
     compiled = False
+    donor_images = True
     reads_output = True
 
     def __init__(self, source_prompt: str, guided: bool):

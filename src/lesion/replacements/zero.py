@@ -13,5 +13,13 @@ if TYPE_CHECKING:
 class Zero(Intervention):
     """Nothing in the place of a site's contribution."""
 
+    def __init__(self) -> None:
+        self.nothing: Tensor | None = None
+
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
-        return output.new_zeros(())
+        import torch
+
+        now = (output.device, output.dtype, torch.is_inference_mode_enabled())
+        if self.nothing is None or (self.nothing.device, self.nothing.dtype, self.nothing.is_inference()) != now:
+            self.nothing = output.new_zeros(())  # one for all sites: making it is a call of the device
+        return self.nothing

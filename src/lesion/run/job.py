@@ -449,10 +449,10 @@ def _generate(
 def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and is scored.
 
-    Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
-    made meanwhile would depend on when it does.
+    Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
+    the whole process, so pixels made meanwhile would depend on when it does.
     """
-    later = request.model.tf32 and request.device.startswith("cuda")
+    later = (request.model.tf32 or request.model.decoder == "tf32") and request.device.startswith("cuda")
 
     def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
         with suppress(OSError):  # at the end all are put in place, and what cannot be is said

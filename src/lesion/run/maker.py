@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import filterfalse
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from lesion.models import memory
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.maps import ImageMaps, Maps
+from lesion.study.capture import Capture
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.study.settings import Settings
@@ -35,7 +36,7 @@ IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
 Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
 _Kind = tuple[models.ModelSpec, str, str, Settings]
 # Batch sizes of this process: those found for `auto`, and those reduced after running out of memory. Holds no model.
-_sizes: dict[_Kind, int] = {}
+_sizes: dict[tuple[_Kind, int, Capture | None], int] = {}
 _cut: dict[_Kind, int] = {}
 
 
@@ -82,7 +83,7 @@ class Maker:
 
         progress: called with the number of further images that are settled: made here, made by others, or failed.
         """
-        self.size = _size(self.request, self.model, self.study)
+        self.size = _size(self.request, self.model, self.study, self.maps.capture if self.maps else None)
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
@@ -166,7 +167,7 @@ class Maker:
         try:
             capturing = Capturing(self.model, batch, self.maps.capture) if self.maps else None
             images = generate(
-                self.model, batch, self.interventions, self.states, self.study.windows, capturing, self.masses
+                self.model, batch, self.interventions, self.states, self.study.windows, capturing, self.masses, True
             )
             maps = capturing.maps if capturing else None
         except Exception as error:  # a model can raise anything; the other cells continue
@@ -186,6 +187,7 @@ class Maker:
             if len(batch) == 1:
                 log.error("%s: a single image does not fit in memory", label(batch[0]))
                 self._give_up(batch, f"a single image does not fit in memory: {why}", claims)
+                self._look_for_hope(batch[0], why)
                 return
             self._shrink(len(batch))
         elif len(batch) > 1:
@@ -236,7 +238,7 @@ class Maker:
         claims.release(cell.key for cell in batch)
 
     def _put(
-        self, batch: Sequence[Cell], images: NDArray[np.float32], maps: Sequence[ImageMaps] | None, claims: Claims
+        self, batch: Sequence[Cell], images: NDArray[Any], maps: Sequence[ImageMaps] | None, claims: Claims
     ) -> None:
         for number, (cell, image) in enumerate(zip(batch, images, strict=True)):
             pixels, reason = to_pixels(image)
@@ -257,7 +259,7 @@ class Maker:
 class _Shelf:
     """Store finished batches in a separate thread while generation continues."""
 
-    def __init__(self, put: Callable[[Sequence[Cell], NDArray[np.float32], Sequence[ImageMaps] | None], None]):
+    def __init__(self, put: Callable[[Sequence[Cell], NDArray[Any], Sequence[ImageMaps] | None], None]):
         self._put = put
         self._pool = ThreadPoolExecutor(1, "lesion-store")
         self._waiting: list[Future[None]] = []
@@ -268,7 +270,7 @@ class _Shelf:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True)  # batches already handed over are stored, also after an interrupt
 
-    def put(self, batch: Sequence[Cell], images: NDArray[np.float32], maps: Sequence[ImageMaps] | None = None) -> None:
+    def put(self, batch: Sequence[Cell], images: NDArray[Any], maps: Sequence[ImageMaps] | None = None) -> None:
         """Queue a batch for storing; wait while IN_FLIGHT are unwritten. Raises what storing an earlier one raised."""
         while len(self._waiting) >= IN_FLIGHT:
             self._waiting.pop(0).result()
@@ -294,25 +296,33 @@ def _kind(request: Request, model: models.Model, study: Study) -> _Kind:
     return request.model, model.identity.fingerprint, request.device, _probed(study.settings)
 
 
-def _size(request: Request, model: models.Model, study: Study) -> int:
+def _size(request: Request, model: models.Model, study: Study, capture: Capture | None = None) -> int:
     """Return the batch size: as requested or as memory allows, but no larger than an earlier reduction."""
-    size = study.settings.batch_size or _fitting(request, model, study)
+    size = study.settings.batch_size or _fitting(request, model, study, capture)
     most = _cut.get(_kind(request, model, study), size)
     if most < size:
         log.info("batches of %d instead of %d: memory ran out earlier in this process", most, size)
     return min(size, most)
 
 
-def _fitting(request: Request, model: models.Model, study: Study) -> int:
+def _fitting(request: Request, model: models.Model, study: Study, capture: Capture | None = None) -> int:
     """Return the batch size that memory allows, measured once per process for each model and kind of image.
+
+    capture: the attention maps that are kept of each image. They, and donors' images, are made in the probe, too.
 
     Return 1 if not even one image can be made to measure it: each cell then succeeds or fails by itself.
     """
-    kind = _kind(request, model, study)
+    rows = 1 + any(replacements.find(lesion.replacement.name).donor_images for lesion in study.lesions())
+    kind = _kind(request, model, study), rows, capture
     if kind not in _sizes:
         cell = Cell(model.identity, study.prompts[0], 0, _probed(study.settings), None)
+
+        def make(number: int) -> object:
+            cells = [cell] * (rows * number)
+            return generate(model, cells, {}, None, (), Capturing(model, cells, capture) if capture else None)
+
         try:
-            _sizes[kind] = memory.fitting(lambda number: generate(model, [cell] * number, {}), request.device)
+            _sizes[kind] = memory.fitting(make, request.device)
         except Exception as error:  # a model can raise anything; not kept, as this prompt may be the cause
             memory.raise_if_lost(error)
             log.warning("batch_size=auto: 1, since the first image failed (%s)", brief(error))

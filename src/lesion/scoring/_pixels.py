@@ -13,15 +13,21 @@ from lesion.scoring._metric import Shot
 if TYPE_CHECKING:
     import torch
 
+PIXELS = 4 << 20  # of a batch: SSIM takes some 280 bytes a pixel, and shares the card with generation
+
 
 def batches(shots: Sequence[Shot], size: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Positions of at most `size` shots of one image size, their images and baselines, uint8 (n, 3, height, width)."""
+    """Positions of at most `size` shots of one image size, their images and baselines, uint8 (n, 3, height, width).
+
+    Of large images fewer, at least one: no more than PIXELS in all.
+    """
     alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, shot in enumerate(shots):
         alike[shot.image.shape].append(position)
-    for positions in alike.values():
-        for start in range(0, len(positions), size):
-            rows = positions[start : start + size]
+    for (height, width, _), positions in alike.items():
+        most = max(1, min(size, PIXELS // (height * width)))
+        for start in range(0, len(positions), most):
+            rows = positions[start : start + most]
             yield rows, _stack([shots[row].image for row in rows]), _stack([shots[row].baseline for row in rows])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lesion.denoising.run import Client, DenoiserCall, Denoising
 from lesion.study.lesions import Lesion
 from lesion.surgery.anatomy import Anatomy
+from lesion.surgery.hook_points import wide
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, SiteLesions, replacement_key
 
@@ -26,8 +27,9 @@ def gate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """Row by row as `hook_points.blend`: weight 0 keeps the output and 1 takes the value, both bit for bit."""
     rows = output.shape[0]  # of at least as many: a buffer's own length is a constant to the compiler
     weight, value = getattr(module, _WEIGHT)[:rows], getattr(module, _VALUE)[:rows]  # (rows, 1, 1), (rows, 1, channels)
-    mixed = torch.where(weight == 1, value, output + weight * (value - output))
-    return torch.where(weight == 0, output, mixed)
+    kept = output.to(weight.dtype)
+    mixture = (kept + weight * (value.to(weight.dtype) - kept)).to(output.dtype)
+    return torch.where(weight == 0, output, torch.where(weight == 1, value, mixture))
 
 
 class Gates:
@@ -72,7 +74,7 @@ class Gates:
         """Set one gate for the present denoiser call: shapes are the same whatever the lesion."""
         module, channels = self.modules[path]
         like = next(module.parameters()).new_zeros(rows, 1, channels)
-        weight, value = like[..., :1], like
+        weight, value = like[..., :1].to(wide(like)), like
         if lesions is not None and (now := lesions.rows(like)).acts:
             for key, share in now.shares.items():
                 filled = lesions.interventions[key].fill(path, call, now.branches, like).to(like.dtype)

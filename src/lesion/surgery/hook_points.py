@@ -19,31 +19,40 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Share:
-    """How much of each row is replaced: column (rows, 1, …), where the output is; what is known of it beforehand."""
+    """How much of each row is replaced: column (rows, 1, …), where the output is and in float32 at least, so that a
+    strength is not rounded; what is known of it beforehand.
+    """
 
     column: Tensor
     whole: bool  # every row wholly
     mixed: bool  # some row in part
 
     @classmethod
-    def of(cls, weights: Tensor, like: Tensor) -> Share:
-        """weights: (rows,) on the CPU, in [0, 1]."""
-        column = weights.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
-        return cls(column, bool((weights == 1).all()), bool(((weights > 0) & (weights < 1)).any()))
+    def of(cls, column: Tensor, weights: Sequence[float], rank: int) -> Share:
+        """column: (rows,), where the output is. weights: the same, in [0, 1]. rank: how many dimensions it has."""
+        shaped = column.reshape(-1, *[1] * (rank - 1))
+        return cls(shaped, all(w == 1 for w in weights), any(0 < w < 1 for w in weights))
+
+
+def wide(like: Tensor) -> torch.dtype:
+    """The precision in which values like these are mixed and subtracted: float32, or theirs if it is finer."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
-    """Row by row: weight 0 keeps the output and 1 takes the value, both bit for bit; between, a linear mixture.
+    """Row by row: weight 0 keeps the output and 1 takes the value, both bit for bit; between, a linear mixture,
+    rounded once.
 
     output: (rows, tokens, channels); values: broadcastable to it.
     """
-    values = values.to(output.dtype)
     if share.whole:
-        return values.expand_as(output)
+        return values.to(output.dtype).expand_as(output)
     column = share.column
-    blended = torch.where(column == 1, values, output)
+    blended = torch.where(column == 1, values.to(output.dtype), output)
     if share.mixed:
-        blended = torch.where((column > 0) & (column < 1), output + column * (values - output), blended)
+        kept = output.to(column.dtype)
+        mixture = kept + column * (values.to(column.dtype) - kept)
+        blended = torch.where((column > 0) & (column < 1), mixture.to(output.dtype), blended)
     return blended
 
 
@@ -132,9 +141,13 @@ class HookPoint:
         return call.hidden if keeps_shape(call.module) else None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        """The quantity, (rows, …)."""
+        """The quantity, (rows, …). A difference is taken in float32, where it is not rounded."""
         quantity: Tensor = output
         return quantity
+
+    def like(self, call: Call, output: Any, part: int) -> Tensor:
+        """Something of the quantity's shape and place, for those that do not read its values."""
+        return self.read(call, output, part)
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         """The output with these changes."""
@@ -215,9 +228,14 @@ class Update(HookPoint):
         return call.hidden if name in _PLAIN_BLOCKS else None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
+        stream = self.like(call, output, part)
+        inputs: Tensor = self._inputs(call)[part]
+        return stream.to(wide(stream)) - inputs.to(wide(stream))
+
+    def like(self, call: Call, output: Any, part: int) -> Tensor:
         position = self._positions(call, output)[part]
         stream: Tensor = output if position is None else output[position]
-        return stream - self._inputs(call)[part]
+        return stream
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         inputs, positions = self._inputs(call), self._positions(call, output)
@@ -281,8 +299,12 @@ class FromText(HookPoint):
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
+        image = self.like(call, output, part)
+        return image.to(wide(image)) - self._alone(call).to(wide(image))
+
+    def like(self, call: Call, output: Any, part: int) -> Tensor:
         image: Tensor = output[:, call.text_tokens :] if self.single else output[0]
-        return image - self._alone(call)
+        return image
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         image, alone = (output[:, call.text_tokens :] if self.single else output[0]), self._alone(call)
@@ -338,27 +360,59 @@ class Heads(HookPoint):
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        mine = call.hidden[..., self._slice(call.hidden, part)]
+        width = call.hidden.shape[-1] // self.heads
+        mine = call.hidden[..., part * width : (part + 1) * width]
         return torch.cat([mine, torch.ones_like(mine[..., :1])], dim=-1)
 
-    def _slice(self, inputs: Tensor, head: int) -> slice:
-        width = inputs.shape[-1] // self.heads
-        return slice(head * width, (head + 1) * width)
+    def like(self, call: Call, output: Any, part: int) -> Tensor:
+        if "like" not in call.memo:
+            width = call.hidden.shape[-1] // self.heads
+            call.memo["like"] = call.hidden[..., :1].expand(*call.hidden.shape[:-1], width + 1)
+        return call.memo["like"]
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
-        inputs, touched = call.hidden.clone(), torch.zeros_like(changes[0][2].column, dtype=torch.bool)
-        heads: dict[int, Tensor] = {}
-        for head, values, share in changes:
-            before = heads[head] if head in heads else self.read(call, output, head)
-            heads[head] = blend(before, values, share)
-            touched = touched | (share.column > 0)
-        lost: Any = 0.0  # shares of the bias, (rows, tokens, 1), in heads
-        for head, quantity in heads.items():
-            inputs[..., self._slice(inputs, head)] = quantity[..., :-1]
-            lost = lost + (quantity[..., -1:] - 1)
-        bias = call.forward(inputs.new_zeros(1, 1, inputs.shape[-1]))
-        changed = call.forward(inputs) + bias * (lost / self.heads)
+        """All heads at once, as (rows, tokens, heads, channels): one by one they would take thousands of operators."""
+        quantity = call.hidden.unflatten(-1, (self.heads, -1))
+        bias_shares = quantity.new_ones(1, 1, 1, 1).expand(*quantity.shape[:3], 1)
+        touched: Tensor | None = None
+        for one in self._rounds(changes):
+            share = Share(
+                torch.stack([one[head][1].column if head in one else _none(one) for head in range(self.heads)], dim=2),
+                len(one) == self.heads and all(share.whole for _, share in one.values()),
+                any(share.mixed for _, share in one.values()),
+            )
+            values = [values for values, _ in one.values()]
+            if all(value is values[0] for value in values) and not values[0].dim():
+                channels = ones = values[0]
+            else:
+                filled = [one[head][0] if head in one else values[0] for head in range(self.heads)]
+                stacked = torch.stack(torch.broadcast_tensors(*filled, *[quantity.new_zeros(1, 1, 1)]), dim=2)
+                stacked = stacked[:, :, :-1]
+                channels, ones = stacked[..., :-1], stacked[..., -1:]
+            bias_shares = blend(bias_shares, ones, share)
+            quantity = blend(quantity, channels, share)
+            now = (share.column > 0).any(dim=2)
+            touched = now if touched is None else touched | now
+        lost = (bias_shares - 1).sum(dim=2)  # (rows, tokens, 1), in heads
+        bias = call.forward(quantity.new_zeros(1, 1, call.hidden.shape[-1]))
+        changed = call.forward(quantity.flatten(2)) + bias * (lost / self.heads)
+        assert touched is not None
         return torch.where(touched, changed, output)
+
+    def _rounds(self, changes: Changes) -> list[dict[int, tuple[Tensor, Share]]]:
+        """The changes, one of each head at a time: several replacements may act on one head, in different rows."""
+        rounds: list[dict[int, tuple[Tensor, Share]]] = []
+        for head, values, share in changes:
+            free = next((one for one in rounds if head not in one), None)
+            if free is None:
+                rounds.append(free := {})
+            free[head] = values, share
+        return rounds
+
+
+def _none(one: Mapping[int, tuple[Tensor, Share]]) -> Tensor:
+    """A column of zeros beside these."""
+    return torch.zeros_like(next(iter(one.values()))[1].column)
 
 
 @dataclass(frozen=True)

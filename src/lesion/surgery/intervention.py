@@ -32,6 +32,8 @@ class Intervention:
     """Whether it suits single attention heads (`layers.by=head`)."""
     compiled: ClassVar[bool] = True
     """Whether it suits `performance.compile`: then it does no more than `fill`, and does not read the output."""
+    donor_images: ClassVar[bool] = False
+    """Whether it has a `source_prompt`."""
     reads_output: bool = False
     """Whether `fill` reads the values of the output, not only its shape, dtype and device. A site that is replaced in
     every row is not computed unless some intervention reads its output."""

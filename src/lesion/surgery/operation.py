@@ -22,7 +22,7 @@ from lesion.denoising.run import COND, Client, DenoiserCall, Denoising
 from lesion.denoising.wrapping import forward_replaced
 from lesion.study.lesions import Lesion, covers
 from lesion.surgery.anatomy import Anatomy, Site
-from lesion.surgery.hook_points import Call, Share, TextLength, keeps_shape
+from lesion.surgery.hook_points import Call, Share, TextLength, keeps_shape, wide
 from lesion.surgery.intervention import Intervention
 
 
@@ -40,6 +40,7 @@ class Lesions(Client):
 
     def __init__(self, anatomy: Anatomy, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]):
         self.lesions = [lesion if lesion and lesion.strength else None for lesion in lesions]
+        self._tables: dict[tuple[Any, ...], _Table] = {}
         self.inside: tuple[bool, ...] = (False,) * len(lesions)  # whose window contains the current call
         of_site: dict[str, list[Lesion | None]] = {}
         for index, lesion in enumerate(self.lesions):
@@ -68,6 +69,41 @@ class Lesions(Client):
     def before_call(self, run: Denoising, call: DenoiserCall) -> None:
         number, calls = run.call, run.calls
         self.inside = tuple(lesion is not None and covers(lesion.window, number, calls) for lesion in self.lesions)
+
+    def table(self, like: Tensor) -> _Table:
+        """Return the weights of all sites for the current denoiser call, where rows like these are.
+
+        They are prepared and copied together, once for each set of lesions whose windows are open: a copy a site would
+        wait for the device.
+        """
+        key = (self.inside, len(like), like.device, wide(like))
+        if key not in self._tables:
+            branches = self.run.branches(len(like))
+            weights = [site.weights(branches.tolist()) for site in {s.pattern: s for s in self.sites.values()}.values()]
+            places: dict[tuple[int, ...], range] = {}
+            flat: list[list[float]] = []
+            for site, mine in weights:
+                places[site.pattern] = range(len(flat), len(flat) + len(mine))
+                flat += mine
+            columns = torch.tensor(flat, dtype=wide(like)).to(like.device, non_blocking=True).unbind(0)
+            rows = branches.to(like.device, non_blocking=True)
+            self._tables[key] = _Table(rows, columns, flat, places)
+        return self._tables[key]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """How much of each row each intervention replaces, for all sites.
+
+    branches: guidance branch of each row, (rows,).
+    columns: tensors (rows,), one a line. lines: the same as numbers, in main memory. places: lines by
+        `SiteLesions.pattern`, in the order of its interventions.
+    """
+
+    branches: Tensor
+    columns: Sequence[Tensor]
+    lines: Sequence[Sequence[float]]
+    places: Mapping[tuple[int, ...], range]
 
 
 @dataclass(frozen=True)
@@ -98,6 +134,7 @@ class SiteLesions:
         interventions: Mapping[str, Intervention],
     ):
         self.site, self.lesions, self.client = site, lesions, client
+        self.pattern = tuple(map(id, lesions))  # sites of one layer have the same
         self.keys = [replacement_key(lesion) if lesion else "" for lesion in lesions]
         self.interventions = {key: interventions[key] for key in dict.fromkeys(self.keys) if key}
         self.fills, self.texts, self.reruns = (
@@ -106,9 +143,8 @@ class SiteLesions:
         )
         if (self.texts or self.reruns) and site.head is not None:
             raise RuntimeError(f"{site.path}: this replacement changes a whole attention, not a head")
-        self.output_needed = len(self.fills) < len(self.interventions) or any(
-            one.reads_output for one in self.interventions.values()
-        )
+        self.output_read = any(one.reads_output for one in self.interventions.values())
+        self.output_needed = self.output_read or len(self.fills) < len(self.interventions)
         self._prepared: dict[tuple[Any, ...], Rows] = {}
 
     def rows(self, like: Tensor) -> Rows:
@@ -119,9 +155,23 @@ class SiteLesions:
         return self._prepared[key]
 
     def _rows(self, like: Tensor) -> Rows:
-        branches = self.client.run.branches(len(like))
-        weights, mine = torch.zeros(len(like)), {key: torch.zeros(len(like)) for key in self.interventions}
-        for row, branch in enumerate(branches.tolist()):
+        table = self.client.table(like)
+        places = table.places[self.pattern]
+        lines = [table.lines[place] for place in places]
+        shares = {
+            key: Share.of(table.columns[place], line, like.dim())
+            for key, place, line in zip(self.interventions, places, lines, strict=True)
+        }
+        together = list(map(sum, zip(*lines, strict=True)))  # a row has one intervention at most
+        return Rows(table.branches, shares, any(together), all(weight == 1 for weight in together), {})
+
+    def weights(self, branches: Sequence[int]) -> tuple[SiteLesions, list[list[float]]]:
+        """Return this site, and for each intervention how much of each row it replaces in the current denoiser call.
+
+        branches: guidance branch of each row.
+        """
+        mine = {key: [0.0] * len(branches) for key in self.interventions}
+        for row, branch in enumerate(branches):
             index = row % len(self.lesions)
             lesion = self.lesions[index]
             if (
@@ -129,9 +179,8 @@ class SiteLesions:
                 and self.client.inside[index]
                 and lesion.branch in ("both", "cond" if branch == COND else "uncond")
             ):
-                weights[row] = mine[self.keys[index]][row] = lesion.strength
-        shares = {key: Share.of(own, like) for key, own in mine.items()}
-        return Rows(branches.to(like.device), shares, bool(weights.any()), bool((weights == 1).all()), {})
+                mine[self.keys[index]][row] = lesion.strength
+        return self, list(mine.values())
 
     def spares(self, like: Tensor) -> bool:
         """Return whether the current denoiser call neither keeps nor reads any of the module's own output."""
@@ -159,11 +208,12 @@ class SiteLesions:
     def changes(self, call: Call, output: Any) -> Iterator[tuple[int, Tensor, Share]]:
         """Yield the values that replace the site's quantity, in the form that `HookPoint.write` takes."""
         for part, name in self.site.parts(output) if self.fills else ():
-            quantity = self.site.hook.read(call, output, part)
+            read = self.site.hook.read if self.output_read else self.site.hook.like
+            quantity = read(call, output, part)
             rows = self.rows(quantity)
             for key in self.fills:
                 values = self.interventions[key].fill(name, self.client.run.call, rows.branches, quantity)
-                yield part, values.to(quantity.dtype), rows.shares[key]
+                yield part, values, rows.shares[key]
 
     def _rerun(self, key: str, call: Call) -> Any:
         """Run the module under the intervention. Tensors are passed as new objects, so no cached result is used."""
