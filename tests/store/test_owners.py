@@ -228,7 +228,7 @@ def test_means_of_another_calibration_or_site_set_are_noticed(tmp_path, caplog, 
     assert [means(text, seed, **more) for text, seed, more in asked] == [1, 5, 6, 7]
     assert caplog.text.count("its content is of another owner") == 3
     full = errno.ENOSPC, "No space left on device"
-    monkeypatch.setattr(tensorfiles, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(*full)))
+    monkeypatch.setattr(tensorfiles, "_save", lambda *_, **__: (_ for _ in ()).throw(OSError(*full)))
     assert means("c") == 8 and "cannot be kept" in caplog.text  # they serve this run
 
 

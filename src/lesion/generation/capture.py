@@ -1,7 +1,7 @@
 """Attention maps as a client of a denoising run: summed up while the images are made, call by call.
 
-What is held is one map an image, branch, layer and entry, however many steps there are; only `capture.reduce=each`,
-which asks for every step, holds every step.
+What is held is one map an image, branch, layer and entry, however many steps there are: with `capture.reduce=each`
+each step goes to disk before the next begins.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lesion.denoising.run import COND, UNCOND, Client, DenoiserCall, Denoising
+from lesion.generation.spool import Spool
 from lesion.models import Model
 from lesion.models.words import Words, words_of
 from lesion.store.maps import ImageMaps
@@ -30,7 +34,7 @@ _NUMBERS = {"cond": COND, "uncond": UNCOND}
 
 @dataclass
 class _Sums:
-    """total: (images, steps, heads, entries, image tokens). count: what it is the sum of, (images, steps, heads)."""
+    """total: (images, heads, entries, image tokens). count: what it is the sum of, (images, heads)."""
 
     total: Tensor
     count: Tensor
@@ -40,13 +44,14 @@ class Capturing(Client):
     """Keeps the attention maps of a batch of cells while it is generated.
 
     capture: of `Capture.chosen`. After the run, `maps` has those of each cell.
+    folder: on the disk where single steps are kept until they are stored; None for the system's temporary files.
 
     Raises RuntimeError within the run where the text is not as long as the tokenizers make it, and of `maps` where a
     layer was never called, so that no map is silently empty.
     """
 
-    def __init__(self, model: Model, cells: Sequence[Cell], capture: Capture):
-        self.cells, self.capture = cells, capture
+    def __init__(self, model: Model, cells: Sequence[Cell], capture: Capture, folder: Path | None = None):
+        self.cells, self.capture, self.folder = cells, capture, folder
         settings = cells[0].settings
         texts = {"cond": [cell.prompt.text for cell in cells], "uncond": [settings.negative_prompt or ""] * len(cells)}
         self.words = {
@@ -89,10 +94,11 @@ class Capturing(Client):
 
     def _start(self) -> None:
         self._sums: dict[tuple[str, str], _Sums] = {}
+        self._spool: Spool | None = None
+        self._used: set[tuple[str, str, int]] = set()  # branch, layer and image of which some step was used
         self._merging: dict[tuple[str, torch.device], Tensor] = {}
         self._living: dict[tuple[Any, ...], Tensor] = {}
-        self._slot: int | None = None  # of the present call among the steps kept; None if it is not kept
-        self._steps = 0
+        self._step: int | None = None  # number of the present call among those kept; None if it is not kept
 
     @contextmanager
     def attached(self, run: Denoising) -> Iterator[None]:
@@ -104,14 +110,28 @@ class Capturing(Client):
 
     def before_call(self, run: Denoising, call: DenoiserCall) -> None:
         kept = [any(covers(window, one, run.calls) for window in self.capture.steps) for one in range(run.calls)]
-        self._steps = sum(kept) if self.capture.steps_apart else 1
-        self._slot = (sum(kept[: run.call]) if self.capture.steps_apart else 0) if kept[run.call] else None
+        self._step = sum(kept[: run.call]) if kept[run.call] else None
+        if self.capture.steps_apart and self._spool is None:
+            self._spool = Spool(self.folder, sum(kept))
 
     def after_call(self, run: Denoising, call: DenoiserCall) -> None:
-        self._slot = None
+        step, self._step = self._step, None
+        if self._spool is None or step is None:
+            return
+        for (branch, layer), sums in self._sums.items():
+            means = (sums.total / sums.count[:, :, None, None]).float().cpu().numpy()  # NaN where nothing was used
+            for image, used in enumerate(sums.count.any(1).tolist()):
+                self._spool.put((branch, layer, image), step, means[image, :, : self._many(branch, image)])
+                if used:
+                    self._used.add((branch, layer, image))
+        self._sums.clear()
+
+    def _many(self, branch: str, image: int) -> int:
+        """How many entries an image has: of a batch, the prompt with the most words decides how many are computed."""
+        return sum(map(len, self.entries[branch][image].values()))
 
     def _see(self, call: SiteCall) -> None:
-        if self._slot is None or self._run.is_aside:
+        if self._step is None or self._run.is_aside:
             return
         of_rows = self._run.branches(len(call.args[0] if call.args else call.kwargs["hidden_states"])).tolist()
         for branch in self.capture.branches:
@@ -136,13 +156,13 @@ class Capturing(Client):
             found, count = found.sum(1, keepdim=True), alive.sum(1, keepdim=True)
         if self.capture.tokens == "prompt":
             found = found @ self._merged(branch, found.device)[:, None]
-        key, form = (branch, self.layer_of[site]), (images, self._steps, count.shape[1])
+        key = branch, self.layer_of[site]
         if key not in self._sums:
-            total = found.new_zeros(*form, found.shape[3], found.shape[2])
-            self._sums[key] = _Sums(total, found.new_zeros(form))
+            total = found.new_zeros(images, count.shape[1], found.shape[3], found.shape[2])
+            self._sums[key] = _Sums(total, torch.zeros_like(count))
         sums = self._sums[key]
-        sums.total[:, self._slot] += found.transpose(-1, -2)
-        sums.count[:, self._slot] += count
+        sums.total += found.transpose(-1, -2)
+        sums.count += count
 
     def _merged(self, branch: str, device: torch.device) -> Tensor:
         """What adds text tokens up to entries, (images, text tokens, entries); images with fewer have empty ones."""
@@ -180,23 +200,33 @@ class Capturing(Client):
 
     @property
     def maps(self) -> list[ImageMaps]:
-        """Those of each cell, on the CPU."""
+        """Those of each cell; single steps stay on disk, and are read as they are asked for."""
         return [self._of(image) for image in range(len(self.cells))]
 
     def _of(self, image: int) -> ImageMaps:
         layers: dict[str, dict[str, Any]] = {branch: {} for branch in self.capture.branches}
         for branch in self.capture.branches:
-            entries = sum(map(len, self.entries[branch][image].values()))
             for layer in self.capture.layers or ():
-                sums = self._sums.get((branch, layer))
-                if sums is not None and bool(sums.count[image].any()):
-                    mean = sums.total[image, :, :, :entries] / sums.count[image][:, :, None, None]
-                    layers[branch][layer] = self._as_picture(mean).float().cpu()
+                values = self._values(branch, layer, image)
+                if values is not None:
+                    layers[branch][layer] = self._as_picture(values)
                 elif not any(self.layer_of[site] == layer for site in self.dead[image]):
                     raise RuntimeError(f"{layer} was never called, so it has no attention map")
         return ImageMaps(layers, {branch: self.entries[branch][image] for branch in self.capture.branches})
 
-    def _as_picture(self, maps: Tensor) -> Tensor:
+    def _values(self, branch: str, layer: str, image: int) -> NDArray[np.float32] | None:
+        """(steps, heads, entries, image tokens); None where nothing of the layer was used."""
+        if self._spool is not None:
+            key = branch, layer, image
+            return self._spool.get(key) if key in self._used else None
+        sums = self._sums.get((branch, layer))
+        if sums is None or not bool(sums.count[image].any()):
+            return None
+        mean = sums.total[image, :, : self._many(branch, image)] / sums.count[image][:, None, None]
+        found: NDArray[np.float32] = mean[None].float().cpu().numpy()
+        return found
+
+    def _as_picture(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """(…, image tokens) -> (…, height, width): the two factors that are nearest to the image's proportions."""
         settings, tokens = self.cells[0].settings, maps.shape[-1]
         wanted = math.log(settings.height / settings.width)

@@ -165,7 +165,7 @@ class Maker:
             self._give_up(batch, broken, claims)
             return
         try:
-            capturing = Capturing(self.model, batch, self.maps.capture) if self.maps else None
+            capturing = Capturing(self.model, batch, self.maps.capture, self.maps.folder) if self.maps else None
             images = generate(
                 self.model, batch, self.interventions, self.states, self.study.windows, capturing, self.masses, True
             )

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lesion.store import tensors
 from lesion.study.capture import Capture
 from lesion.study.grid import Cell
 
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 class ImageMaps:
     """Maps of one image.
 
-    layers: branch -> layer path -> (steps, heads, entries, height, width), torch tensors on the CPU or numpy arrays.
+    layers: branch -> layer path -> (steps, heads, entries, height, width), float32.
     entries: branch -> word, or what is beside the words -> numbers of its entries.
     """
 
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, Mapping[str, NDArray[np.float32]]]
     entries: Mapping[str, Mapping[str, list[int]]]
 
     def of(
@@ -56,7 +56,7 @@ class ImageMaps:
         """
         if word not in self.entries[branch]:
             raise KeyError(f"{word!r} is not here; there are: {', '.join(self.entries[branch])}")
-        values = np.asarray(self.layers[branch][layer])[:, :, self.entries[branch][word]].sum(axis=2)
+        values = self.layers[branch][layer][:, :, self.entries[branch][word]].sum(axis=2)
         chosen = values[slice(None) if step is None else [step]][:, slice(None) if head is None else [head]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN
@@ -90,8 +90,6 @@ class Maps:
 
     def put(self, cell: Cell, maps: ImageMaps) -> None:
         """Write the maps of a cell. Raises OSError."""
-        from lesion.store import tensors
-
         path = self.path(cell.key)
         values = {f"{branch}/{layer}": one for branch, of in maps.layers.items() for layer, one in of.items()}
         metadata = {
@@ -118,16 +116,14 @@ def beside_image(image: str) -> str:
 
 def read(path: Path, key: str) -> ImageMaps | None:
     """The maps of a cell in a file; None where there is none, or a damaged one, which is removed and told of."""
-    from lesion.store import tensors
-
-    kept = tensors.read(path, lambda carried: carried["maps"].partition("-")[0] == key)
+    kept = tensors.read_arrays(path, lambda carried: carried["maps"].partition("-")[0] == key)
     if kept is None:
         return None
     values, metadata = kept
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, dict[str, NDArray[np.float32]]] = {}
     for name, value in values.items():
         branch, _, layer = name.partition("/")
-        layers.setdefault(branch, {})[layer] = value.numpy()
+        layers.setdefault(branch, {})[layer] = value
     order = json.loads(metadata["capture"])["layers"]  # a file has them by name
     return ImageMaps(
         {branch: {layer: of[layer] for layer in order if layer in of} for branch, of in layers.items()},

@@ -14,44 +14,88 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file as save_arrays
 
 from lesion.store.files import atomically, clear
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 _DIGEST = "digest"
 
 
-def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """blake2b-128 of names, dtypes, shapes, values and metadata, 32 hex digits."""
+def digest_of(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """blake2b-128 of names, dtypes, shapes, values and metadata, 32 hex digits.
+
+    tensors: of torch, or numpy arrays, whose digest is the same.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        values = tensors[name]
+        if isinstance(values, np.ndarray):
+            dtype, bytes_of = f"torch.{values.dtype}", np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        else:
+            import torch
+
+            values = values.detach().cpu().contiguous()
+            dtype, bytes_of = str(values.dtype), values.reshape(-1).view(torch.uint8).numpy()
+        digest.update(repr((name, dtype, tuple(values.shape))).encode())
+        digest.update(bytes_of.data)
     return digest.hexdigest()
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """In one step, in place of any that is there. Raises OSError."""
-    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+def write(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """In one step, in place of any that is there; numpy arrays, all or none, without torch. Raises OSError."""
+    arrays = _are_arrays(tensors)
+    held = {name: np.ascontiguousarray(one) if arrays else one.contiguous() for name, one in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomically(path) as temporary:
-            save_file(held, temporary, metadata={**metadata, _DIGEST: digest_of(held, metadata)})
+            _save(held, temporary, {**metadata, _DIGEST: digest_of(held, metadata)})
     except SafetensorError as error:  # how its writer tells of a full disk
         raise OSError(str(error)) from error
+
+
+def _are_arrays(tensors: Mapping[str, Any]) -> bool:
+    return all(isinstance(one, np.ndarray) for one in tensors.values())
+
+
+def _save(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """Write from where the values lie: nothing is copied."""
+    if _are_arrays(tensors):
+        save_arrays(tensors, path, metadata)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(tensors, path, metadata)
 
 
 def read(path: Path, belongs: Callable[[Mapping[str, str]], bool]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Tensors and metadata; None where there is no file, or a damaged or foreign one, which is reported and removed.
 
     belongs: whether the metadata is that of the owner who asks; KeyError, TypeError and ValueError mean no.
+    """
+    return _read(path, belongs, "pt")
+
+
+def read_arrays(
+    path: Path, belongs: Callable[[Mapping[str, str]], bool]
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]] | None:
+    """`read` as numpy arrays, without torch: for files of types that numpy has."""
+    return _read(path, belongs, "np")
+
+
+def _read(
+    path: Path, belongs: Callable[[Mapping[str, str]], bool], framework: str
+) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """See `read`.
 
     Raises OSError if a file that is there cannot be read.
     """
@@ -60,7 +104,7 @@ def read(path: Path, belongs: Callable[[Mapping[str, str]], bool]) -> tuple[dict
             _remove(path, "it is no file")
         return None
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = dict(file.metadata() or {})
     except FileNotFoundError:  # removed in this moment
