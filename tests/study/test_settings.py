@@ -63,7 +63,7 @@ def test_columns_mean_what_they_meant_for_comparing_runs():
         **{"kind": "cross_attention", "lesioned": "", "aspects": "", "init": "", "noising": 0.0},
         "negative_prompt": "",
         "noise": "shared",
-        **dict.fromkeys(("steering", "steering_settings", "steering_layers"), ""),
+        **dict.fromkeys(("boxes", "steering", "steering_settings", "steering_layers"), ""),
     } == EARLIER
 
 

@@ -158,7 +158,7 @@ def _write(
         subject: [html.Word(one.word, *_shown([(one.path, f"{one.word}: {subject}")], run_dir)) for one in words]
         for subject, words in attention.by_subject(looks).items()
     }
-    data = page_data(frame, thumbs, known.metric)
+    data = page_data(frame, thumbs, known.metric, pictures.page_marks(run_dir, frame))
     return written + html.write(run_dir, frame, sections, data, known.metric, notes, shown)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from lesion.report import fonts
+from lesion.report.boxes import Mark, draw_marks
 from lesion.report.text import clean
 
 INK, FAINT, PAPER, HOLE = (20, 20, 20), (105, 105, 105), (255, 255, 255), (232, 232, 232)
@@ -105,12 +106,13 @@ def write(
 
 @dataclass(frozen=True)
 class Tile:
-    """One image to show; `trouble` says why there is none."""
+    """One image to show; `trouble` says why there is none. marks: boxes to draw over it."""
 
     caption: str
     score: str
     picture: Image.Image | None = None
     trouble: str = ""
+    marks: tuple[Mark, ...] = ()
 
 
 def load(path: Path) -> Image.Image | None:
@@ -148,6 +150,7 @@ def paint(canvas: Image.Image, tile: Tile, at: tuple[int, int], size: tuple[int,
     width, height = size
     if tile.picture is not None:
         canvas.paste(_fit(tile.picture, size), at)
+        draw_marks(draw, tile.marks, at, size)
         return
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=HOLE, outline=FAINT)
     face = font(11)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -89,8 +89,16 @@ def _change(metric: str) -> str:
     return facts.direction if facts.direction in ("distance", "prompt") else ""
 
 
-def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "clip_similarity") -> dict[str, Any]:
-    """Everything the script shows, as plain lists; paths are quoted for URLs and lie below the page's folder."""
+def page_data(
+    frame: pd.DataFrame,
+    thumbs: Mapping[str, str],
+    metric: str = "clip_similarity",
+    marks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Everything the script shows, as plain lists; paths are quoted for URLs and lie below the page's folder.
+
+    marks: of each row the boxes to draw over its image, as JSON data; empty where no prompt has any.
+    """
     frame = frame.reset_index(drop=True)
     prompt_ids, prompt = _numbered(frame["prompt_id"])
     firsts = frame.drop_duplicates("prompt_id")
@@ -137,6 +145,7 @@ def page_data(frame: pd.DataFrame, thumbs: Mapping[str, str], metric: str = "cli
             "image": [_url(name) for name in images],
             "thumb": [_url(thumbs[name]) if name in thumbs else 0 for name in images],
         },
+        "marks": list(marks),
         "scores": {name: [_number(value) for value in frame[name].astype("float64")] for name in (metric, *extra)},
     }
 

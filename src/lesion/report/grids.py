@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
 from lesion.analysis.settings import BASELINE, Setting, in_order, layers_in_order, only_setting, rows
+from lesion.report.boxes import LEGEND, legend, marks
 from lesion.report.canvas import (
     FAINT,
     GAP,
@@ -70,7 +71,7 @@ def _tile(record: dict[Hashable, Any] | None, caption: str, run_dir: Path, metri
         return Tile(caption, "n/a", trouble=f"{record['status']}: {clean(record.get('reason') or 'no reason given')}")
     picture = load(run_dir / str(record["image"])) if record["image"] else None
     trouble = "" if picture else "missing: no readable image file"
-    return Tile(caption, number(float(record.get(metric, math.nan))), picture, trouble)
+    return Tile(caption, number(float(record.get(metric, math.nan))), picture, trouble, marks(record, picture))
 
 
 def _block(records: list[dict[Hashable, Any]], selection: str, scope: Scope, run_dir: Path, metric: str) -> list[Tile]:
@@ -128,6 +129,8 @@ def compare(
     prompt = str(records[0]["prompt"]) if records else prompt_id
     where = f"prompt {clean(prompt_id, 60)} · seed {seed} · {scope.setting.label}"
     details = f"{where} · under each image: {metric} to the baseline"
+    if records and (boxes := legend(records[0])):
+        details += f" · {clean(boxes, 300)}"
     return _draw_comparison(clean(prompt), details, baseline, blocks, size, max_width)
 
 
@@ -145,7 +148,7 @@ def _draw_comparison(
     columns = min(columns, longest + 1)
     width = max(columns * pitch + GAP, 640)
     head, sub, small, strong = font(20, True), font(14), font(12), font(12, True)
-    titles, notes = wrap(title, head, width - 2 * GAP, 2), wrap(details, sub, width - 2 * GAP, 3)
+    titles, notes = wrap(title, head, width - 2 * GAP, 2), wrap(details, sub, width - 2 * GAP, 5)
     captions = [wrap(tile.caption, small, size[0], 4) for _, block in blocks for tile in block]
     text_height = (max(map(len, captions), default=1) + 1) * line_height(small)
     row = size[1] + 4 + text_height + GAP
@@ -218,7 +221,9 @@ def layer_grid(
     columns = max(1, min(len(ids), (max_width - left - 2 * GAP) // pitch))
     width = max(left + columns * pitch + 2 * GAP, 640)
     titles = wrap(f"{selection.replace('_', '-')}, seed {seed}", head, width - 2 * GAP, 1)
-    notes = wrap(f"{setting.label} · under each image: {metric} to the baseline", sub, width - 2 * GAP, 3)
+    details = f"{setting.label} · under each image: {metric} to the baseline"
+    details += f" · {LEGEND}" if any(tile.marks for line in table for tile in line) else ""
+    notes = wrap(details, sub, width - 2 * GAP, 3)
     labels = [wrap(f"{clean(one, 60)}: {clean(texts.get(one, ''))}", small, size[0], 5) for one in ids]
     heading = max(map(len, labels), default=1) * line_height(small) + 4
     row = size[1] + line_height(small) + GAP + 2

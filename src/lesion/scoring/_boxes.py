@@ -36,21 +36,30 @@ def kind(words: str) -> tuple[str, str]:
     return next((w for w in found if w in COLOURS), ""), next((w for w in found if w in SHAPES), "")
 
 
-def matched(boxes: Sequence[Box], found: Sequence[Found]) -> list[float]:
-    """The IoU of each box with its object, 0 where it has none."""
-    values = [0.0] * len(boxes)
+def assigned(boxes: Sequence[Box], found: Sequence[Found]) -> list[Corners | None]:
+    """Return where the object of each box is seen, None where it is not."""
+    places: list[Corners | None] = [None] * len(boxes)
     for asked in dict.fromkeys(kind(box.words) for box in boxes):
         mine = [number for number, box in enumerate(boxes) if kind(box.words) == asked]
         colour, shape = asked
-        seen = [one.box for one in found if colour in ("", one.thing.colour) and shape in ("", one.thing.shape)][:MOST]
-        seen += [(2.0, 2.0, 3.0, 3.0)] * (len(mine) - len(seen))  # outside of the image: no object
+        fit = [one.box for one in found if colour in ("", one.thing.colour) and shape in ("", one.thing.shape)][:MOST]
+        seen: list[Corners | None] = [*fit, *[None] * (len(mine) - len(fit))]
         best = max(
             itertools.permutations(seen, len(mine)),
-            key=lambda order: sum(iou(boxes[number].box, one) for number, one in zip(mine, order, strict=True)),
+            key=lambda order: sum(_filled(boxes[number], one) for number, one in zip(mine, order, strict=True)),
         )
         for number, one in zip(mine, best, strict=True):
-            values[number] = iou(boxes[number].box, one)
-    return values
+            places[number] = one
+    return places
+
+
+def matched(boxes: Sequence[Box], found: Sequence[Found]) -> list[float]:
+    """Return the IoU of each box with its object, 0 where it has none."""
+    return [_filled(box, one) for box, one in zip(boxes, assigned(boxes, found), strict=True)]
+
+
+def _filled(box: Box, place: Corners | None) -> float:
+    return iou(box.box, place) if place else 0.0
 
 
 class BoxMetric(Metric):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,3 +104,16 @@ def boxes_of_row(row: Mapping[str, Any], text: str, key: str) -> list[dict[str, 
             ) from None
         found.append({"words": f"{words}#{before + 1}" if before else words, "box": shares})
     return found or None
+
+
+def as_text(boxes: Sequence[Box]) -> str:
+    """Write boxes as the JSON text of a column of results, "" where there are none."""
+    return json.dumps([{"words": box.words, "box": list(box.box)} for box in boxes]) if boxes else ""
+
+
+def from_text(text: Any, prompt: str) -> tuple[Box, ...]:
+    """Read `as_text`; nothing where it is no such text."""
+    try:
+        return parse_boxes(json.loads(text), prompt, "boxes") if text else ()
+    except (TypeError, ValueError, RequestError):
+        return ()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from lesion.study import boxes
 from lesion.study.grid import Cell
 from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
@@ -98,6 +99,7 @@ COLUMNS: tuple[Column, ...] = (
     *(_of_setting(declared) for declared in DECLARED if declared.column),
     Column("steering", lambda cell, layers: _steering(cell, "name"), "generation", text=True, earlier=""),
     Column("steering_settings", lambda cell, layers: _steering(cell, "digest"), "generation", text=True, earlier=""),
+    Column("boxes", lambda cell, layers: boxes.as_text(cell.prompt.boxes), text=True, earlier=""),
     Column("steering_layers", lambda cell, layers: "+".join(steering_layers(cell)), text=True, earlier=""),
     Column("dtype", lambda cell, layers: cell.model.dtype, "identity"),
     Column("device", lambda cell, layers: cell.model.device, "identity"),

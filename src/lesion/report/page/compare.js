@@ -42,6 +42,8 @@ function facts(row) {
     ["status", reason(row) ? `${status(row)}: ${reason(row)}` : status(row)],
     ...scores.map(([name, value]) => [name, number(value, 4)])];
   const list = pairs.filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+  const boxes = (D.marks[row] || []).map(({ words }) => words).join(", ");
+  if (boxes) list.push(el("dt", {}, "boxes"), el("dd", {}, `${boxes}: asked for solid, as the reader sees it dashed`));
   if (files.length) list.push(el("dt", {}, "files"), el("dd", {}, ...files.flatMap((one) => [one, " "])));
   return list;
 }
@@ -56,7 +58,8 @@ function showCompare() {
   byId("previous").disabled = compare.at === 0;
   byId("next").disabled = compare.at === compare.rows.length - 1;
   const both = baseline >= 0 && baseline !== row && R.image[baseline] && R.image[row];
-  const framed = (one, kind, words) => el("figure", { class: kind }, picture(one), el("figcaption", {}, words));
+  const framed = (one, kind, words) => el("figure", { class: kind },
+    el("span", { class: "marked" }, picture(one), ...marks(one)), el("figcaption", {}, words));
   stage.replaceChildren(...(both
     ? [framed(baseline, "baseline", "baseline"), framed(row, "lesioned", modeName(mode(row)))]
     : [framed(row, "lone", "")]));

@@ -86,6 +86,18 @@ function picture(row, { thumb = false, lazy = false, alt = describe(row) } = {})
   return image;
 }
 
+// The boxes of a row's prompt: solid where an object was asked for, dashed where the reader sees it.
+function marks(row) {
+  return (D.marks[row] || []).flatMap(({ words, asked, seen, colour }) => [[asked, "asked"], [seen, "seen"]]
+    .filter(([box]) => box).map(([[left, top, right, bottom], kind]) => {
+      const node = el("span", { class: `mark ${kind}`, title: `${words}: ${kind}` });
+      const place = { left, top, width: right - left, height: bottom - top };
+      for (const [side, share] of Object.entries(place)) node.style[side] = `${100 * share}%`;
+      node.style.borderColor = colour;
+      return node;
+    }));
+}
+
 // The colour of a share of the scale, and an ink that can be read on it. Square root: most changes are small.
 function shade(value, low, high) {
   const share = Math.sqrt(Math.max(0, Math.min(1, (value - low) / (high - low))));
