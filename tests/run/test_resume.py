@@ -191,7 +191,7 @@ def test_out_of_memory_halves_the_batch_and_remembers(cli, monkeypatch):
     assert sizes.count(8) == 0  # four baselines come first
     assert sizes[:3] == [4, 2, 2]
     assert max(sizes[1:]) == 2
-    assert "out of memory with a batch of 4; going on with 2" in out
+    assert "out of memory with a batch of 4; continuing with 2" in out
     (frame,) = cli.frames()
     assert (frame.status == "ok").all()
 

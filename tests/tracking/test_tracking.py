@@ -379,7 +379,7 @@ def test_a_failing_tracker_warns_once_and_is_left_alone(
     inner = Failing(where, OSError(28, "No space left\non device"))
     live_through(Guarded("wandb", inner), tmp_path)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "tracker wandb stopped: OSError: [Errno 28] No space left on device; the study goes on")
+        ("WARNING", "tracker wandb stopped: OSError: [Errno 28] No space left on device; the study continues")
     ]
     order = ["start", "progress", "progress", "finish", "close"]
     assert inner.calls == order[: order.index(where) + 1]
@@ -439,7 +439,7 @@ def test_a_service_that_does_not_answer_has_a_deadline(
     (line,) = caplog.messages
     waited = "0.5" if where == "finish" else "0.2"
     assert line.startswith(f"tracker wandb stopped: ServiceSilent: wandb-core has not answered for {waited} s")
-    assert "tracker.service_timeout" in line and line.endswith("the study goes on")
+    assert "tracker.service_timeout" in line and line.endswith("the study continues")
     assert run.calls == calls
 
 

@@ -94,7 +94,7 @@ def _whole_curves(part: pd.DataFrame, x: str) -> pd.DataFrame:
 def areas(part: pd.DataFrame, x: str, top: float) -> pd.DataFrame:
     """Area under effect over `x`, from 0 (no effect there) to `top`, as a share of its width: a mean effect.
 
-    One row an image (prompt_id, seed) that has a valid effect for every x: prompt_id, seed, area (trapezoids).
+    One row per image (prompt_id, seed) that has a valid effect for every x: prompt_id, seed, area (trapezoids).
     """
     wide = _whole_curves(part, x)
     points = wide.columns.to_numpy(dtype=np.float64)

@@ -35,7 +35,7 @@ SHOWN = 12  # names that a refusal lists
 class Results:
     """What one run, or several that may stand in one table, came to.
 
-    folder: of the run, or one above all of them; paths of images are relative to it. frame: one row an image, as in
+    folder: of the run, or one above all of them; paths of images are relative to it. frame: one row per image, as in
     results.parquet. floor: similarities between baselines, one row a pair; None if the run has none. notes: which runs
     are kept apart, with `mix`.
     """

@@ -106,7 +106,7 @@ def _heads(config: Mapping[str, Any]) -> int:
 
 
 def measured(study: Study, store: Store, maps: Maps, failures: Mapping[str, str]) -> pd.DataFrame:
-    """Measure the conditional maps of every image: maps.parquet, one row an image, layer that looks, and word.
+    """Measure the conditional maps of every image: maps.parquet, one row per image, layer that looks, and word.
 
     Columns: those that name the image (`layer` is the lesioned one); map_layer and map_index, its place in depth;
     word; aspect of the caption that the word is about, "" for others; the measures of `lesion.analysis.maps`. area is

@@ -187,7 +187,7 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
 class Outcome:
     """What came of a study.
 
-    frame: results, one row an image; failed ones are among them.
+    frame: results, one row per image; failed ones are among them.
     written: paths of the run folder.
     said: what the report says of it; None where there is no report.
     trouble: in one line why it is not all well; "" if it is.

@@ -76,7 +76,7 @@ class Maker:
         self.broken: dict[str, str] = {}
         self.alone: dict[str, str] = {}  # why each image failed that was made by itself, until the first is made
         self.sound = False  # whether an image was made, or some fail for reasons of their own
-        self.hopeless = ""  # why none can be made
+        self.stopped = ""  # why none can be made
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Make everything that is missing, and wait for what other processes are making.
@@ -98,7 +98,7 @@ class Maker:
                     ours = [cell for cell in here if not self._there(cell.key)]  # made by others since planning
                     claims.release({cell.key for cell in here} - {cell.key for cell in ours})
                     self._make(ours, shelf, claims)
-                    if self.hopeless:
+                    if self.stopped:
                         self._stop()
                         return
                     done, left = done + len(here), left + len(batch) - len(here)
@@ -153,7 +153,7 @@ class Maker:
     def _shrink(self, tried: int) -> None:
         """Continue with half the size that did not fit, also in later rounds and jobs of the same kind."""
         self.size = min(self.size, tried // 2)
-        log.warning("out of memory with a batch of %d; going on with %d", tried, self.size)
+        log.warning("out of memory with a batch of %d; continuing with %d", tried, self.size)
         _cut[_kind(self.request, self.model, self.study)] = self.size
 
     def _make(self, batch: Sequence[Cell], shelf: _Shelf, claims: Claims) -> None:
@@ -195,18 +195,18 @@ class Maker:
         else:
             log.error("%s failed: %s", label(batch[0]), why)
             self._give_up(batch, why, claims)
-            self._look_for_hope(batch[0], why)
+            self._stop_if_none_can_be_made(batch[0], why)
             return
         rest = list(batch)
         while rest:  # split step by step, since the size may shrink further
             number = self.size if crowded else 1
             self._make(rest[:number], shelf, claims)
             rest = rest[number:]
-            if self.hopeless:
+            if self.stopped:
                 claims.release(cell.key for cell in rest)
                 return
 
-    def _look_for_hope(self, cell: Cell, why: str) -> None:
+    def _stop_if_none_can_be_made(self, cell: Cell, why: str) -> None:
         """Find out whether every image will fail, as soon as a second one fails by itself before any was made.
 
         So it is if all failed for one reason that another prompt and seed without a lesion does not change.
@@ -224,14 +224,14 @@ class Maker:
             else:
                 self.sound = True
         if not self.sound and set(self.alone.values()) == {why}:
-            self.hopeless = why
+            self.stopped = why
         else:
             self.sound = True
 
     def _stop(self) -> None:
         """Give up all that is missing."""
-        log.error("no image of this study can be made, so no more are tried: %s", self.hopeless)
-        self.failures |= dict.fromkeys(filterfalse(self._settled(), self.study.keys()), self.hopeless)
+        log.error("no image of this study can be made, so no more are tried: %s", self.stopped)
+        self.failures |= dict.fromkeys(filterfalse(self._settled(), self.study.keys()), self.stopped)
 
     def _give_up(self, batch: Sequence[Cell], why: str, claims: Claims) -> None:
         self.failures |= {cell.key: why for cell in batch}

@@ -1,4 +1,4 @@
-"""The tables of a study: results, one row an image, and floor, one row a pair of baselines."""
+"""The tables of a study: results, one row per image, and floor, one row per pair of baselines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def results(
     failures: Mapping[str, str],
     publisher: Publisher,
 ) -> pd.DataFrame:
-    """One row an image, in the order of `Study.cells`.
+    """One row per image, in the order of `Study.cells`.
 
     paths: every layer of the model in forward order. failures: reasons for images that could not be made.
     """

@@ -43,7 +43,7 @@ class Tracker(Protocol):
         """Note that `done` of `total` images are made. May be called once an image: trackers throttle themselves."""
 
     def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
-        """Log the results frame (one row an image), the pictures under `run_dir` and `summary` (name -> value)."""
+        """Log the results frame (one row per image), the pictures under `run_dir` and `summary` (name -> value)."""
 
     def close(self, exit_code: int) -> None:
         """Close the job; `exit_code` 0 means all cells fine. Safe to call after a failure, or without a start."""
@@ -77,7 +77,7 @@ class Guarded:
         except Exception as error:
             self.stopped = True
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            log.warning("tracker %s stopped: %s; the study goes on", self.name, what)
+            log.warning("tracker %s stopped: %s; the study continues", self.name, what)
             log.debug("tracker %s", self.name, exc_info=True)
 
 
