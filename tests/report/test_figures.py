@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
+import zlib
+
 import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.subset import Options
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 from lesion.analysis.settings import settings
@@ -124,6 +130,17 @@ def test_clusters_bring_like_layers_together():
 def test_any_text_can_be_drawn(tmp_path, text):
     table = pd.DataFrame([[0.1, np.nan]], index=[text], columns=[text, text + "2"])
     assert all(path.is_file() for path in figures.save(figures.heat_map(table, "m", clean(text, 300)), tmp_path / "x"))
+
+
+def test_letters_in_a_pdf_are_a_font_without_what_only_shapes_text(tmp_path):
+    before = [*Options._drop_tables_default]
+    table = pd.DataFrame([[0.0, 1.0]], index=["fi"], columns=["a", "b"])
+    _, pdf = figures.save(figures.heat_map(table, "m", "t"), tmp_path / "x")
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
+    whole = [zlib.decompressobj().decompress(stream) for stream in streams if stream[:1] == b"x"]
+    fonts = [TTFont(io.BytesIO(data)) for data in whole if data.startswith(b"\0\1\0\0")]
+    assert fonts and all("glyf" in font and not {"GSUB", "GPOS", "GDEF"} & {*font.keys()} for font in fonts)
+    assert before == Options._drop_tables_default
 
 
 def test_a_reference_far_from_the_data_is_named_at_the_side_instead_of_squeezing_them():

@@ -134,7 +134,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         with atomically(paths[0]) as temporary:
             FigureCanvasAgg(figure).print_png(temporary)
         figure.set_layout_engine("none")  # keep the layout just found: finding it again takes most of the time
-        with atomically(paths[1]) as temporary:
+        with atomically(paths[1]) as temporary, fonts.embedded_without_layout():
             FigureCanvasPdf(figure).print_pdf(temporary, metadata={"CreationDate": None})
     return paths
 

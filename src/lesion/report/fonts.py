@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
+from fontTools.subset import Options
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
@@ -19,16 +21,8 @@ log = logging.getLogger(__name__)
 FAMILY = "DejaVu Sans"  # bundled with matplotlib
 PACKAGES = ("paperang_p2_fonts_cjk", "manimgx_fonts")  # fonts of the extra `lesion[fonts]`
 _SHOWN = 40  # letters that the warning names
-_STYLES = (
-    "bold",
-    "italic",
-    "oblique",
-    "black",
-    "thin",
-    "light",
-    "mono",
-    "condensed",
-)  # taken where nothing else has it
+# taken where nothing else has the letter
+_STYLES = ("bold", "italic", "oblique", "black", "thin", "light", "mono", "condensed")
 _USELESS = ("color emoji", "lastresort")  # colour glyphs, which cannot be drawn in ink; boxes for every letter
 _said: set[str] = set()
 
@@ -36,6 +30,20 @@ _said: set[str] = set()
 def regular(bold: bool = False) -> Path:
     """The file of DejaVu Sans."""
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
+
+
+@contextmanager
+def embedded_without_layout() -> Iterator[None]:
+    """Within it a PDF embeds fonts without their tables for shaping text.
+
+    Readers of PDF use none of them, and to cut them to a figure's letters takes half of the time of writing it.
+    """
+    default = Options._drop_tables_default
+    Options._drop_tables_default = [*default, "GSUB", "GPOS", "GDEF"]
+    try:
+        yield
+    finally:
+        Options._drop_tables_default = default
 
 
 def lacking(text: str) -> set[str]:

@@ -187,7 +187,7 @@ class Maker:
             if len(batch) == 1:
                 log.error("%s: a single image does not fit in memory", label(batch[0]))
                 self._give_up(batch, f"a single image does not fit in memory: {why}", claims)
-                self._look_for_hope(batch[0], why)
+                self._stop_if_none_can_be_made(batch[0], why)
                 return
             self._shrink(len(batch))
         elif len(batch) > 1:
