@@ -27,6 +27,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_the_random_models_have_the_published_sizes(name):
     with torch.device("meta"):
@@ -119,6 +120,7 @@ def options(folder: Path) -> setup.Options:
     return setup.Options(device="cpu", repeats=1, quick=True, scratch=folder, kept=folder / "models")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_the_big_architectures_run_when_shrunk(name, tmp_path):
     this = setup.setup(name, options(tmp_path))

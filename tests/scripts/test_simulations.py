@@ -13,7 +13,13 @@ import budget_saving
 import interval_coverage
 
 
-@pytest.mark.parametrize(("script", "lines"), [(budget_saving, 8), (interval_coverage, len(interval_coverage.CASES))])
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [
+        pytest.param(budget_saving, 8, marks=pytest.mark.slow),
+        (interval_coverage, len(interval_coverage.CASES)),
+    ],
+)
 def test_a_line_a_case(script, lines, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script.__name__, "--times", "1"])
     script.main()

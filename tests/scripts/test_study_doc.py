@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import study_doc
 from lesion.report import tables
 
+pytestmark = pytest.mark.slow  # 13,132 rows are worked out
+
 SHAPE, COUNT = "up_blocks.2.attentions.2", "up_blocks.2.attentions.1"
 COLOURS = ("up_blocks.3.attentions.1", "up_blocks.3.attentions.2")
 EMPTY = (
