@@ -117,9 +117,9 @@ class StatedStudy:
         out = folders.fresh(own) if folder is None else Path(folder).expanduser().absolute()
         folders.claim(out, asked, "folder")
         name = f"{hydra.job.name}-{hydra.job.override_dirname or 'defaults'}"[:120]
-        outcome = complete(self._request, JobContext(out, name, None, self.config), surveyed, report)
         OmegaConf.save(self._config, out / ".hydra" / "config.yaml")
         OmegaConf.save(hydra.overrides.task, out / ".hydra" / "overrides.yaml")
+        outcome = complete(self._request, JobContext(out, name, None, self.config), surveyed, report)
         if outcome.trouble:
             warnings.warn(f"{outcome.trouble}; see .failures", stacklevel=2)
         return Results.read([out])

@@ -18,7 +18,7 @@ from lesion.study.lesions import digest_of
 
 RECORD = Path(".hydra") / "request.json"
 MADE = ("images", "maps", "grids", "figures", "tables", "thumbs")  # folders whose every file a run writes
-FILES = ("results.parquet", "floor.parquet", "budget.parquet", "SHA256SUMS", "report.html")
+FILES = ("results.parquet", "floor.parquet", "budget.parquet", "SHA256SUMS", "report.html", "environment.json")
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
 NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))

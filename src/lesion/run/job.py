@@ -24,6 +24,7 @@ from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
+from lesion.run import environment
 from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
 from lesion.run.folder import prune
 from lesion.run.sweep import Sweep
@@ -234,14 +235,15 @@ def complete(
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
+    making = environment.Making()
     try:
         try:
-            failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher)
+            failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher, making)
             while rounds and _some_made(study, failures) and rounds.look(scores.value, scores.spec.importance):
                 study = rounds.part
                 log.info("round %d: %d images more", rounds.number, len(study))
                 counts = tally(study, known(store, maps_of(request, source)))
-                failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher)
+                failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher, making)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -263,6 +265,8 @@ def complete(
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)
         written, said, unwritten = _write(frame, beside, publish, context.folder, tracker, report)
+        with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
+            written.append(environment.record(context.folder, context.config, request.device, making))
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
         trouble = ""
         if stopped:
@@ -367,6 +371,7 @@ def _complete(
     counts: Tally,
     tracker: Tracker,
     publisher: Publisher,
+    making: environment.Making,
 ) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     failures: dict[str, str] = {}
@@ -378,7 +383,9 @@ def _complete(
             log.info(
                 "%d images to make, %d already in the store %s", missing, counts.unique - missing, _shown(store.folder)
             )
-            failures |= _generate(request, source, study, store, maps, scores, missing, failures, tracker, publisher)
+            failures |= _generate(
+                request, source, study, store, maps, scores, missing, failures, tracker, publisher, making
+            )
         else:
             log.info("all %d images are in the store %s", counts.unique, _shown(store.folder))
         log.info("scoring: what has no score yet")
@@ -413,6 +420,7 @@ def _generate(
     failures: Mapping[str, str],
     tracker: Tracker,
     publisher: Publisher,
+    making: environment.Making,
 ) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
     from lesion.generation.generate import make_deterministic
@@ -439,14 +447,15 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, scores, publisher), maps)
+        maker = Maker(request, model, study, store, _when_made(request, scores, publisher, making), maps)
         maker.failures.update(failures)
         maker.run(progress)
+    making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]
     scores.refresh()
     return maker.failures
 
 
-def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher) -> Made:
+def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher, making: environment.Making) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and is scored.
 
     Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
@@ -455,6 +464,7 @@ def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher) -> Ma
     later = (request.model.tf32 or request.model.decoder == "tf32") and request.device.startswith("cuda")
 
     def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
+        making.images += 1
         with suppress(OSError):  # at the end all are put in place, and what cannot be is said
             publisher.publish(cell)
         if later:

@@ -72,6 +72,7 @@ class Maker:
         self.failures: dict[str, str] = {}
         self.masses: dict[str, float] = {}  # of steered images that wait to be stored, `Picture.box_mass`
         self.size = study.settings.batch_size or 0
+        self.sizes: list[int] = []  # of batches, in the order of their use
         self.interventions: dict[str, Intervention] = {}
         self.broken: dict[str, str] = {}
         self.alone: dict[str, str] = {}  # why each image failed that was made by itself, until the first is made
@@ -84,6 +85,7 @@ class Maker:
         progress: called with the number of further images that are settled: made here, made by others, or failed.
         """
         self.size = _size(self.request, self.model, self.study, self.maps.capture if self.maps else None)
+        self.sizes.append(self.size)
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
@@ -153,6 +155,7 @@ class Maker:
     def _shrink(self, tried: int) -> None:
         """Continue with half the size that did not fit, also in later rounds and jobs of the same kind."""
         self.size = min(self.size, tried // 2)
+        self.sizes.append(self.size)
         log.warning("out of memory with a batch of %d; continuing with %d", tried, self.size)
         _cut[_kind(self.request, self.model, self.study)] = self.size
 
