@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lesion.analysis.maps import MEASURES, against_masks, entropy, layer_means, maps_against_causes
+from lesion.analysis.maps import (
+    MEASURES,
+    against_masks,
+    entropy,
+    layer_means,
+    maps_against_causes,
+    with_measures,
+    word_means,
+)
 from lesion.toy_world import parse_caption, render
 from lesion.toy_world.masks import masks, spoken
 
@@ -103,3 +111,33 @@ def test_the_script_fills_the_page(tmp_path, monkeypatch):
     assert text.startswith("before\n<!-- looks -->\nlooks\n<!-- end -->") and text.endswith("after\n")
     assert "| colour | importance | 8 |" in text and "1.00 [" in text
     del sys.modules["attention_doc"]
+
+
+def test_measures_of_images_and_words_by_hand():
+    def row(cell, layer, word, aspect, value, prompt="p"):
+        mass = value if aspect else float("nan")
+        return {
+            "cell": cell, "prompt_id": prompt, "selection": "none", "map_layer": layer, "word": word, "aspect": aspect,
+            "share": value, "entropy": 1.0, "mass": mass, "iou": mass, "average_precision": mass,
+        }  # fmt: skip
+
+    maps = pd.DataFrame(
+        [
+            *(row("x", layer, "red", "colour", value) for layer, value in (("one", 0.1), ("two", 0.3))),
+            *(row("x", layer, "red#2", "colour", value) for layer, value in (("one", 0.2), ("two", 0.2))),
+            *(row("x", layer, "circle", "shape", value) for layer, value in (("one", 0.5), ("two", 0.9))),
+            *(row("x", "one", word, "", 0.9) for word in ("and", "<special>")),
+            row("y", "one", "cat", "", 0.4, "q"),
+            row("y", "one", "<rest>", "", 0.6, "q"),
+        ]
+    )
+    frame = pd.DataFrame({"cell": ["y", "x", "z", "x"], "seed": [0, 1, 2, 3]}, index=[7, 8, 9, 10])
+    found = with_measures(frame, maps)
+    assert found[["cell", "seed"]].equals(frame)
+    assert found["attention_share"].to_list() == pytest.approx([0.4, 2.2 / 6, np.nan, 2.2 / 6], nan_ok=True)
+    assert found["attention_mass_colour"].to_list() == pytest.approx([np.nan, 0.2, np.nan, 0.2], nan_ok=True)
+    assert found["attention_iou_shape"].to_list() == pytest.approx([np.nan, 0.7, np.nan, 0.7], nan_ok=True)
+    assert len(found.columns) == 2 + 3 * len(MEASURES)
+    assert with_measures(frame, maps[:0]) is frame
+    words = word_means(maps).set_index("word")
+    assert list(words.index) == ["red", "circle"] and words["mass"].to_list() == pytest.approx([0.2, 0.7])

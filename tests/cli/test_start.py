@@ -43,7 +43,21 @@ from lesion.config.schema import conf_dir
 from lesion.run.job import results
 with initialize_config_dir(str(conf_dir()), version_base="1.3"):
     frame = results(parse(compose("lesion", finished)))
-say("reopened", len(frame) * (frame["status"] == "ok").all())
+    say("reopened", len(frame) * (frame["status"] == "ok").all())
+    request = parse(compose("lesion", [*finished, "capture=maps", "capture.layers=[mid*]"]))
+from pathlib import Path
+import numpy as np
+from lesion.run.capture import maps_of
+from lesion.run.job import JobContext, complete, survey
+from lesion.store.maps import ImageMaps
+source, study = survey(request)
+maps = maps_of(request, source)
+layer, entries = maps.capture.layers[0], {"a": [0], "<special>": [1], "<rest>": []}
+for cell in study.cells():
+    maps.put(cell, ImageMaps({"cond": {layer: np.full((1, 1, 2, 2, 2), 0.5, np.float32)}}, {"cond": entries}))
+Path("again").mkdir()
+outcome = complete(request, JobContext(Path("again"), "maps", None, {}), (source, study), report=False)
+say("with_maps", len(outcome.frame) * (outcome.frame["attention_share"] == 0.5).all())
 """
 
 
@@ -55,8 +69,9 @@ def test_starts_import_nothing_slow(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "dry_run 0", "False"]
-    *lines, reopened = done.stdout.splitlines()
+    *lines, reopened, with_maps = done.stdout.splitlines()
     assert lines == ways
-    name, rows, *imported = reopened.split()
-    assert (name, imported) == ("reopened", [])
-    assert int(rows) > 10
+    for line, expected in ((reopened, "reopened"), (with_maps, "with_maps")):
+        name, rows, *imported = line.split()
+        assert (name, imported) == (expected, [])
+        assert int(rows) > 10

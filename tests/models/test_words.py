@@ -8,8 +8,10 @@ import pytest
 from transformers import CLIPTokenizer
 
 from conftest import byte_tokenizer
+from lesion.generation.generate import _say_unseen
 from lesion.models import EMBEDDED
 from lesion.models.words import encoders, in_parts
+from lesion.study.prompts import Prompt
 from lesion.study.words import named, words_in
 from pipelines import bert_tokenizer, gemma_tokenizer, t5_tokenizer
 
@@ -99,3 +101,38 @@ def test_text_without_words(tokenizers):
 def test_a_pipeline_without_tokenizer_is_refused():
     with pytest.raises(ValueError, match="has no tokenizer"):
         encoders(SimpleNamespace())
+
+
+LATE = "blue, circle#2, café-bar"
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "absent", "unseen"),
+    [
+        ("StableDiffusionPipeline", {"tokenizer": 8}, (), LATE),
+        ("StableDiffusionXLPipeline", {"tokenizer": 8, "tokenizer_2": 8}, (), LATE),
+        ("StableDiffusionXLImg2ImgPipeline", {"tokenizer": None, "tokenizer_2": 8}, (), LATE),  # the refiner
+        ("StableDiffusion3Pipeline", {"tokenizer": 8, "tokenizer_2": 8, "tokenizer_3": 60}, (), ""),
+        ("StableDiffusion3Pipeline", {"tokenizer": 8, "tokenizer_3": 60}, ("text_encoder_3",), LATE),
+        ("FluxPipeline", {"tokenizer": 8, "tokenizer_2": 60}, (), ""),
+        ("FluxPipeline", {"tokenizer": 60, "tokenizer_2": 8}, (), LATE),  # of CLIP it reads no tokens
+    ],
+)
+def test_words_that_no_encoder_sees_are_named_once_a_prompt(name, lengths, absent, unseen, caplog):
+    """Of several encoders one that sees a word is enough; one that the pipeline lacks sees none."""
+    limit = lengths.get("tokenizer_3") or lengths.get("tokenizer_2")
+
+    def call(self, max_sequence_length=limit):
+        raise NotImplementedError
+
+    pipe = type(name, (SimpleNamespace,), {"__call__": call} if name.startswith(("StableDiffusion3", "Flux")) else {})()
+    for part, length in lengths.items():
+        tokenizer = length and CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=length)
+        encoder = part.replace("tokenizer", "text_encoder")
+        vars(pipe).update({part: tokenizer, encoder: None if encoder in absent else "an encoder"})
+    pipe.tokenizer_max_length = lengths["tokenizer"]
+    model = SimpleNamespace(pipe=pipe, arguments={}, told=set())
+    for _ in range(2):
+        _say_unseen(model, [Prompt(TEXT), Prompt("a star"), Prompt(TEXT)])
+    said = [record.getMessage() for record in caplog.records]
+    assert [one.partition(" words: ")[2] for one in said] == ([unseen] if unseen else [])

@@ -367,7 +367,7 @@ def test_a_new_name_is_not_one_that_another_prompt_has(tmp_path):
     study(tmp_path / "a", ("p", "p-2"), (0,), text="one")
     other = study(tmp_path / "b", ("p",), (0,), text="two")
     other.assign(cell=other["cell"] + "x").to_parquet(tmp_path / "b" / "results.parquet")
-    frame, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
+    frame, _, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
     texts = frame.drop_duplicates(["prompt_id", "prompt"]).set_index("prompt_id")["prompt"]
     assert texts.to_dict() == {"p": "one p", "p-2": "one p-2", "p-3": "two p"}
 
@@ -382,7 +382,7 @@ def test_prompts_with_other_init_images_are_kept_apart(tmp_path, names):
         if one == "c":
             frame.loc[frame["selection"] != "none", ["replacement", "cell"]] = ["mean", "c-" + frame["cell"]]
         frame.to_parquet(tmp_path / one / "results.parquet")
-    frame, _ = merge([read(tmp_path / one, tmp_path) for one in "abc"])
+    frame, _, _ = merge([read(tmp_path / one, tmp_path) for one in "abc"])
     assert set(frame["prompt_id"]) == {"p", "q", "p-2", "q-2"}
     folders = frame["image"].str.split("/").str[0]
     assert set(folders[frame["prompt_id"].isin(("p-2", "q-2"))]) == {"b"}
@@ -394,7 +394,7 @@ def test_results_without_aspects_or_with_some_have_no_aspect_called_nan(tmp_path
     frame = study(tmp_path / "a", ("p",), (0,)).drop(columns="aspects")
     frame.to_parquet(tmp_path / "a" / "results.parquet")
     study(tmp_path / "b", ("q",), (0,)).assign(aspects="colour").to_parquet(tmp_path / "b" / "results.parquet")
-    merged, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
+    merged, _, _ = merge([read(tmp_path / one, tmp_path) for one in "ab"])
     assert set(merged["aspects"]) == {"", "colour"}
     assert set(findings(merged).aspects["aspect"]) == {"colour"}
 
@@ -450,7 +450,7 @@ def test_runs_that_differ_in_weights_or_scores_are_never_averaged(tmp_path, caps
     with pytest.raises(Refused, match=name):
         check(runs)
     renamed, notes = apart(runs)
-    frame, _ = merge(renamed)
+    frame, _, _ = merge(renamed)
     assert frame["model"].nunique() == 2 and len(frame) == 20 and name in notes[0]
 
 
@@ -461,7 +461,7 @@ def test_floors_follow_their_prompts_and_count_once(tmp_path):
         frame.assign(cell=frame["cell"] + name).to_parquet(tmp_path / name / "results.parquet")
         pd.DataFrame([pair]).to_parquet(tmp_path / name / "floor.parquet")
     runs = [read(tmp_path / one, tmp_path / "out") for one in ("a", "b", "a")]
-    frame, floor = merge(runs)
+    frame, floor, _ = merge(runs)
     assert set(frame["prompt_id"]) == {"p", "q", "p-2", "q-2"} and len(frame) == 80
     assert floor["prompt_id_a"].tolist() == floor["prompt_id_b"].tolist() == ["p", "p-2"]
 
@@ -471,7 +471,7 @@ def test_a_cell_in_two_orders_is_two_rows(tmp_path):
     chain = frame[frame["selection"] == "all"].assign(selection="coalitions", lesioned="+".join(LAYERS))
     both = pd.concat([frame, chain.assign(permutation=0), chain.assign(permutation=1)], ignore_index=True)
     both.to_parquet(tmp_path / "results.parquet")
-    merged, _ = merge([read(tmp_path, tmp_path), read(tmp_path, tmp_path)])
+    merged, _, _ = merge([read(tmp_path, tmp_path), read(tmp_path, tmp_path)])
     assert len(merged) == len(both)
 
 

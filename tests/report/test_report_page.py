@@ -23,11 +23,14 @@ from PIL import Image
 
 from lesion import report
 from lesion.analysis.importance import layer_by_prompt, layer_table
+from lesion.analysis.maps import MEASURES
 from lesion.analysis.settings import settings
 from lesion.cli.report import main
-from lesion.report import contents, html, pictures, write_report
+from lesion.report import attention, contents, html, pictures, write_report
 from lesion.report.data import as_json, inside, page_data
 from lesion.report.findings import findings
+from lesion.store import tensors
+from lesion.store.maps import beside_image
 from test_report import LAYERS, spoil, study
 
 HOSTILE = {
@@ -305,6 +308,102 @@ def test_lesion_report_of_several_runs_is_one_folder(tmp_path, capsys):
     assert names.count("") == 1
     assert all(name.startswith("images/") and (tmp_path / "mailed" / name).is_file() for name in names if name)
     assert not list((tmp_path / "mailed").rglob("private*"))
+
+
+def with_maps(folder: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """Maps beside the images: layer n of a baseline looks at quarter n of it, of a lesioned image at the last."""
+    frame = frame.assign(cell=frame["cell"].str.replace("-", "_"))
+    frame.to_parquet(folder / "results.parquet")
+    for row in frame[frame["selection"].isin(("none", "leave_one_out"))].to_dict("records"):
+        values = np.full((4, 1, 1, 3, 2, 2), 0.1, np.float32)
+        for layer in range(4):
+            values[layer, 0, 0, 0].flat[layer if row["selection"] == "none" else 3] = 0.9
+        layers = {f"cond/{path}": values[n] for n, path in enumerate(LAYERS) if path != row["layer"]}
+        entries = {"cond": {"red": [0], "circle": [1], "<special>": [2], "<rest>": []}}
+        about = {"maps": f"{row['cell']}-x", "capture": json.dumps({"layers": LAYERS}), "entries": json.dumps(entries)}
+        tensors.write(folder / beside_image(row["image"]), layers, about)
+    measures = dict.fromkeys(MEASURES, 0.25) | {"map_layer": LAYERS[0], "map_index": 0, "word": "red"}
+    looked = frame[["model", "prompt_id", "seed", "selection", "replacement", "layer", "cell"]]
+    looked.assign(aspect="colour", **measures).to_parquet(folder / "maps.parquet")
+    return frame
+
+
+def test_maps_show_where_each_layer_looks_and_what_the_others_look_at_without_it(tmp_path, monkeypatch):
+    frame = with_maps(tmp_path, study(tmp_path, ("p",), (0,), size=16))
+    shown = {}
+    monkeypatch.setattr(attention, "_sheet", lambda title, caption, tiles, picture: shown.update({title: tiles}))
+    monkeypatch.setattr(attention, "_save", lambda picture, path: shown.update({path.stem: shown.popitem()[1]}))
+    made = attention.pictures(tmp_path, frame, "clip_similarity")
+    assert [one.word for one in made] == ["red", "circle"]
+    base, under = (shown[made[0].paths[kind].stem] for kind in ("", "--lesioned"))
+    assert [tile.caption for tile in base] == ["the image", "all layers", "down0.a0", "mid.a0", "up1.a10", "up1.a2"]
+    assert [tile.score for tile in base[2:]] == [
+        f"0.1 to 0.9; effect {effect}" for effect in ("0.100", "0.000", "0.300", "0.400")
+    ]
+
+    def quarter(tile):
+        """Which quarter is the brightest."""
+        light = np.asarray(tile.picture.convert("L"), dtype=float).reshape(2, tile.picture.height // 2, 2, -1)
+        return int(light.mean(axis=(1, 3)).argmax())
+
+    assert [quarter(tile) for tile in base[2:]] == [0, 1, 2, 3]
+    assert [tile.caption for tile in under] == ["baseline", *(f"without {tile.caption}" for tile in base[2:])]
+    assert [quarter(tile) for tile in under[1:]] == [3, 3, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def looked(tmp_path_factory) -> Path:
+    """The report of two runs with maps and one without, which has an image of the first once more."""
+    folder = tmp_path_factory.mktemp("looked")
+    bare = study(folder / "0", ("p",), (0,), size=16)
+    bare.assign(cell=bare["cell"].str.replace("-", "_")).to_parquet(folder / "0" / "results.parquet")
+    for name, prompt in (("a", "p"), ("b", "q")):
+        with_maps(folder / name, study(folder / name, (prompt,), (0,), size=16))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("of_setting", "over_settings"):  # figures, which take most of the time
+            patch.setattr(report.illustrations, name, lambda *_: [])
+        assert main([*(str(folder / name) for name in "0ab"), "--out", str(folder / "out")]) == 0
+    for name in "0ab":
+        shutil.rmtree(folder / name)
+    return folder / "out"
+
+
+def test_lesion_report_of_several_runs_has_their_maps(looked):
+    files = sorted(looked.glob("maps/*/*.safetensors"))
+    assert len(files) == 10 and len(list(looked.glob("maps/*"))) == 2
+    measures = pd.read_csv(looked / "tables" / "maps.csv")
+    assert measures[["map_layer", "aspect", "mass", "n_prompts"]].to_numpy().tolist() == [
+        [LAYERS[0], aspect, 0.25, 2] for aspect in ("all", "colour")
+    ]
+    assert pd.read_csv(looked / "tables" / "maps-words.csv")["word"].to_list() == ["red"]
+    page = page_of(looked)
+    pictures = [unquote(str(one["src"])) for one in page.of("img") if "grids/maps--" in str(one.get("src"))]
+    assert len(pictures) == 2 * 2 * 2 and all((looked / name).is_file() for name in pictures)
+    assert all(str(one["alt"]).startswith(("red in", "circle in")) for one in page.of("img") if "maps--" in one["src"])
+
+
+def test_in_a_browser_a_word_is_picked_and_its_maps_are_seen(looked, browser):
+    browser.complaints.clear()
+    browser.open((looked / "report.html").as_uri())
+    words = "[...document.querySelectorAll('#maps .part')[1].querySelectorAll('.words > details')]"
+    press = "{}.find(one => one.textContent.trim() === '{}').querySelector('summary').click()"
+    assert browser.js(f"{words}.map(one => one.innerText.trim())") == ["", ""], "folded"
+    browser.js("document.querySelectorAll('#maps .part > summary')[1].click()")
+    assert browser.js(f"{words}.map(one => one.innerText.trim())") == ["red", "circle"]
+    for word in ("red", "circle"):
+        browser.js(press.format(words, word))
+        loaded = f"""new Promise(done => {{
+            const images = [...{words}.find(one => one.open).querySelectorAll('img')];
+            const all = () => images.every(one => one.complete && one.naturalWidth > 0);
+            images[0].scrollIntoView();
+            const wait = () => all() ? done(images.map(one => one.getAttribute('src'))) : setTimeout(wait, 20);
+            wait();
+        }})"""
+        sources = browser.js(loaded)
+        assert len(sources) == 2 and all(f"-{word}" in one for one in sources) and "--lesioned" in sources[1]
+    assert browser.js(f"{words}.map(one => one.open)") == [False, True], "one word at a time"
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.complaints == []
 
 
 PIPES = """import os, sys

@@ -63,7 +63,7 @@ def test_a_finished_study_opens_without_running_any_network(old, cli, monkeypatc
         stored = cli.folder / "store" / "cells" / row.cell[:2] / f"{row.cell}.png"
         assert (folder / row.image).read_bytes() == stored.read_bytes()
     runs = [read(where, folder) for where in (FIXTURE / "runs" / name, folder)]
-    merged, floor = merge(runs)
+    merged, floor, _ = merge(runs)
     assert set(merged.prompt_id) == set(results.prompt_id)  # a prompt has one name, whichever version made its image
     assert len(merged) == len(results)
     assert set(floor.prompt_id_a) <= set(results.prompt_id)

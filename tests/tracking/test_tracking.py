@@ -68,6 +68,8 @@ def a_run_folder(folder: Path, rows_per_prompt: int = 3) -> pd.DataFrame:
     (folder / "images/broken.png").write_bytes(b"\x89PNG not really")
     for name, width in (("p0-s0", 32), ("p0-s1", 33), ("p1-s0", 48)):
         Image.new("RGB", (width // 16 * 16, 16), (width, 0, 0)).save(folder / "grids" / f"{name}.png")
+    Image.new("RGB", (32, 16)).save(folder / "grids" / "maps--embedded--p0--seed0--01-red--lesioned.png")
+    pd.DataFrame({"word": ["red"], "mass": [0.5]}).to_parquet(folder / "maps.parquet")
     Image.new("RGB", (20, 20)).save(folder / "figures" / "heatmap.png")
     (folder / "tables").mkdir()
     columns = {"layer": [*LAYERS, "NA"], "importance": [0.25, None, 0.5], "n": [1, 2, 3], NASTY[0]: NASTY[0]}
@@ -188,7 +190,7 @@ def test_an_offline_run_holds_everything(
     assert {key.replace(".", "_"): value for key, value in SUMMARY.items()}.items() <= summary.items()
 
     logged = {key: value for point in history for key, value in point.items()}
-    assert logged["grids"]["captions"] == ["p0-s0", "p0-s1"]
+    assert logged["grids"]["captions"] == ["maps--embedded--p0--seed0--01-red--lesioned", "p0-s0", "p0-s1"]
     assert logged["grids_2"]["captions"] == ["p1-s0"], "a list of pictures has one size"
     assert logged["figures/heatmap"]["_type"] == "image-file"
     for relative in [*logged["grids"]["filenames"], logged["figures/heatmap"]["path"]]:
@@ -210,7 +212,7 @@ def test_an_offline_run_holds_everything(
     }
     assert artifacts["results"].name == "lesion-results"
     entries = {entry.path: entry for entry in artifacts["results"].manifest.contents}
-    assert "results.parquet" in entries and "tables/layers.csv" in entries
+    assert {"results.parquet", "maps.parquet", "tables/layers.csv"} <= entries.keys()
     entry = entries["results.parquet"]
     assert Path(entry.local_path).read_bytes() == (tmp_path / "results.parquet").read_bytes()
     (ended,) = [record.exit for record in found if record.WhichOneof("record_type") == "exit"]

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
 from lesion.analysis.importance import LEAVE_ONE_OUT, similarity
 from lesion.analysis.settings import BASELINE
+from lesion.study.capture import REST, SPECIAL
 
 LEVELS = 256  # thresholds between the least and the largest value of a map
 MEASURES = ("share", "entropy", "mass", "iou", "average_precision")
@@ -67,6 +67,39 @@ def layer_means(maps: pd.DataFrame) -> pd.DataFrame:
     found = by_prompt.groupby(keys, sort=False)
     table = found[list(MEASURES)].mean().join(found["prompt_id"].nunique().rename("n_prompts")).reset_index()
     return table.sort_values(["aspect", "map_index"]).drop(columns="map_index").reset_index(drop=True)
+
+
+def word_means(maps: pd.DataFrame) -> pd.DataFrame:
+    """Means of baselines' maps by word, over layers, seeds and places in a prompt, then prompts.
+
+    maps: as in maps.parquet. Columns: word, aspect, n_prompts, and the measures. Only words that speak of the picture.
+    """
+    part = maps[(maps["selection"] == BASELINE) & (maps["aspect"] != "")]
+    part = part.assign(word=part["word"].str.partition("#")[0])
+    keys = ["aspect", "word"]
+    by_prompt = part.groupby([*keys, "prompt_id"])[list(MEASURES)].mean().reset_index()
+    found = by_prompt.groupby(keys)
+    return found[list(MEASURES)].mean().join(found["prompt_id"].nunique().rename("n_prompts")).reset_index()
+
+
+def with_measures(frame: pd.DataFrame, maps: pd.DataFrame) -> pd.DataFrame:
+    """The results with columns of each image's maps: attention_MEASURE and attention_MEASURE_ASPECT.
+
+    They are means over all layers that look and over the words that speak of the picture, or of one aspect; of a prompt
+    without such words, over all its words. maps: as in maps.parquet. NaN for images without maps.
+    """
+    if maps.empty:
+        return frame
+    words = maps[~maps["word"].isin((SPECIAL, REST))]
+    speaks = words["aspect"] != ""
+    known = speaks.groupby(words["cell"]).transform("any")
+    by_image = words[speaks | ~known].groupby("cell")[list(MEASURES)].mean().add_prefix("attention_")
+    parts = [by_image]
+    for aspect, rows in words[speaks].groupby("aspect"):
+        means = rows.groupby("cell")[list(MEASURES)].mean()
+        parts.append(means.rename(columns={name: f"attention_{name}_{aspect}" for name in MEASURES}))
+    columns = pd.concat(parts, axis=1).reindex(frame["cell"])
+    return pd.concat([frame, columns.set_axis(frame.index)], axis=1)
 
 
 def maps_against_causes(
@@ -138,6 +171,8 @@ def _rank_correlations(x: Array, y: Array, weights: Array) -> Array:
 
     x, y: (prompts, layers), NaN where nothing is known. weights: of the prompts, (n, prompts). Returns (n,).
     """
+    from scipy import stats  # when it is asked for: it takes a while to import
+
     ranks = []
     for values in (x, y):
         there = np.isfinite(values).astype(np.float64)

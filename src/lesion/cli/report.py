@@ -34,14 +34,14 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
     from lesion.report import findings, write_report
     from lesion.report.merging import alike, gather, put_together
 
-    frame, floor, notes = put_together(runs, out, mix)
+    frame, floor, maps, notes = put_together(runs, out, mix)
     if again := alike(frame):
         message = f"{again} images repeat others of another run in all that the results name; they are averaged"
         say("lesion-report", message)
     out.mkdir(parents=True, exist_ok=True)
     frame = gather(frame, out).reset_index(drop=True)
     known = findings(frame, floor, options.get("interval", METHODS[0]))
-    return known, write_report(out, frame, floor, notes=notes, known=known, **options)
+    return known, write_report(out, frame, floor, maps, notes=notes, known=known, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

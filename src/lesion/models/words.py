@@ -62,12 +62,13 @@ def encoders(pipe: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> 
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     limit: Any = arguments.get("max_sequence_length") or (parameter.default if parameter else None)
     if name.startswith("StableDiffusion3"):
-        return [(pipe.tokenizer, pipe.tokenizer_max_length), (pipe.tokenizer_3, limit)]
+        third = pipe.tokenizer_3 if pipe.text_encoder_3 is not None else None  # without it its tokens are zeros
+        return [(pipe.tokenizer, pipe.tokenizer_max_length), (third, limit)]
     if name.startswith("Flux"):
         return [(pipe.tokenizer_2, limit)]
     if name.startswith("Hunyuan"):
         return [(pipe.tokenizer, 77), (pipe.tokenizer_2, 256)]
-    tokenizer = getattr(pipe, "tokenizer", None)
+    tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)  # SDXL's refiner has the second
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so the words of its prompts cannot be told apart")
     return [(tokenizer, limit or tokenizer.model_max_length)]

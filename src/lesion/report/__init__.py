@@ -24,6 +24,7 @@ from lesion.store import tables as stored_tables
 __all__ = ["findings", "ranking_lines", "write_report"]
 
 
+MAPS = "maps.parquet"
 ALL = "lesion-report --all-grids draws all."
 
 
@@ -70,6 +71,7 @@ def write_report(
     run_dir: Path,
     frame: pd.DataFrame,
     floor: pd.DataFrame | None = None,
+    maps: pd.DataFrame | None = None,
     *,
     all_grids: bool = False,
     clustered: bool = False,
@@ -83,6 +85,7 @@ def write_report(
     """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
 
     floor: similarities between baselines (`lesion.analysis.floor`); without it all that needs a noise floor is n/a.
+    maps: measures of attention maps; without, those of the folder's maps.parquet if it has one.
     Every setting (model, replacement, window, branch, strength) has files of its own. A large study gets its first
     comparison pictures only, and a line that says so, unless `all_grids`. clustered: heat maps with layers and prompts
     in clusters too. siunitx: LaTeX tables with S columns. interval: of means, one of
@@ -91,13 +94,14 @@ def write_report(
     Returns the paths, the page last. Raises OSError for a style that there is not.
     """
     with looking(Look(tuple(styles), titles)):
-        return _write(run_dir, frame, floor, all_grids, clustered, siunitx, interval, notes, known)
+        return _write(run_dir, frame, floor, maps, all_grids, clustered, siunitx, interval, notes, known)
 
 
 def _write(
     run_dir: Path,
     frame: pd.DataFrame,
     floor: pd.DataFrame | None,
+    maps: pd.DataFrame | None,
     all_grids: bool,
     clustered: bool,
     siunitx: bool,
@@ -148,30 +152,36 @@ def _write(
         written += [run_dir / unquote(path) for path in over.files]
     looks = attention.pictures(run_dir, frame, known.metric, None if all_grids else attention.SUBJECTS)
     written += attention.files(looks)
-    if (seen := _maps_section(run_dir, siunitx)) is not None:
+    if (seen := _maps_section(run_dir, maps, siunitx)) is not None:
         sections.append(seen)
         written += [run_dir / unquote(path) for path in seen.files]
     written += tables.write(run_dir / "tables", contents.status(frame), siunitx)
     thumbs = _thumbnails(run_dir, frame)
     written += [run_dir / path for path in thumbs.values()]
     shown = {
-        subject: [html.Word(one.word, *_shown([(one.path, f"{one.word}: {subject}")], run_dir)) for one in words]
+        subject: [html.Word(one.word, _word_pictures(one, run_dir)) for one in words]
         for subject, words in attention.by_subject(looks).items()
     }
     data = page_data(frame, thumbs, known.metric, pictures.page_marks(run_dir, frame))
     return written + html.write(run_dir, frame, sections, data, known.metric, notes, shown)
 
 
-def _maps_section(run_dir: Path, siunitx: bool) -> html.Section | None:
+def _word_pictures(one: attention.WordPicture, root: Path) -> list[html.Picture]:
+    texts = {kind: f"{one.word} in {one.subject}: {attention.CAPTIONS[kind]}" for kind in one.paths}
+    return _shown([(path, texts[kind]) for kind, path in one.paths.items()], root)
+
+
+def _maps_section(run_dir: Path, maps: pd.DataFrame | None, siunitx: bool) -> html.Section | None:
     """Measures of attention maps; None where the run kept none."""
-    path = run_dir / "maps.parquet"
-    if not path.is_file() or not len(maps := stored_tables.read(path)):
+    if maps is None and (path := run_dir / MAPS).is_file():
+        maps = stored_tables.read(path)
+    if maps is None or maps.empty:
         return None
-    table = attention.table(maps)
-    if not table.cells:
+    made = [table for table in attention.tables(maps) if table.cells]
+    if not made:
         return None
-    listed = [_link(path, run_dir) for path in tables.write(run_dir / "tables", table, siunitx)]
-    part = html.Part("What does each layer look at?", tables=[table])
+    listed = [_link(path, run_dir) for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
+    part = html.Part("What does each layer look at?", tables=[*made])
     return html.Section("Attention maps", "attention-maps", parts=[part], files=listed)
 
 

@@ -44,7 +44,7 @@ class Word:
     """The attention maps of one word of a prompt."""
 
     word: str
-    picture: Picture
+    pictures: list[Picture]
 
 
 @dataclass

@@ -16,10 +16,11 @@ from lesion.analysis.settings import slug
 from lesion.report.data import inside
 from lesion.store import tables
 from lesion.store.files import atomically
+from lesion.store.maps import beside_image
 from lesion.study import prompts
 from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL, TEXTS
 
-RESULTS, FLOOR = "results.parquet", "floor.parquet"
+RESULTS, FLOOR, MAPS = "results.parquet", "floor.parquet", "maps.parquet"
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
 
 
@@ -29,17 +30,22 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder's results, with image paths relative to where the report goes, and its noise floor if it has one."""
+    """A run folder's results, with image paths relative to where the report goes.
+
+    floor, maps: its noise floor and the measures of its attention maps, if it has them.
+    """
 
     folder: Path
     frame: pd.DataFrame
     floor: pd.DataFrame | None = None
+    maps: pd.DataFrame | None = None
 
 
 def put_together(
     runs: Sequence[Path], out: Path, mix: bool = False
-) -> tuple[pd.DataFrame, pd.DataFrame | None, list[str]]:
-    """The results of these run folders in one frame, image paths relative to `out`; the noise floor; what was done.
+) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None, list[str]]:
+    """The results of these run folders in one frame, image paths relative to `out`; the noise floor; the measures of
+    attention maps; what was done.
 
     mix: runs that cannot be compared stand side by side, never averaged together; else Refused.
     """
@@ -49,10 +55,10 @@ def put_together(
         found, notes = apart(found)
     else:
         check(found)
-    frame, floor = merge(found)
+    frame, floor, maps = merge(found)
     if frame.empty:
         raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
-    return frame, floor, notes
+    return frame, floor, maps, notes
 
 
 def run_folders(folders: Sequence[Path]) -> list[Path]:
@@ -90,11 +96,14 @@ def read(run: Path, out: Path) -> Run:
     for name in ("prompt_id_a", "prompt_id_b"):
         if floor is not None and name in floor:
             floor[name] = floor[name].replace(new)
+    maps = _parquet(run / MAPS) if (run / MAPS).is_file() else None
+    if maps is not None and (maps.empty or not {"model", "prompt_id", "cell"} <= set(maps)):
+        maps = None
     start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
     # A results file may come from anybody: what it names outside its own folder is no image of the run.
     names = frame["image"].map(inside)
     frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
-    return Run(run, frame, floor)
+    return Run(run, frame, floor, maps)
 
 
 def _ids(frame: pd.DataFrame) -> dict[str, str]:
@@ -172,10 +181,11 @@ def apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             if folder == run.folder
         }
         frame = run.frame.assign(model=_renamed(run.frame["model"], names))
-        floor = run.floor
-        if floor is not None and "model" in floor:
-            floor = floor.assign(model=_renamed(floor["model"], names))
-        renamed.append(replace(run, frame=frame, floor=floor))
+        floor, maps = (
+            table if table is None or "model" not in table else table.assign(model=_renamed(table["model"], names))
+            for table in (run.floor, run.maps)
+        )
+        renamed.append(replace(run, frame=frame, floor=floor, maps=maps))
     return renamed, notes
 
 
@@ -183,8 +193,9 @@ def _renamed(models: pd.Series, names: dict[str, str]) -> pd.Series:
     return models.map(lambda name: names.get(str(name), name))
 
 
-def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """All rows, each image of a lesion once: an ok one rather than an invalid or failed one, then the first seen.
+def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
+    """All rows, each image of a lesion once: an ok one rather than an invalid or failed one, then one with attention
+    maps, then the first seen. The measures of its maps are those of the same run.
 
     A prompt_id that stands for different prompts (texts, or init images) gets a number for the second and later ones.
     The noise floors likewise, each pair once; None if no run has one.
@@ -192,13 +203,42 @@ def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     frame = pd.concat([run.frame.assign(_run=number) for number, run in enumerate(runs)], ignore_index=True)
     new = _prompt_names(frame)
     floor = _floors(runs, frame.assign(_new=new))
+    old = frame["prompt_id"]
     frame["prompt_id"] = new
     own = ["model", "prompt_id", "seed", "selection", "layer", *(n for n in (*SEVERAL, *GENERATION) if n in frame)]
     lesion = frame[list(LESION)].astype(object).where(frame["selection"] != "none", "")  # a baseline has no lesion
     key = pd.concat([frame[["cell", *own]], lesion], axis=1)
-    better = frame["status"].map(BEST).fillna(len(BEST)).sort_values(kind="stable").index
+    worth = pd.DataFrame({"status": frame["status"].map(BEST).fillna(len(BEST)), "bare": ~_with_maps(runs, frame)})
+    better = worth.sort_values(["status", "bare"], kind="stable").index
     keep = key.loc[better].drop_duplicates().index.sort_values()
-    return frame.loc[keep].drop(columns="_run").reset_index(drop=True), floor
+    kept = frame.loc[keep]
+    return kept.drop(columns="_run").reset_index(drop=True), floor, _maps(runs, old.loc[keep], kept)
+
+
+def _with_maps(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Series:
+    """Whether the run of each row has attention maps of its image."""
+    there = pd.Series(False, index=frame.index)
+    for number, run in enumerate(runs):
+        if run.maps is not None:
+            there |= (frame["_run"] == number) & frame["cell"].isin(run.maps["cell"])
+    return there
+
+
+def _maps(runs: Sequence[Run], old: pd.Series, kept: pd.DataFrame) -> pd.DataFrame | None:
+    """Measures of the attention maps of these rows, each from its own run, under the prompts' new names.
+
+    old: the prompt_id of each row in its run.
+    """
+    parts = []
+    for number, run in enumerate(runs):
+        own = kept["_run"] == number
+        if run.maps is not None and own.any():
+            new = dict(zip(old[own], kept.loc[own, "prompt_id"], strict=True))
+            maps = run.maps[run.maps["cell"].isin(kept.loc[own, "cell"])]
+            parts.append(maps.assign(prompt_id=maps["prompt_id"].map(new)).dropna(subset="prompt_id"))
+    if not parts:
+        return None
+    return pd.concat(parts, ignore_index=True).drop_duplicates().reset_index(drop=True)
 
 
 def _prompt_names(frame: pd.DataFrame) -> pd.Series:
@@ -268,7 +308,8 @@ def alike(frame: pd.DataFrame) -> int:
 def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
     """Links (or copies) images that lie outside `out` into it, so that the folder can be sent as it is.
 
-    They come to images/<run>/, where <run> tells the folders of the runs apart. A file that is not there stays away.
+    They come to images/<run>/, where <run> tells the folders of the runs apart, and their attention maps to
+    maps/<run>/. A file that is not there stays away.
     """
     places = {name: name for name in frame["image"].unique()}
     roots: dict[str, str] = {}
@@ -280,6 +321,8 @@ def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
                 roots[root] = slug(root)  # its hash is that of the whole path
             places[name] = f"images/{roots[root]}/{rest}"
             _link(out / name, out / places[name])
+            if beside := beside_image(name):
+                _link(out / beside, out / beside_image(places[name]))
     return frame.assign(image=frame["image"].map(places))
 
 

@@ -37,11 +37,19 @@ class Results:
 
     folder: of the run, or one above all of them; paths of images are relative to it. frame: one row per image, as in
     results.parquet. floor: similarities between baselines, one row a pair; None if the run has none. notes: which runs
-    are kept apart, with `mix`.
+    are kept apart, with `mix`. maps: measures of attention maps, one row per image, layer that looks, and word; None
+    without `capture=maps`.
     """
 
-    def __init__(self, folder: Path, frame: pd.DataFrame, floor: pd.DataFrame | None, notes: Sequence[str] = ()):
-        self.folder, self.frame, self.floor, self.notes = folder, frame, floor, list(notes)
+    def __init__(
+        self,
+        folder: Path,
+        frame: pd.DataFrame,
+        floor: pd.DataFrame | None,
+        notes: Sequence[str] = (),
+        maps: pd.DataFrame | None = None,
+    ):
+        self.folder, self.frame, self.floor, self.notes, self.maps = folder, frame, floor, list(notes), maps
         self.plot = Plots(self)
 
     @classmethod
@@ -53,10 +61,11 @@ class Results:
         try:
             runs = run_folders(paths)
             folder = Path(os.path.commonpath([path.absolute() for path in paths]))
-            frame, floor, notes = put_together(runs, folder, mix)
+            frame, floor, measures, notes = put_together(runs, folder, mix)
         except (Refused, OSError) as error:
             raise RequestError("open", str(error)) from None
-        return cls(folder, frame.astype({name: "str" for name in TEXTS if name in frame}), floor, notes)
+        texts: dict[Any, str] = {name: "str" for name in TEXTS if name in frame}
+        return cls(folder, frame.astype(texts), floor, notes, measures)
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -129,7 +138,7 @@ class Results:
         start = Path(os.path.relpath(self.folder.resolve(), out.resolve()))
         images = [(start / name).as_posix() if name else "" for name in self.frame["image"]]
         frame = gather(self.frame.assign(image=images), out)
-        return write_report(out, frame, self.floor, notes=self.notes, **options)[-1]
+        return write_report(out, frame, self.floor, self.maps, notes=self.notes, **options)[-1]
 
     def image(
         self,

@@ -214,6 +214,7 @@ def complete(
     """
     source, study = surveyed
     store = Store(request.store)
+    from lesion.analysis.maps import with_measures
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
@@ -261,6 +262,7 @@ def complete(
         if maps:
             with suppress(Exception) if stopped else nullcontext():
                 beside["maps"] = measured(study, store, maps, failures)
+                frame = with_measures(frame, beside["maps"])
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)
@@ -289,6 +291,7 @@ def complete(
 
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
+    from lesion.analysis.maps import with_measures
     from lesion.run import table
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
@@ -304,6 +307,8 @@ def results(request: Request) -> pd.DataFrame:
     failures = dict.fromkeys(absent, "not made yet")
     paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
     frame = table.results(study, scores, paths, failures, Publisher(store, None))
+    if maps := maps_of(request, source):
+        frame = with_measures(frame, measured(study, store, maps, failures))
     return rounds.marked(frame) if rounds else frame
 
 

@@ -152,7 +152,7 @@ class WandbTracker:
                 self._within(lambda: run.log({"report": report}))
             artifact = wandb.Artifact(ARTIFACT, type="results")  # one name: every study is a version of it
             artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
-            for name in ("floor.parquet", "report.html"):
+            for name in ("floor.parquet", "maps.parquet", "report.html"):
                 if (run_dir / name).is_file():
                     artifact.add_file(str(run_dir / name), name=name)
             if (run_dir / "tables").is_dir():
