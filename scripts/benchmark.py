@@ -23,7 +23,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench import batching, engine, profile, scale, speed, start, switches
+from bench import batching, engine, profile, scale, speed, start, steering, switches
 from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
@@ -44,6 +44,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "Attention maps",
         "generation with attention maps of all layers against generation without",
         speed.capture,
+    ),
+    "steering": (
+        "Layout guidance",
+        "steered images against unsteered ones, and against a plain loop of the published kind",
+        steering.steering,
     ),
     "only-one": (
         "Only-one study against un-ablated generation",
@@ -102,7 +107,7 @@ def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:
 
 
 def usual_parts(kind: str) -> list[str]:
-    on_gpu = ["speed", "overhead", "capture", "only-one", "window", "switches", "profile", "share"]
+    on_gpu = ["speed", "overhead", "capture", "steering", "only-one", "window", "switches", "profile", "share"]
     return on_gpu if kind == "cuda" else [part for part in PARTS if part != "share"]
 
 

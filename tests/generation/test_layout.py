@@ -98,6 +98,11 @@ def test_the_gradient_is_that_of_finite_differences(tiny_model):
     denoiser.float()
 
 
+def unsteered(model):
+    """The images of the prompts that the pipeline makes alone, (n, height, width, 3)."""
+    return call(model, PROMPTS, generators([0, 0]), settings()).permute(0, 2, 3, 1).numpy()
+
+
 class Seen(Client):
     """The input of each denoiser call and the sample of each step, as they arrive."""
 
@@ -162,7 +167,7 @@ def test_sigma_of_schedulers_with_alphas_and_infinite_ones():
 
 
 def test_steering_moves_attention_into_the_boxes_and_is_the_same_alone_again_and_checkpointed(tiny_model):
-    plain = call(tiny_model, PROMPTS, generators([0, 0]), settings())
+    plain = unsteered(tiny_model)
     still, masses, after = {}, {}, {}
     assert np.array_equal(
         generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0)), {}, masses=still), plain
@@ -176,7 +181,7 @@ def test_steering_moves_attention_into_the_boxes_and_is_the_same_alone_again_and
     assert list(after.values()) == list(masses.values())
     for row, cell in enumerate(cells(tiny_model)):
         assert np.abs(generate(tiny_model, [cell], {})[0] - together[row]).max() < 1e-3
-    assert np.array_equal(call(tiny_model, PROMPTS, generators([0, 0]), settings()), plain)  # nothing stays behind
+    assert np.array_equal(unsteered(tiny_model), plain)  # nothing stays behind
     assert all(parameter.requires_grad for parameter in tiny_model.denoiser.parameters())
 
 
@@ -187,10 +192,36 @@ def test_layers_left_out_of_the_loss_and_lesions_while_steering(tiny_model):
     assert np.abs(only - together).max() > 1e-3
     assert np.array_equal(generate(tiny_model, cells(tiny_model, lesion=off), OFF), only)
     none = replace(off, layers=LAYOUT.layers)
-    plain = call(tiny_model, PROMPTS, generators([0, 0]), settings())
+    plain = unsteered(tiny_model)
     assert np.array_equal(generate(tiny_model, cells(tiny_model, lesion=none), OFF), plain)
     zero = Lesion("leave_one_out", "down_blocks.0.attentions.0", ("down_blocks.0.attentions.0",), Replacement("zero"))
     work = {"zero:[]": Zero()}
     lesioned = generate(tiny_model, cells(tiny_model, lesion=zero), work)
-    unsteered = generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0), lesion=zero), work)
-    assert np.abs(lesioned - together).max() > 1e-3 and np.abs(lesioned - unsteered).max() > 1e-3
+    still = generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0), lesion=zero), work)
+    assert np.abs(lesioned - together).max() > 1e-3 and np.abs(lesioned - still).max() > 1e-3
+
+
+def test_a_gradient_runs_only_the_images_and_the_part_of_the_denoiser_that_it_needs(tiny_model):
+    rows = {"conv_in": [], "conv_out": [], "up_blocks.0": []}
+
+    def count(path, args, kwargs):
+        if torch.is_grad_enabled():
+            rows[path].append(len(args[0] if args else kwargs["hidden_states"]))
+
+    handles = [
+        tiny_model.denoiser.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, kwargs, path=path: count(path, args, kwargs), with_kwargs=True
+        )
+        for path in rows
+    ]
+    bare = [PROMPTS[0], Prompt("a green ring")]
+    off = Lesion("only_one", LAYOUT.layers[0], LAYOUT.layers[1:], Replacement("steering_off"))
+    generate(tiny_model, cells(tiny_model), {})
+    assert rows == {"conv_in": [2] * 6, "conv_out": [], "up_blocks.0": [2] * 6}
+    generate(tiny_model, cells(tiny_model, prompts=bare, lesion=off), OFF)
+    assert rows == {"conv_in": [2] * 6 + [1] * 6, "conv_out": [], "up_blocks.0": [2] * 6}
+    generate(tiny_model, cells(tiny_model, lesion=replace(off, layers=LAYOUT.layers)), OFF)  # nothing steers
+    generate(tiny_model, cells(tiny_model, replace(LAYOUT, threshold=1.0)), {})  # all are below it: looked at once
+    assert rows["conv_in"] == [2] * 6 + [1] * 6 + [2] * 3
+    for handle in handles:
+        handle.remove()

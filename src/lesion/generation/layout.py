@@ -138,7 +138,7 @@ class Steering(Client):
         self._sum, self._calls = torch.zeros(len(targets), dtype=torch.float64), 0
         self._asked: dict[Any, Tensor] = {}
         self._maps: dict[str, Tensor] | None = None  # of the forward pass under way, None where nobody looks
-        self._again = False
+        self._wanted: set[str] | None = None  # sites whose maps a gradient needs, while one is computed
         self._move: Tensor | None = None
 
     @property
@@ -169,7 +169,7 @@ class Steering(Client):
             return
         if run.call < self.layout.steps and self.layout.iterations:
             self._steer(run, call)
-        self._maps, self._again = {}, False
+        self._maps = {}
         self._rows = slice(int((run.branches(len(call.sample)) != COND).sum()), None)
 
     def after_call(self, run: Denoising, call: DenoiserCall) -> None:
@@ -188,13 +188,13 @@ class Steering(Client):
             self._move = None
 
     def _look(self, call: SiteCall) -> None:
-        if self._maps is None:
+        if self._maps is None or (self._wanted is not None and call.site.path not in self._wanted):
             return
         found = call.probabilities(self._rows)
         if call.site.path in self._maps:  # under checkpointing, once more while gradients are computed
             return
         self._maps[call.site.path] = found
-        if self._again and len(self._maps) == len(self.sites):
+        if self._wanted is not None and len(self._maps) == len(self._wanted):
             raise _Seen
 
     def _steer(self, run: Denoising, call: DenoiserCall) -> None:
@@ -220,12 +220,14 @@ class Steering(Client):
         precise = start.to(torch.promote_types(start.dtype, torch.float32))
         moved = precise
         for _ in range(layout.iterations):
-            losses, gradient = self._gradient(run, call, others, moved.to(start.dtype), weights)
-            moving = moving & (losses >= layout.threshold)
-            if not moving.any():
+            rows = moving.nonzero().flatten()
+            if not len(rows):
                 break
+            losses, gradient = self._gradient(run, call, others, moved.to(start.dtype), weights, rows)
+            on = losses >= layout.threshold
+            moving[rows] = on
             step = layout.scale * factor * gradient.to(precise.dtype)
-            moved = torch.where(moving.reshape(-1, *[1] * (moved.dim() - 1)), moved - step, moved)
+            moved = moved.index_add(0, rows[on], -step[on])
         change = precise - moved
         if not change.any():
             return
@@ -233,28 +235,49 @@ class Steering(Client):
         _with_sample(call, torch.cat([moved.to(start.dtype)] * (len(call.sample) // len(start))))
 
     def _gradient(
-        self, run: Denoising, call: DenoiserCall, others: Tensor, latents: Tensor, weights: Tensor
+        self,
+        run: Denoising,
+        call: DenoiserCall,
+        others: Tensor,
+        latents: Tensor,
+        weights: Tensor,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the images' losses, (rows,), and the gradient of their sum with respect to the input."""
-        rows = len(latents)
+        """Return the losses of these images, (rows,), and the gradient of their sum with respect to the input.
+
+        rows: numbers of images, ascending; None for all. Those that are done cost nothing: where no lesion reads the
+        other branch, the denoiser is called on these rows alone. It is run as far as the last site that any of them
+        has in its loss.
+        """
+        rows = torch.arange(len(latents), device=latents.device) if rows is None else rows
+        weights = weights[:, rows]
+        sites = [site for site, weight in zip(self.sites, weights.sum(1).tolist(), strict=True) if weight]
+        weights = weights[weights.sum(1) > 0]
         with torch.enable_grad(), run.aside(), _checkpointed(run.denoiser, self.layout.checkpointing):
-            latents = latents.detach().clone().requires_grad_()
             if self.whole and len(others):
+                latents = latents.detach().clone().requires_grad_()
                 sample, args, kwargs = torch.cat([others, latents]), call.args, call.kwargs
-                self._rows = slice(len(others), None)
+                self._rows, shown = slice(len(others), None), rows
             else:
-                args, kwargs = _last(call.args, len(call.sample), rows), _last(call.kwargs, len(call.sample), rows)
-                sample, self._rows = latents, slice(None)
+                latents = latents[rows].detach().requires_grad_()
+                at, total = len(others) + rows, len(call.sample)
+                args, kwargs = _picked(call.args, total, at), _picked(call.kwargs, total, at)
+                sample, self._rows, shown = latents, slice(None), None
             one = DenoiserCall(list(args), dict(kwargs))
             _with_sample(one, sample)
-            self._maps, self._again = {}, True
-            with suppress(_Seen):
-                run.denoiser(*one.args, **one.kwargs)
-            maps = [self._maps[site.path] for site in self.sites]
-            losses = layout_losses(maps, [self._masks(map_) for map_ in maps], self._tokens(maps[0]), weights)
-            (gradient,) = torch.autograd.grad(losses.sum(), latents)
-            self._maps, self._again = None, False
-        return losses.detach(), gradient
+            self._maps, self._wanted = {}, {site.path for site in sites}
+            try:
+                with suppress(_Seen):
+                    run.denoiser(*one.args, **one.kwargs)
+                maps = [self._maps[site.path] for site in sites]
+                if shown is not None:
+                    maps = [map_[shown] for map_ in maps]
+                masks = [self._masks(map_)[rows] for map_ in maps]
+                losses = layout_losses(maps, masks, self._tokens(maps[0])[rows], weights)
+                (gradient,) = torch.autograd.grad(losses.sum(), latents)
+            finally:
+                self._maps = self._wanted = None
+        return losses.detach(), gradient if shown is None else gradient[shown]
 
     def _weights(self, call: int, calls: int, device: torch.device) -> Tensor:
         """Return the weight of each site's map in each image's loss, (sites, rows)."""
@@ -305,14 +328,14 @@ def grid(tokens: int, aspect: float) -> tuple[int, int]:
     return height, width
 
 
-def _last(value: Any, rows: int, last: int) -> Any:
-    """`value` with the last rows of every tensor in it that has `rows` of them."""
+def _picked(value: Any, rows: int, at: Tensor) -> Any:
+    """Return `value` with the rows `at` of every tensor in it that has `rows` of them."""
     if isinstance(value, Tensor):
-        return value[-last:] if value.dim() and len(value) == rows else value
+        return value[at] if value.dim() and len(value) == rows else value
     if isinstance(value, Mapping):
-        return {key: _last(one, rows, last) for key, one in value.items()}
+        return {key: _picked(one, rows, at) for key, one in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_last(one, rows, last) for one in value)
+        return type(value)(_picked(one, rows, at) for one in value)
     return value
 
 
