@@ -39,7 +39,7 @@ class Keeping(AttnProcessor):
 
         attn.get_attention_scores = kept
         try:
-            return super().__call__(attn, *args, **kwargs)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         finally:
             del attn.get_attention_scores
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lesion.scoring._boxes import assigned, iou
+from lesion.scoring._boxes import assigned, filled
 from lesion.scoring._reader import reading
 from lesion.study.boxes import Corners, from_text
 
@@ -40,7 +40,7 @@ def marks(record: Mapping[Hashable, Any], picture: Image.Image | None) -> tuple[
     seen: Sequence[Corners | None] = [None] * len(boxes)
     if picture is not None and isinstance(scored, float) and math.isfinite(scored):
         found = assigned(boxes, reading(np.asarray(picture)).found)
-        each = [iou(box.box, place) if place else 0.0 for box, place in zip(boxes, found, strict=True)]
+        each = [filled(box, place) for box, place in zip(boxes, found, strict=True)]
         if boxes and math.isclose(float(np.mean(each)), scored, abs_tol=1e-6):
             seen = found
     names = list(COLOURS)
