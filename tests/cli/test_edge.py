@@ -34,7 +34,7 @@ from lesion.study import layer_patterns
         ("window.x=3", ["command line: ", "'x'"]),
         ("scorer=true", ["scorer: ", "got True", "embedded"]),
         ("selection=[null]", ["selection: ", "got None", "leave_one_out"]),
-        ("dry_run=${oc.env:HOME}", ["dry_run", "bool"]),
+        ("dry_run=${oc.env:HOME}", ["dry_run: ", "true or false"]),
         ("model.arguments=3", ["model.arguments: ", "mapping"]),
         ("generation.steps=1000000000000", ["generation.steps: ", "[1, 10000]"]),
         ("generation.height=100000", ["generation.height: ", "8 to 16384"]),

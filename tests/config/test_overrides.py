@@ -6,11 +6,12 @@ import re
 import shlex
 
 import pytest
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from lesion.config.compose import compose, overrides_of
 from lesion.config.overrides import prepared, split
 from lesion.config.parsing import parse
+from lesion.config.reading import first_read
 from lesion.errors import RequestError
 
 NAMES = [
@@ -133,3 +134,21 @@ def test_each_model_of_a_sweep_has_keys_of_its_own(cli, tiny_folder):
     code, out, err = cli("-m", "model=embedded,local", "models.lokal.id=F", *common, defaults=False)
     assert (code, err.count("\n")) == (2, 1)
     assert "models.lokal" in err
+    code, out, err = cli("-m", "model=embedded,local", *own, "models.sd15.id=F", *common, defaults=False)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "models.sd15: is for model=sd15; the jobs' models: embedded, local" in err
+
+
+def test_true_and_false_are_no_numbers_wherever_they_come_from():
+    config = compose([])
+    with open_dict(config):
+        del config["hydra"]
+
+    def read(value):
+        OmegaConf.update(config, "performance", {"compile": value})  # as YAML is merged
+        return first_read(config)["performance"]["compile"]
+
+    assert [read(value) for value in (True, False, 1, 0, "true", "off")] == [True, False, True, False, True, False]
+    for wrong in (5, -1, 0.5, "perhaps", None, []):
+        with pytest.raises(RequestError, match=r"^performance\.compile: must be true or false; got "):
+            read(wrong)

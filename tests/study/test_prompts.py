@@ -283,6 +283,7 @@ def test_limit_sample_and_condition(tmp_path):
         ({"where": "Category.to_csv('written')"}, ["prompts.where: ", "'to_csv'"]),
         ({"where": "Category.str.__class__ == 3"}, ["prompts.where: ", "__class__"]),
         ({"where": "@pd.DataFrame"}, ["prompts.where: "]),
+        ({"where": "9 ** 9 ** 9 ** 9 > 1"}, ["prompts.where: ", "'**'"]),
         ({"where": "Category." + "x" * 50_000}, ["prompts.where: "]),
         ({"where": "("}, ["prompts.where: "]),
     ],
@@ -295,6 +296,14 @@ def test_wrong_options_of_a_set_are_refused(tmp_path, monkeypatch, options, word
     assert all(word in str(refused.value) for word in words), refused.value
     assert len(str(refused.value)) < 600
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_condition_that_takes_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr("lesion.study.prompt_columns.LIMIT", 0.1)
+    items = ["a" * 60 + "!", "a cat"]
+    with pytest.raises(RequestError, match=r"prompts.where: .* takes more than 0.1 s"):
+        parse_prompts({"items": items, "where": r"text.str.contains(r'^(?=a)(a+)+$')"})
+    assert len(parse_prompts({"items": items, "where": r"text.str.contains(r'^(?=a)a+ c')"}).prompts) == 1
 
 
 def test_huge_files_and_texts_are_refused(tmp_path, monkeypatch):

@@ -182,6 +182,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
     timed = "${now:" in OmegaConf.to_container(config.hydra[mode], resolve=False)["dir"]  # type: ignore[operator,index,call-overload]
     wanted: dict[Path, dict[str, Any]] = {}
     made = 0
+    choices: set[str] = set()
     for number, given in enumerate(jobs):
         task, request, study = _surveyed(given, alone=mode == "run")
         if mode == "sweep":
@@ -196,6 +197,13 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         if request.dry_run:
             wanted.pop(own)
         made += not request.dry_run
+        choices.add(given.hydra.runtime.choices.model)
+    if mode == "sweep" and _basic(config):
+        for name in map(str, config.get("models") or {}):
+            if name not in choices:
+                raise RequestError(
+                    f"models.{name}", f"is for model={name}; the jobs' models: {', '.join(sorted(choices))}"
+                )
     if not timed:
         for own, asked in wanted.items():
             folder.claim(own, asked, key)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +12,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import BooleanNode, DictConfig, OmegaConf
 
-from lesion.config.schema import LesionConf, conf_dir
+from lesion.config.schema import conf_dir
 from lesion.errors import RequestError
 from lesion.study.prompt_files import STDIN, has_ending
 
@@ -34,7 +32,6 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     for given in overrides:
         for one in _with_prompt_files(given):
             override = _read(one)
-            _check_truth(override)
             found.append(_group(_listed(one, override), override))
     return found
 
@@ -112,29 +109,6 @@ def _values(override: Override) -> list[Any]:
     """Its value, or those of a sweep over single values."""
     value = override.value()
     return value.list if isinstance(value, ChoiceSweep) else [value]
-
-
-@lru_cache
-def _truths() -> frozenset[str]:
-    """The keys of the schema that are true or false."""
-
-    def walk(config: DictConfig, above: str) -> Iterator[str]:
-        for name in map(str, config):
-            node = config._get_node(name)
-            if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-                yield from walk(node, f"{above}{name}.")
-            elif isinstance(node, BooleanNode):
-                yield f"{above}{name}"
-
-    return frozenset(walk(OmegaConf.structured(LesionConf), ""))
-
-
-def _check_truth(override: Override) -> None:
-    """Refuse numbers for true or false, of which OmegaConf takes any but 0 for true."""
-    if override.key_or_group in _truths():
-        for value in _values(override):
-            if isinstance(value, int | float) and value not in (0, 1):
-                raise RequestError(override.key_or_group, f"must be true or false; got {value}")
 
 
 def _requoted(value: str) -> str:

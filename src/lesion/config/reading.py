@@ -21,6 +21,10 @@ WHOLE = 2**63  # tables hold whole numbers of 64 bits
 PATHS = ("store.dir", "generation.init", "prompts.path", "calibration.prompts.path")
 MAYBE_PATHS = ("model.id", "model.config", "model.vae", "scorer.clip_pretrained", "scorer.dino_model")  # or hub names
 LOCAL = "local-dir:"
+TRUTHS = {
+    **dict.fromkeys(["1", "true", "yes", "y", "on"], True),
+    **dict.fromkeys(["0", "false", "no", "n", "off"], False),
+}
 
 
 def first_read(config: DictConfig, start: Path | None = None) -> dict[str, Any]:
@@ -33,6 +37,7 @@ def first_read(config: DictConfig, start: Path | None = None) -> dict[str, Any]:
     for key in sorted(OmegaConf.missing_keys(config)):
         raise RequestError(key, "has no value; give one")
     data: Any = OmegaConf.to_container(config, resolve=True)
+    _read_truths(data, OmegaConf.structured(LesionConf), "")
     for key, value in _leaves(data, ""):
         _check_value(key, value)
     return _absolute(data, start or Path.cwd())
@@ -62,6 +67,19 @@ def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
                     raise RequestError(f"{name}.{one}", f"must be a mapping of its options; got {options!r}")
         elif name not in FREE:
             _check_keys(value, inner, f"{name}.")
+
+
+def _read_truths(data: Any, schema: DictConfig, above: str) -> None:
+    """Changes `data`: true or false where the schema's default is one of them. Raises RequestError for other values."""
+    for key in map(str, schema):
+        default = None if OmegaConf.is_missing(schema, key) else schema[key]
+        if isinstance(default, DictConfig) and isinstance(data.get(key), dict):
+            _read_truths(data[key], default, f"{above}{key}.")
+        elif isinstance(default, bool) and (value := data[key]) is not True and value is not False:
+            truth = TRUTHS.get(str(value).lower())
+            if truth is None:
+                raise RequestError(f"{above}{key}", f"must be true or false; got {str(value)[:80]}")
+            data[key] = truth
 
 
 def names_below(schema: DictConfig, above: str = "") -> Iterator[str]:

@@ -13,6 +13,8 @@ from lesion import replacements
 from lesion.study.lesions import SELECTIONS, Lesion
 from lesion.study.settings import DECLARED, Declaration
 
+Truth = Any  # true or false, read by `reading`: OmegaConf takes any number but 0 for true
+
 
 def _free() -> Any:
     """An empty mapping that takes any key from the command line; elsewhere Hydra refuses keys that are not there."""
@@ -33,8 +35,8 @@ class ModelConf:
     vae: str | None = None
     arguments: dict[str, Any] = field(default_factory=_free)
     offload: str = "none"
-    vae_slicing: bool = False
-    vae_tiling: bool = False
+    vae_slicing: Truth = False
+    vae_tiling: Truth = False
     kind: str = Lesion.kind
     steps: int | None = MISSING
     guidance: float | None = MISSING
@@ -82,9 +84,9 @@ GenerationConf = make_dataclass(
 @dataclass
 class PerformanceConf:
     dtype: str = MISSING
-    compile: bool = False
-    channels_last: bool = False
-    tf32: bool = False
+    compile: Truth = False
+    channels_last: Truth = False
+    tf32: Truth = False
     decoder: str | None = None
 
 
@@ -134,7 +136,7 @@ class BudgetConf:
 @dataclass
 class StoreConf:
     dir: str = MISSING
-    check: bool = False
+    check: Truth = False
 
 
 @dataclass
@@ -161,7 +163,7 @@ class LesionConf:
     budget: BudgetConf = field(default_factory=BudgetConf)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING
-    dry_run: bool = False
+    dry_run: Truth = False
 
 
 def conf_dir() -> Path:

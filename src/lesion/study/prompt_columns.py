@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import signal
+import threading
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lesion.errors import RequestError
 from lesion.study.boxes import boxes_of_row
@@ -21,6 +24,7 @@ ASPECTS = ("aspects", "aspect")
 TAGS = ("category", "categories", "challenge", "tag", "tags", "element_type")  # aspects where there is none of these
 IMAGES = ("image",)
 OWN = {"text", *IDS, *ASPECTS, *IMAGES}  # the names of our own format: nothing is guessed
+LIMIT = 5.0  # seconds of computing for a condition over all rows
 # What a condition may call on a column: nothing that writes or reads files.
 CALLS = (
     "str",
@@ -174,7 +178,11 @@ def fulfil(rows: Sequence[Row], where: str, key: str) -> list[Row]:
         if numbers.notna().sum() == frame[name].replace("", None).notna().sum():
             frame[name] = numbers
     try:
-        fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
+        with _at_most(LIMIT):
+            fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
+    except TimeoutError:
+        why = f"takes more than {LIMIT:g} s; write its expressions without nested repetitions"
+        raise RequestError(key, f"{where[:200]!r} {why}") from None
     except Exception as error:  # pandas raises whatever the condition makes its parts raise
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(key, f"{where[:200]!r} cannot be read: {why}; columns: {_listed(frame)}") from None
@@ -183,6 +191,25 @@ def fulfil(rows: Sequence[Row], where: str, key: str) -> list[Row]:
             key, f"{where[:200]!r} is no condition, such as \"Category == 'Abstract'\"; columns: {_listed(frame)}"
         )
     return [row for row, fit in zip(rows, fits.fillna(False), strict=True) if fit]
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after that much computing; Python's `re` looks for signals. No limit in other threads."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: Any) -> NoReturn:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _check_calls(where: str, key: str) -> None:
@@ -195,7 +222,7 @@ def _check_calls(where: str, key: str) -> None:
         if "." in plain:
             raise RequestError(key, f"{where[:200]!r} is no condition, such as \"Category == 'Abstract'\"") from None
     for before, token in itertools.pairwise(tokens):
-        if (before == "." and token not in CALLS) or token.startswith("__") or token == "@":
+        if (before == "." and token not in CALLS) or token.startswith("__") or token in ("@", "**"):
             raise RequestError(key, f"{where[:200]!r} uses {token[:40]!r}; allowed of a column: {', '.join(CALLS)}")
 
 
