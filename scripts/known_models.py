@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from lesion import tasks
 from lesion.config.schema import conf_dir
 from lesion.models import EMBEDDED, calling, facts, layers, schedulers
-from lesion.models.defaults import OF_CALL, default_of_class
+from lesion.models.defaults import OF_CALL, argument_of, default_of_class
 from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
 
 SD = {"sample_size": 64, "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -67,11 +67,18 @@ DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35_medium": ("SD3Transformer2DModel", {**SD35, "dual_attention_layers": list(range(13))}),
     "sd35_large": ("SD3Transformer2DModel", {**SD35, "num_layers": 38, "num_attention_heads": 38}),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "flux2_dev": ("Flux2Transformer2DModel", {}),
+    "flux2_klein": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    ),
+    "qwen_image": ("QwenImageTransformer2DModel", {}),
+    "z_image": ("ZImageTransformer2DModel", {}),
 }
 PIPELINES = (
     *("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"),
     *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "HunyuanDiTPipeline", "SanaPipeline"),
-    "LatentConsistencyModelPipeline",
+    *("LatentConsistencyModelPipeline", "QwenImagePipeline", "Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline"),
 )
 
 
@@ -124,7 +131,10 @@ def class_facts() -> dict[str, Any]:
         cls = getattr(diffusers, name)
         pipelines[name] = {
             "arguments": sorted(calling.takes(cls)),
-            "defaults": {name: default_of_class(cls, name) for name in OF_CALL.values()},
+            "defaults": {
+                argument: default_of_class(cls, argument)
+                for argument in sorted({*OF_CALL.values(), argument_of(name, "guidance")})
+            },
             **{task: bool(tasks.of(task).counterpart(name)) for task in tasks.known() if not tasks.of(task).own},
             "single_file": hasattr(cls, "from_single_file"),
         }

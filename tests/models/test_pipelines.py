@@ -30,7 +30,10 @@ from pipelines import build as build_pipeline
 TEXTS, SEEDS = ("a red circle", "Two STARS <b>"), (0, 7)
 CROSS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan_dit")  # transformers with cross-attention
 JOINT = ("sd3", "sd35", "flux", "flux_schnell")
-EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm")
+# Its language model has the 28 layers that the pipeline reads from: minutes over all tests.
+KLEIN = pytest.param("flux2_klein", marks=pytest.mark.slow)
+EACH = [KLEIN if name == "flux2_klein" else name for name in BUILDERS]
+EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm", "flux2")
 PLAINLY = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
 _folders: dict[str, Path] = {}
 
@@ -79,10 +82,12 @@ def plain(name, folder, zeroed=(), cls=None, seeds=SEEDS, texts=TEXTS, pipe=None
     for path in zeroed:
         denoiser.get_submodule(path).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return pipe(list(texts), generator=noise, output_type="np", **given).images
+    if type(pipe).__name__.startswith("QwenImage"):  # as its model card calls it
+        given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": [" "] * len(texts)}
+    return pipe(prompt=list(texts), generator=noise, output_type="np", **given).images
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", EACH)
 def test_baseline_is_plain_diffusers_to_the_bit(name, folder_of):
     folder = folder_of(name)
     model = loaded(folder)
@@ -104,7 +109,7 @@ def model_class(folder: Path) -> str:
     return models.resolve(tiny_spec(folder)).index["_class_name"]
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [name for name in EACH if name != "flux2"])
 def test_each_prompt_goes_through_each_encoder_once(name, folder_of):
     model = loaded(folder_of(name))
     encoders = [part for key, part in model.pipe.components.items() if key.startswith("text_encoder") and part]
@@ -141,7 +146,7 @@ def test_each_prompt_goes_through_each_encoder_once(name, folder_of):
     assert np.array_equal(alone[0], first)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in (*CROSS, "flux_schnell")])
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "sd2", "lcm", "qwen_image", "z_image"])
 def test_img2img_baseline_is_plain_diffusers_to_the_bit(name, folder_of, tmp_path):
     folder, model = folder_of(name), loaded(folder_of(name))
     dice, inits = np.random.default_rng(0), []
@@ -156,6 +161,8 @@ def test_img2img_baseline_is_plain_diffusers_to_the_bit(name, folder_of, tmp_pat
         "flux": diffusers.FluxImg2ImgPipeline,
         "sd2": diffusers.StableDiffusionImg2ImgPipeline,
         "lcm": diffusers.LatentConsistencyModelImg2ImgPipeline,
+        "qwen_image": diffusers.QwenImageImg2ImgPipeline,
+        "z_image": diffusers.ZImageImg2ImgPipeline,
     }[name]
     pictures = [Image.open(path).convert("RGB") for path in inits]
     base = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -215,7 +222,7 @@ def test_other_text_in_every_layer(name, replacement, folder_of):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        *((name, {}) for name in (*CROSS, "sd2", "lcm", "sd3", "flux", "flux_schnell")),
+        *((name, {}) for name in (*CROSS, "sd2", "lcm", "sd3", "flux", "flux_schnell", "qwen_image", "z_image")),
         ("sd2", {"channels_last": True}),
         ("sd3", {"scheduler": "flow_heun"}),
     ],
@@ -223,7 +230,7 @@ def test_other_text_in_every_layer(name, replacement, folder_of):
 def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, changes, folder_of, tmp_path):
     """FLUX.1-dev too, whose scheduler wants the size of the image before it tells its steps."""
     model, kind = loaded(folder_of(name), **changes), "cross_attention"
-    if name in JOINT:
+    if name in (*JOINT, *BRANCHED):
         kind = "block"
         model = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind=kind)})
     window = (0.4, 1.0)  # from call 2 of 4; of Heun's 7 from call 3, between the halves of a step
@@ -235,17 +242,50 @@ def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(name, changes, folde
     assert np.array_equal(untouched, generate(model, baselines, {}))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2 and states.usable
     calls = []
-    probe = model.denoiser.conv_in if hasattr(model.denoiser, "conv_in") else model.denoiser.proj_out
+    ends = ("conv_in", "proj_out", "t_embedder")
+    probe = next(getattr(model.denoiser, end) for end in ends if hasattr(model.denoiser, end))
     hook = probe.register_forward_hook(lambda *_: calls.append(1))
     assert np.array_equal(lesioned(model, late, rest=(states, [window])), whole)
     total = 7 if "scheduler" in changes else 4
     late_calls = total - first_step(window, total)
+    each = 2 if name == "qwen_image" else 1  # calls a step
+    late_calls, total = each * late_calls, each * total
     assert len(calls) == late_calls
     fresh = States(tmp_path / "fresh")  # nothing kept: the baselines run as far as the window first
     assert np.array_equal(lesioned(model, late, rest=(fresh, [window])), whole)
     hook.remove()
     assert len(calls) == late_calls + total
     assert not np.array_equal(whole, untouched)
+
+
+BRANCHED = {"qwen_image": "transformer_blocks.0", "flux2_klein": "transformer_blocks.0", "z_image": "layers.0"}
+
+
+@pytest.mark.parametrize("name", ["qwen_image", KLEIN, "z_image"])
+def test_branches_of_pipelines_that_call_for_each_or_put_the_conditional_first(name, folder_of):
+    """Against a plain hook that counts the calls of the block, or knows the order of the rows."""
+    folder, layer, calls = folder_of(name), BRANCHED[name], []
+    model = loaded(folder)
+    there = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind="block")})
+    untouched = plain(name, folder)
+    found = {}
+    for branch in ("cond", "uncond"):
+        found[branch] = lesioned(there, cells(name, there, lesion_of(layer, kind="block", branch=branch)))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+        def hook(module, args, kwargs, output, branch=branch):
+            if name == "z_image":
+                rows = {"cond": slice(0, 2), "uncond": slice(2, 4)}[branch]
+                output[rows] = args[0][rows]
+                return output
+            calls.append(None)  # conditional, unconditional, conditional, …
+            now = "cond" if len(calls) % 2 else "uncond"
+            return (kwargs["encoder_hidden_states"], kwargs["hidden_states"]) if branch == now else output
+
+        pipe.transformer.get_submodule(layer).register_forward_hook(hook, with_kwargs=True)
+        assert np.array_equal(found[branch], plain(name, folder, pipe=pipe)), branch
+        assert not np.array_equal(found[branch], untouched)
+    assert not np.array_equal(found["cond"], found["uncond"])
 
 
 def bypassed(module, args, kwargs, output):

@@ -72,6 +72,9 @@ def test_selections_of_several_layers():
     assert [choice.layer for choice in choices("cumulative", {"order": [c, a, d, b]}, layers)] == [c, a, d, b]
     assert lesioned("neighbours", size=3) == [(a, b, c), (b, c, d)]
     assert lesioned("neighbours", size=4) == [layers]
+    spans = lesioned("neighbours", size="every")
+    assert spans == [layers[i : i + n] for n in range(1, 5) for i in range(5 - n)] and len(set(spans)) == 10
+    assert lesioned("neighbours", size=[4, 1]) == [layers, *((layer,) for layer in layers)]
     assert lesioned("custom", groups=[["down_blocks.*"], ["up_blocks.1", "mid_block"]]) == [(a, b), (c, d)]
 
 
@@ -97,6 +100,9 @@ def test_coalitions_are_the_prefixes_of_random_orders():
         ("cumulative", {"order": "random"}, "depth, reverse"),
         ("cumulative", {"order": ["a"]}, "every layer"),
         ("neighbours", {"size": 0}, "from 1 to 3"),
+        ("neighbours", {"size": "all"}, "or every; got 'all'"),
+        ("neighbours", {"size": [1, 2, 4]}, "from 1 to 3"),
+        ("neighbours", {"size": [2, 2]}, "twice"),
         ("neighbours", {"size": 4}, "from 1 to 3"),
         ("custom", {}, "at least one"),
         ("custom", {"groups": "a"}, "at least one"),

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 
 from conftest import small_unet
@@ -84,6 +87,21 @@ def build(name, seed=0, **changes):
             text_len_t5=5,
             activation_fn="gelu-approximate",
         )
+    elif name == "qwen":
+        denoiser = QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=3,
+            joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
+        )  # fmt: skip
+    elif name == "flux2":
+        denoiser = Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=3,
+            joint_attention_dim=12, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
+        )  # fmt: skip
+    elif name == "zimage":
+        denoiser = ZImageTransformer2DModel(
+            in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=12,
+            axes_dims=[2, 2, 4], axes_lens=[256, 32, 32],
+        )  # fmt: skip
     else:
         denoiser = FluxTransformer2DModel(
             in_channels=4,
@@ -128,6 +146,21 @@ def inputs(name, rows, seed=1):
                     "style": torch.zeros(rows, dtype=torch.int64),
                     "image_rotary_emb": [noise(16, 8), noise(16, 8)],
                 }
+        elif name == "qwen":  # the second row's text is padded
+            mask = torch.ones(rows, TEXT, dtype=torch.bool)
+            mask[1:, TEXT - 2 :] = False
+            call = {"hidden_states": noise(rows, 9, 16), "timestep": timestep / 1000}
+            call |= {"encoder_hidden_states": noise(rows, TEXT, 12), "encoder_hidden_states_mask": mask}
+            call |= {"img_shapes": [[(1, 3, 3)]] * rows}
+        elif name == "zimage":  # texts of different lengths, in a list
+            lengths = [5 if row % 2 else 40 for row in range(rows)]
+            call = {"x": list(noise(rows, 4, 1, 8, 8)), "t": timestep / 1000}
+            call |= {"cap_feats": [noise(length, 12) for length in lengths]}
+        elif name == "flux2":
+            places = torch.stack(torch.meshgrid(*map(torch.arange, (1, 3, 3, 1)), indexing="ij"), -1).reshape(-1, 4)
+            call = {"hidden_states": noise(rows, 9, 16), "encoder_hidden_states": noise(rows, TEXT, 12)}
+            call |= {"timestep": timestep / 1000, "guidance": torch.full((rows,), 3.5), "img_ids": places}
+            call |= {"txt_ids": torch.cat([torch.zeros(TEXT, 3), torch.arange(TEXT)[:, None]], dim=1)}
         else:
             call = {"pooled_projections": noise(rows, 16), "encoder_hidden_states": noise(rows, TEXT, 12)}
             if name == "sd3":
@@ -154,7 +187,12 @@ def under(denoiser, anatomy, lesions, calls, intervention=None):
     interventions = {replacement_key(one): intervention or Zero() for one in lesions if one}
     pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(timesteps=range(len(calls))))
     with Denoising(pipe, denoiser, len(lesions), [Lesions(anatomy, lesions, interventions)]).running():
-        return [denoiser(**call).sample for call in calls]
+        return [whole(denoiser(**call).sample) for call in calls]
+
+
+def whole(sample):
+    """One tensor, also where a denoiser puts out a list with one a row (Z-Image)."""
+    return torch.stack(sample) if isinstance(sample, list) else sample
 
 
 def hooked(denoiser, hooks, calls):
@@ -163,7 +201,7 @@ def hooked(denoiser, hooks, calls):
         denoiser.get_submodule(path).register_forward_hook(hook, with_kwargs=True) for path, hook in hooks.items()
     ]
     with torch.inference_mode():
-        found = [denoiser(**call).sample for call in calls]
+        found = [whole(denoiser(**call).sample) for call in calls]
     for handle in handles:
         handle.remove()
     return found

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import tokenizers.models
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -22,10 +23,21 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from conftest import byte_tokenizer, small_pipeline, text_encoder
 
@@ -227,6 +239,108 @@ def lcm(folder: Path) -> None:
     diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
 
 
+CHAT = "{% for one in messages if one.role == 'user' %}<|im_start|>user {{ one.content }}<|im_end|>{% endfor %}"
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes, with the special tokens of Qwen's templates."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=512, additional_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def language(tokenizer: Any, layers: int = 2) -> dict[str, Any]:
+    """Config values of a tiny language model."""
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+        "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+
+
+def qwen_image(folder: Path) -> None:
+    tokenizer = qwen_tokenizer()
+    text = language(tokenizer) | {"rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}}
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    diffusers.QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    ).save_pretrained(folder)
+
+
+def _flux2(width: int, guidance: bool) -> dict[str, Any]:
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=width, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=guidance,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return {"vae": vae.eval(), "transformer": transformer.eval(), "scheduler": scheduler}
+
+
+def flux2(folder: Path) -> None:
+    """FLUX.2-dev: guidance is an input; the text features are three layers of a language model that also sees."""
+    special = ["<s>", "</s>", "<pad>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    letters_of_bytes = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*special, *letters_of_bytes])}
+    bare = Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bare.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+    chat = "{% for one in messages if one.role == 'user' %}<s>{{ one.content[0].text }}</s>{% endfor %}"
+    processor = PixtralProcessor(PixtralImageProcessorPil(), tokenizer, chat_template=chat)
+    sight = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **language(tokenizer, 31)},
+        vision_config={"model_type": "pixtral", **sight},
+    )
+    encoder = Mistral3ForConditionalGeneration(config).eval()
+    diffusers.Flux2Pipeline(text_encoder=encoder, tokenizer=processor, **_flux2(48, True)).save_pretrained(folder)
+
+
+def flux2_klein(folder: Path) -> None:
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(**language(tokenizer, 28))).eval()
+    diffusers.Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **_flux2(48, False)).save_pretrained(folder)
+
+
+def z_image(folder: Path) -> None:
+    tokenizer = qwen_tokenizer()
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[2, 2, 4], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    diffusers.ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611),
+        text_encoder=Qwen3Model(Qwen3Config(**language(tokenizer))).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    ).save_pretrained(folder)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "pixart_alpha": pixart_alpha,
     "pixart_sigma": pixart_sigma,
@@ -238,6 +352,10 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "flux_schnell": flux_schnell,
     "sd2": stable_diffusion_2,
     "lcm": lcm,
+    "qwen_image": qwen_image,
+    "flux2": flux2,
+    "flux2_klein": flux2_klein,
+    "z_image": z_image,
 }
 SIDE = {"hunyuan_dit": 32, "sana": 32}  # pixels; of the others 16
 

@@ -98,7 +98,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         if task.init and "calibration" in options:
             options["init"] = generation["init"]
         replacements.describe(name, options)
-        replacements.check(name, layers.kind, axes.branches, layers.by)
+        replacements.check(name, layers.kind, axes.branches, layers.by, axes.strengths)
         replacements.check_model(name, model)
     prompts = parse_prompts(data["prompts"])
     _check_steering(settings, prompts.prompts, given)

@@ -40,7 +40,8 @@ class DenoiserCall:
 
     @property
     def sample(self) -> Tensor:
-        """The noisy latents among the arguments, (rows, …): UNets and transformers name them differently."""
+        """The noisy latents among the arguments, (rows, …); of Z-Image a list with one tensor a row. UNets and
+        transformers name them differently."""
         return sample_of(self.args, self.kwargs)
 
 
@@ -96,6 +97,7 @@ class Denoising:
         self._call = -1
         self._calls: int | None = None
         self._aside = False
+        self.half: int | None = None  # COND or UNCOND while a pipeline calls its denoiser for one branch alone
 
     @property
     def calls(self) -> int:
@@ -120,7 +122,10 @@ class Denoising:
 
     def branches(self, rows: int) -> Tensor:
         """The guidance branch of each row of a denoiser call, (rows,)."""
-        return branches_of(rows, self.samples)
+        if self.half is not None:
+            return torch.full((rows,), self.half)
+        branches = branches_of(rows, self.samples)
+        return branches.flip(0) if type(self.pipe).__name__.startswith(_COND_FIRST) else branches
 
     @property
     def is_aside(self) -> bool:
@@ -144,6 +149,8 @@ class Denoising:
             stack.enter_context(torch.no_grad() if differentiable else torch.inference_mode())
             if self.clients:
                 stack.enter_context(forward_replaced(self.denoiser, self.told))
+                if hasattr(self.denoiser, "cache_context"):
+                    stack.enter_context(method_replaced(self.denoiser, "cache_context", self._told_of_half))
             if any(_tells(client, "before_step") or _tells(client, "after_step") for client in self.clients):
                 stack.enter_context(method_replaced(self.pipe.scheduler, "step", self._told_of_steps))
             for client in self.clients:
@@ -156,7 +163,7 @@ class Denoising:
         def told(*args: Any, **kwargs: Any) -> Any:
             if self._aside:
                 return forward(*args, **kwargs)
-            self._call += 1
+            self._call += self.half != UNCOND  # the second half of a step
             call = DenoiserCall(list(args), kwargs)
             for client in self.clients:
                 client.before_call(self, call)
@@ -165,6 +172,20 @@ class Denoising:
             for client in self.clients:
                 client.after_call(self, call)
             return call.output
+
+        return told
+
+    def _told_of_half(self, context: Callable[..., Any]) -> Callable[..., Any]:
+        """Pipelines that call their denoiser once for each branch (Qwen-Image) say so, for caches between steps."""
+
+        @contextmanager
+        def told(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            before, self.half = self.half, {"cond": COND, "uncond": UNCOND}.get(name)
+            try:
+                with context(name, *args, **kwargs):
+                    yield
+            finally:
+                self.half = before
 
         return told
 
@@ -190,6 +211,9 @@ class Denoising:
         return told
 
 
+_COND_FIRST = ("ZImage",)  # pipelines that put the conditional half first
+
+
 def _tells(client: Client, event: str) -> bool:
     return getattr(type(client), event) is not getattr(Client, event)
 
@@ -208,7 +232,8 @@ def calls_in(pipe: Any) -> int:
 
 def sample_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The noisy latents among the arguments of a denoiser call, (rows, …)."""
-    sample: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+    names = ("sample", "x", "hidden_states")
+    sample: Tensor = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
     return sample
 
 

@@ -198,12 +198,16 @@ class Resuming(Client):
             return
         if run.calls != self.states[0].calls:
             raise OtherCount(f"the pipeline takes {run.calls} steps, the kept states are of {self.states[0].calls}")
+        as_class = call.kwargs.get("return_dict", True)
+        if isinstance(call.sample, list):  # Z-Image
+            of_rows = [row.new_zeros(row.shape) for row in call.sample]
+            call.output = Transformer2DModelOutput(sample=of_rows) if as_class else (of_rows,)
+            return
         channels = getattr(run.denoiser.config, "out_channels", None)  # more than it takes in, for a learned variance
         form = list(call.sample.shape)
         if call.sample.dim() == 4 and isinstance(channels, int):
             form[1] = channels
         nothing = call.sample.new_zeros(form)
-        as_class = call.kwargs.get("return_dict", True)
         call.output = Transformer2DModelOutput(sample=nothing) if as_class else (nothing,)
 
     def before_step(self, run: Denoising, step: SchedulerStep) -> None:

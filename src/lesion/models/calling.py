@@ -14,6 +14,7 @@ from typing import Any
 
 from lesion import tasks
 from lesion.models import facts
+from lesion.models.defaults import OF_CALL, argument_of
 from lesion.models.source import pipeline_class
 from lesion.study.settings import Settings
 from lesion.tasks import Task
@@ -69,5 +70,9 @@ def arguments(
     }
     for name in tasks.of(settings.task).implied - known:
         del found[name]
+    if (guidance := argument_of(cls.__name__, "guidance")) not in found:
+        found[guidance] = found.pop(OF_CALL["guidance"])
+        if settings.guided:  # without a negative prompt there is none; their model card's blank one
+            found.setdefault("negative_prompt", [" "] * len(texts))
     found |= {name: value for name, value in AS_ASKED.items() if name in known}
     return {**found, **(more or {})}

@@ -15,11 +15,11 @@ from lesion.errors import RequestError
 from lesion.models import facts
 from lesion.models.source import ModelSpec, Source, pipeline_class, resolve
 
-OF_CALL = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+OF_CALL = {"steps": "num_inference_steps", "guidance": "guidance_scale"}  # see `argument_of`
 SIDES = ("height", "width")
 LEAST = 8  # of which every pipeline wants a multiple, Sana's of 32, whatever the autoencoder
 USUAL = 128  # diffusers' `default_sample_size` where the config of the denoiser has no `sample_size`
-_WITH_USUAL = ("StableDiffusionXL", "StableDiffusion3", "Flux", "HunyuanDiT")
+_WITH_USUAL = ("StableDiffusionXL", "StableDiffusion3", "Flux", "HunyuanDiT", "QwenImage", "ZImage")
 
 
 def filled(generation: Mapping[str, Any], spec: Callable[[], ModelSpec]) -> tuple[dict[str, Any], str]:
@@ -37,7 +37,7 @@ def filled(generation: Mapping[str, Any], spec: Callable[[], ModelSpec]) -> tupl
         size = dict(zip(SIDES, own_size(source), strict=True))
         found |= {name: size[name] for name in sides}
     for name in [name for name in OF_CALL if name in wanted]:
-        found[name] = default_of_call(source.pipeline, OF_CALL[name])
+        found[name] = default_of_call(source.pipeline, argument_of(source.pipeline, name))
         if not isinstance(found[name], int | float):
             raise RequestError(f"generation.{name}", f"{source.pipeline} has no default of its own; give a number")
     words = []
@@ -45,6 +45,11 @@ def filled(generation: Mapping[str, Any], spec: Callable[[], ModelSpec]) -> tupl
         if values := [f"{name} {found[name]:g}" for name in names if name in found]:
             words.append(f"{', '.join(values)} from {where}")
     return {**generation, **found}, "; ".join(words)
+
+
+def argument_of(pipeline: str, name: str) -> str:
+    """The argument of a pipeline's call that takes the steps or the guidance, by its class name."""
+    return "true_cfg_scale" if name == "guidance" and pipeline.startswith("QwenImage") else OF_CALL[name]
 
 
 def default_of_call(pipeline: str, argument: str) -> Any:
@@ -94,6 +99,8 @@ def vae_scale(source: Source) -> int:
     """Pixels a latent, along a side."""
     config = source.vae_config
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if halvings := config.get("temperal_downsample"):  # Qwen-Image's
+        return int(2 ** len(halvings))
     return 2 ** (len(levels) - 1) if levels else 32 if source.pipeline.startswith("Sana") else 8
 
 
@@ -111,6 +118,8 @@ def patch_side(source: Source) -> int:
     config = source.denoiser_config
     latents, patch = source.vae_config.get("latent_channels"), config.get("patch_size")
     patch = patch if isinstance(patch, int) else 1
+    if patches := config.get("all_patch_size"):  # Z-Image's
+        return int(patches[0])
     packed = patch == 1 and latents and config.get("in_channels") == 4 * latents
     return 2 if packed or source.pipeline.startswith("Flux") else patch
 

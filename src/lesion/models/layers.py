@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lesion.models.source import Source
 
 FILE = Path(__file__).with_name("layers.json")
-FORMAT = 1  # raise it when another list would come of the same config: kinds, names or order of layers
+FORMAT = 2  # raise it when another list would come of the same config: kinds, names or order of layers
 # Config values that change widths, inputs or numbers in the modules, but not which modules or heads there are.
 SHAPELESS = frozenset(
     {

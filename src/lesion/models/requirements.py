@@ -35,6 +35,7 @@ def check(source: Source, settings: Settings) -> None:
             "model.pipeline, if its parts serve",
         )
     _check_denoiser(source)
+    _check_guidance(source, settings.guidance)
     if source.pipeline == "StableDiffusionXLPipeline":
         _check_sdxl(source)
     _check_tokenizers(source)
@@ -62,6 +63,20 @@ def _check_denoiser(source: Source) -> None:
         raise RequestError(
             "model.id",
             f"the unet of {source.spec.id!r} wants a condition ({added}) that {source.pipeline} does not give",
+        )
+
+
+def _check_guidance(source: Source, guidance: float) -> None:
+    """Refuse guidance whose branches are not what `Settings.guided` says."""
+    if source.pipeline.startswith("ZImage") and 0 < guidance <= 1:
+        raise RequestError(
+            "generation.guidance",
+            f"{source.pipeline} adds guidance times the difference of its branches, so it is off at 0 only; "
+            f"allowed: 0, or above 1; got {guidance:g}",
+        )
+    if source.pipeline.startswith("Flux2Klein") and source.index.get("is_distilled") and guidance > 1:
+        raise RequestError(
+            "generation.guidance", f"{source.spec.id!r} is distilled and reads none; allowed: 0 to 1; got {guidance:g}"
         )
 
 

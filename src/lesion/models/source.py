@@ -25,6 +25,10 @@ from lesion.study.settings import DECLARED
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DENOISERS = ("unet", "transformer")
+# Beginnings of the names of pipelines that call the denoiser once for each branch of classifier-free guidance, and of
+# those that put a template around the prompt before an encoder reads it.
+APART = ("QwenImage", "Flux2Klein")
+TEMPLATED = ("QwenImage", "Flux2", "ZImage")
 DTYPES = ("float32", "float16", "bfloat16")  # as torch names them
 OFFLOADS = ("none", "model", "sequential")
 # What the settings of a study say themselves; `model.arguments` may not.
@@ -226,6 +230,8 @@ class Source:
     def embedded_guidance(self) -> bool:
         """Whether guidance is an input of the denoiser (FLUX.1, latent consistency models): it has no CFG branches."""
         config = self.denoiser_config
+        if self.pipeline.startswith(APART):
+            return False
         return "guidance_embeds" in config or bool(config.get("time_cond_proj_dim"))
 
     @cached_property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lesion.models.source import TEMPLATED
 from lesion.study.words import Word, named, words_in
 
 
@@ -47,7 +48,7 @@ def words_of(pipe: Any, text: str, arguments: Mapping[str, Any] = MappingProxyTy
 
     arguments: of the pipeline's call, of which `max_sequence_length` counts.
 
-    Raises ValueError for a pipeline without a tokenizer.
+    Raises ValueError for a pipeline without a tokenizer, or with a template around its prompts.
     """
     return in_parts(encoders(pipe, arguments), text)
 
@@ -61,6 +62,8 @@ def encoders(pipe: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> 
     name = type(pipe).__name__
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     limit: Any = arguments.get("max_sequence_length") or (parameter.default if parameter else None)
+    if name.startswith(TEMPLATED):
+        raise ValueError(f"{name} puts a template around its prompts, so their words cannot be told apart")
     if name.startswith("StableDiffusion3"):
         third = pipe.tokenizer_3 if pipe.text_encoder_3 is not None else None  # without it its tokens are zeros
         return [(pipe.tokenizer, pipe.tokenizer_max_length), (third, limit)]

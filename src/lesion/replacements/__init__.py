@@ -54,8 +54,14 @@ def describe(name: str, options: Mapping[str, Any]) -> Replacement:
     return Replacement(name, find(name).identity(options))
 
 
-def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") -> None:
-    """Raise RequestError if the replacement makes no sense for this kind of site or one of these branches."""
+def check(
+    name: str,
+    kind: str,
+    branches: Sequence[str],
+    by: str = "attention",
+    strengths: Sequence[float] = (),
+) -> None:
+    """Raise RequestError if the replacement makes no sense for this kind of site, these branches or strengths."""
     one = find(name)
     if one.kinds is not None and kind not in one.kinds:
         raise RequestError("replacement", f"{name} suits layers.kind={', '.join(one.kinds)} only; got {kind}")
@@ -64,6 +70,10 @@ def check(name: str, kind: str, branches: Sequence[str], by: str = "attention") 
     if unsuited := [branch for branch in branches if branch not in one.branches]:
         raise RequestError(
             "replacement", f"{name} does nothing on branch={unsuited[0]}; allowed: {', '.join(one.branches)}"
+        )
+    if beyond := [strength for strength in strengths if strength > one.most_strength]:
+        raise RequestError(
+            "strength", f"must be a number in [0, {one.most_strength:g}] with replacement={name}; got {beyond[0]:g}"
         )
 
 

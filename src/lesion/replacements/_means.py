@@ -123,7 +123,7 @@ class Calibration(Client):
 
     def _adding(self, site: Site, run: Denoising, text: TextLength) -> Callable[..., None]:
         def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen = Call(module, module.forward, args, kwargs, text.tokens)
+            seen = Call(module, module.forward, args, kwargs, text.image)
             for part, name in site.parts(output):
                 quantity = site.hook.read(seen, output, part)
                 self._sums[name].add(run.call, run.branches(len(quantity)), quantity)

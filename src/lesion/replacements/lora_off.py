@@ -47,6 +47,10 @@ class LoraOff(Intervention):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         anatomy, denoiser = bench.model.anatomy, bench.model.denoiser
+        if shared := [path for path, site in anatomy.by_path.items() if site.hook.module != path]:
+            raise RequestError(
+                "replacement", f"lora_off: attention and MLP share their projections in {shared[0]}; use kind=block"
+            )
         layers = {
             site: [part for part in denoiser.get_submodule(site).modules() if isinstance(part, BaseTunerLayer)]
             for sites in anatomy.sites.values()

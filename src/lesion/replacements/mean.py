@@ -43,7 +43,7 @@ class Mean(Intervention):
     means: for each site a tensor (calls, 2, channels): unconditional branch first.
     """
 
-    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block", "text_stream")
 
     def __init__(self, means: Mapping[str, Tensor]):
         self.means = dict(means)

@@ -21,10 +21,10 @@ class Resample(Intervention):
     """A site's output in the image of the source prompt.
 
     source_prompt: the donor.
-    guided: whether each image has an unconditional row beside its conditional one.
+    guided: whether each image has an unconditional row beside its conditional one in a call of the denoiser.
     """
 
-    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
+    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block", "text_stream")
     compiled = False
     donor_images = True
     reads_output = True
@@ -38,7 +38,10 @@ class Resample(Intervention):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
-        return cls(options["prompt"], bench.settings.guided)
+        from lesion.models.source import APART
+
+        both_at_once = not type(bench.model.pipe).__name__.startswith(APART)
+        return cls(options["prompt"], bench.settings.guided and both_at_once)
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:
         rows = output.unflatten(0, (self.guidance_branches, 2, -1))  # (branches, image or its source, images, …)

@@ -11,6 +11,7 @@ from lesion.config.parsing import Request
 from lesion.errors import RequestError
 from lesion.models import Source, layers
 from lesion.models.defaults import patch_side, vae_scale
+from lesion.models.source import TEMPLATED
 from lesion.store.images import Store
 from lesion.store.maps import Maps
 from lesion.study.capture import BYTES, Capture, pixels
@@ -46,6 +47,11 @@ def captured(request: Request, source: Source) -> Capture | None:
 
 def attention_layers(source: Source, key: str) -> tuple[str, ...]:
     """Layers in which a model's image looks at its text, in forward order. Raises RequestError naming `key`."""
+    if source.pipeline.startswith(TEMPLATED):
+        raise RequestError(
+            key,
+            f"{source.pipeline} puts a template around its prompts, so words cannot be told apart; allowed: none",
+        )
     for kind in ("cross_attention", "text_to_image"):
         try:
             return layers.layer_paths(source, "attention", kind)

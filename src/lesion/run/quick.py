@@ -11,9 +11,10 @@ from lesion import replacements
 from lesion.denoising.run import Denoising, Enough, sample_of
 from lesion.denoising.wrapping import forward_replaced, method_replaced
 from lesion.errors import RequestError
+from lesion.models.source import APART
 from lesion.study import layer_patterns
 from lesion.study.checks import one_of, share
-from lesion.study.lesions import BRANCHES, Lesion
+from lesion.study.lesions import BRANCHES, MOST, Lesion
 from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, text_sites
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
@@ -45,7 +46,7 @@ def lesioned(
         that the model has.
     window: [start, end) as fractions of the denoising steps.
     branch: both, cond or uncond.
-    strength: in [0, 1].
+    strength: in [0, 1], of `double` in [0, 2].
     options: of the replacement, e.g. `prompt` of `donor_prompt`.
 
     Raises RequestError for what cannot be done, naming what is allowed.
@@ -59,13 +60,13 @@ def lesioned(
     if not 0 <= start < end <= 1:
         raise RequestError("window", f"must be (start, end) with 0 <= start < end <= 1; got {window!r}")
     one_of("branch", branch, BRANCHES)
-    share("strength", strength)
+    share("strength", strength, MOST)
     try:
         anatomy = examine(denoiser, by, kind or next(iter(kinds_of(denoiser)), "cross_attention"))
     except AnatomyError as error:
         raise RequestError(error.key, str(error)) from None
     described = replacements.describe(replacement, options)
-    replacements.check(replacement, anatomy.kind, (branch,), by)
+    replacements.check(replacement, anatomy.kind, (branch,), by, (strength,))
     lesion = Lesion("custom", "", _chosen(layers, anatomy), described, (start, end), branch, strength, anatomy.kind)
     calls = _Calls(pipe, denoiser, anatomy, lesion, _built(pipe, denoiser, anatomy, replacement, options))
     with ExitStack() as stack:
@@ -144,7 +145,7 @@ class _Calls:
             )
         if not guided and self.lesion.replacement.name == "null_prompt":
             raise RequestError("replacement", "null_prompt needs guidance here: guidance_scale above 1")
-        samples = rows // 2 if guided else rows
+        samples = rows // 2 if guided and not type(self.pipe).__name__.startswith(APART) else rows
         interventions = {replacement_key(self.lesion): self.intervention}
         client = Lesions(self.anatomy, [self.lesion] * samples, interventions)
         run = Denoising(self.pipe, self.denoiser, samples, [client])

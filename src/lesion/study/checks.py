@@ -15,10 +15,10 @@ def one_of(key: str, value: Any, allowed: Sequence[str]) -> str:
     return str(value)
 
 
-def share(key: str, value: Any) -> float:
-    """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise RequestError(key, f"must be a number in [0, 1]; got {value!r}")
+def share(key: str, value: Any, most: float = 1.0) -> float:
+    """A number in [0, most]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise RequestError(key, f"must be a number in [0, {most:g}]; got {value!r}")
     return float(value)
 
 

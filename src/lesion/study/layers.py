@@ -10,7 +10,10 @@ from lesion.errors import RequestError
 from lesion.study import layer_patterns
 from lesion.study.checks import distinct, one_of
 
-KINDS = ("cross_attention", "self_attention", "joint_attention", "text_to_image", "feed_forward", "block")
+KINDS = (
+    *("cross_attention", "self_attention", "joint_attention", "text_to_image", "feed_forward", "block"),
+    "text_stream",
+)
 GRANULARITIES = ("attention", "transformer_block", "block", "stage", "head")
 WITH_HEADS = ("cross_attention", "self_attention", "joint_attention")  # kinds that `by=head` can take apart
 

@@ -17,6 +17,7 @@ from lesion.errors import RequestError
 from lesion.study.checks import distinct, one_of, share
 
 BRANCHES = ("both", "cond", "uncond")
+MOST = 2.0  # strength of those replacements that go beyond 1
 
 
 def digest_of(data: Any) -> str:
@@ -58,7 +59,7 @@ class Lesion:
 
     layers: module paths of the lesioned layers, in forward order. kind: which of their modules are touched. window:
     fraction of the denoising steps [start, end). branch: which half of classifier-free guidance is touched. strength: 0
-    leaves the output, 1 replaces it fully.
+    leaves the output, 1 replaces it fully, more goes as far again beyond.
     The defaults are those of a request that says nothing, here and wherever one is needed (`Lesion.branch`).
     selection, layer and place only label the lesion (how it was chosen, and for which layer); they do not change
     pixels.
@@ -173,12 +174,18 @@ def cumulative(layers: Sequence[str], order: str | Sequence[str] = "depth") -> I
 
 
 @selection
-def neighbours(layers: Sequence[str], size: int = 3) -> Iterator[Choice]:
-    """Every `size` adjacent layers lesioned together, a window that slides through the depth."""
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= len(layers):
-        raise RequestError("selection.neighbours.size", f"must be a whole number from 1 to {len(layers)}; got {size!r}")
-    for start in range(len(layers) - size + 1):
-        yield Choice("", tuple(layers[start : start + size]))
+def neighbours(layers: Sequence[str], size: int | str | Sequence[int] = 3) -> Iterator[Choice]:
+    """Every `size` adjacent layers lesioned together, a window that slides through the depth.
+
+    size: how many layers, a list of such, or `every` for the contiguous spans of every length.
+    """
+    key = "selection.neighbours.size"
+    for one in distinct(key, list(range(1, len(layers) + 1)) if size == "every" else size):
+        if isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= len(layers):
+            words = f"must be a whole number from 1 to {len(layers)}, a list of such, or every"
+            raise RequestError(key, f"{words}; got {one!r}")
+        for start in range(len(layers) - one + 1):
+            yield Choice("", tuple(layers[start : start + one]))
 
 
 @selection
@@ -257,7 +264,7 @@ class Axes:
             selections=selections,
             windows=parse_windows("window", config["window"], steps),
             branches=tuple(one_of("branch", branch, BRANCHES) for branch in distinct("branch", config["branch"])),
-            strengths=tuple(share("strength", value) for value in distinct("strength", config["strength"])),
+            strengths=tuple(share("strength", value, MOST) for value in distinct("strength", config["strength"])),
         )
 
 

@@ -2,7 +2,8 @@
 
 Works on real weights and on a model built on the meta device alike, so a request is checked before any weight loads.
 Goes by names, so that a class nobody listed will do: blocks `….attentions.N.transformer_blocks.M` in UNets and `STEM.N`
-in transformers (whatever the stem), which hold `attn`, `attn1`, `attn2` (modules with to_q) and `ff`.
+in transformers (whatever the stem), which hold `attn`, `attn1`, `attn2`, `attention` (modules with to_q) and `ff`,
+`feed_forward`, `img_mlp`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from torch import nn
 
 from lesion.study.layers import KINDS, WITH_HEADS
 from lesion.surgery.hook_points import (
+    ROOT,
     FromText,
     Heads,
+    HeadsBeforeProjection,
     HeadsOfTokens,
     HookPoint,
     ImageStream,
     ImageTokens,
+    TextStream,
     Update,
 )
 
 PLACES = ("down", "mid", "up")
 _SITE = re.compile(
-    r"(?P<block>(?:(?P<attention>.*\battentions\.\d+)\.)?[A-Za-z_]\w*\.\d+)\.(?P<leaf>attn[12]?|ff|act_mlp)"
+    r"(?P<block>(?:(?P<attention>.*\battentions\.\d+)\.)?[A-Za-z_]\w*\.\d+)"
+    r"\.(?P<leaf>attn[12]?|attention|ff|feed_forward|img_mlp|act_mlp|attn\.mlp_act_fn)"
 )
 _STAGE = re.compile(r"(?P<place>down|mid|up)_blocks?(?:\.(?P<block>\d+))?(?:\.|$)")
 
@@ -170,7 +175,8 @@ def text_sites(denoiser: nn.Module) -> tuple[str, ...]:
 
 def attentions_of(denoiser: nn.Module) -> dict[str, str]:
     """The kind of every attention that can be lesioned, by its module path."""
-    return {part.path: _kinds(part)[0] for part in _parts(denoiser) if "attn" in part.match["leaf"] and _kinds(part)}
+    kinds = {part.path: _kinds(part) for part in _parts(denoiser)}
+    return {path: of[0] for path, of in kinds.items() if of and of[0] != "feed_forward"}
 
 
 @dataclass(frozen=True)
@@ -183,11 +189,18 @@ class _Part:
     block: Any
 
     @property
-    def concatenated(self) -> bool:
-        """Whether its block hands it text and image in one sequence, the text in front (FLUX's single blocks)."""
+    def concatenated(self) -> str:
+        """Where its block hands it text and image in one sequence: the path of the module whose call tells where the
+        image is (`TextLength`); "" where both come apart or there is no text.
+        """
+        name, path = type(self.block).__name__, self.match["block"]
+        if name == "Flux2SingleTransformerBlock":
+            return ROOT
+        if name == "ZImageTransformerBlock":
+            return "noise_refiner.0" if path.startswith("layers.") else ""
         if getattr(getattr(self.block, "attn", None), "pre_only", False) is not True:
-            return False
-        return "encoder_hidden_states" in inspect.signature(self.block.forward).parameters
+            return ""
+        return path if "encoder_hidden_states" in inspect.signature(self.block.forward).parameters else ""
 
     @property
     def joint(self) -> bool:
@@ -203,14 +216,14 @@ def _parts(denoiser: nn.Module) -> Iterator[_Part]:
 def _kinds(part: _Part) -> tuple[str, ...]:
     """What a module is a site of; an attention that is told what it attends to is asked (some UNets use attn1 so)."""
     leaf, module = part.match["leaf"], part.module
-    if leaf == "ff":
+    if leaf in ("ff", "feed_forward", "img_mlp"):
         return ("feed_forward",)
-    if leaf == "act_mlp":
+    if leaf.endswith(("act_mlp", "mlp_act_fn")):
         return ("feed_forward",) if part.concatenated else ()
-    if not any(hasattr(module, name) for name in ("to_q", "to_qkv")):
+    if not any(hasattr(module, name) for name in ("to_q", "to_qkv", "to_qkv_mlp_proj")):
         return ()
     if part.joint or part.concatenated:
-        return ("joint_attention", "text_to_image")
+        return ("joint_attention", "text_to_image", "text_stream")
     crosses = getattr(module, "is_cross_attention", None)
     if not isinstance(crosses, bool):
         crosses = leaf == "attn2"
@@ -223,6 +236,11 @@ def _lesionable(denoiser: nn.Module, part: _Part, by: str, kind: str) -> Iterato
     if kind == "block" and kinds:
         path = match["block"] if by == "transformer_block" else match["attention"] or match["block"]
         yield _GROUPS[by](match), Site(path, _width_of_block(part), 0, 0, 0, Update(path))
+    elif kind == "text_stream" and kind in kinds:
+        path, together = match["block"], part.concatenated
+        apart = together in ("", path)  # FLUX.1's single blocks join text and image themselves
+        hook = TextStream(path) if apart else TextStream(path, together, single=True)
+        yield _GROUPS[by](match), Site(path, _width_of_block(part), 0, 0, 0, hook)
     elif kind in kinds and by == "head":
         for site in _heads(part):
             yield site.path, site
@@ -239,11 +257,12 @@ _GROUPS: dict[str, Callable[[re.Match[str]], str]] = {
 
 
 def _site(part: _Part, kind: str) -> Site:
-    module, path = part.module, part.path
-    block = part.match["block"] if part.concatenated else ""
+    module, path, block = part.module, part.path, part.concatenated
     hook = HookPoint(path)
     if kind == "text_to_image":
         hook = FromText(path, block, single=bool(block))
+    elif hasattr(module, "to_qkv_mlp_proj"):
+        hook = HeadsBeforeProjection(f"{path}.to_out", block, width=int(module.inner_dim))
     elif block:
         hook = ImageTokens(path, block)
     elif kind == "joint_attention":
@@ -252,7 +271,7 @@ def _site(part: _Part, kind: str) -> Site:
     crosses = bool(getattr(module, "is_cross_attention", False))
     return Site(
         path=path,
-        channels=part.block.mlp_hidden_dim if part.match["leaf"] == "act_mlp" else _channels(module),
+        channels=_channels_of(part),
         heads=heads,
         head_dim=int(getattr(module, "inner_dim", 0)) // heads if heads else 0,
         text_dim=int(module.added_kv_proj_dim) if part.joint else int(module.cross_attention_dim) if crosses else 0,
@@ -260,13 +279,24 @@ def _site(part: _Part, kind: str) -> Site:
     )
 
 
+def _channels_of(part: _Part) -> int:
+    leaf, module = part.match["leaf"], part.module
+    if leaf == "act_mlp":
+        return int(part.block.mlp_hidden_dim)
+    if leaf == "attn.mlp_act_fn":
+        return int(part.block.attn.mlp_hidden_dim)
+    return int(module.inner_dim) if hasattr(module, "to_qkv_mlp_proj") else _channels(module)
+
+
 def _heads(part: _Part) -> Iterator[Site]:
-    module, path, block = part.module, part.path, part.match["block"]
+    module, path, block = part.module, part.path, part.concatenated
     heads, inner = int(module.heads), int(module.inner_dim)
-    if part.concatenated:
-        hook: HookPoint = HeadsOfTokens(path, block, heads=heads)
+    if hasattr(module, "to_qkv_mlp_proj"):
+        hook: HookPoint = HeadsBeforeProjection(f"{path}.to_out", block, heads=heads, width=inner)
+    elif block and not isinstance(getattr(module, "to_out", None), nn.ModuleList):
+        hook = HeadsOfTokens(path, block, heads=heads)
     elif isinstance(getattr(module, "to_out", None), nn.ModuleList):
-        hook = Heads(f"{path}.to_out.0", heads=heads)
+        hook = Heads(f"{path}.to_out.0", block, heads=heads)
     else:
         raise AnatomyError(f"{path} has no output projection to_out.0 whose input its heads could share", "layers.by")
     width = inner // heads
@@ -283,6 +313,8 @@ def _channels(module: Any) -> int:
     """Width of what a module puts out: its own word for it, or its last weight's."""
     if isinstance(width := getattr(module, "out_dim", None), int):
         return width
+    if isinstance(last := getattr(module, "w2", None), nn.Linear):  # of Z-Image's feed-forward
+        return last.out_features
     weights = [parameter for name, parameter in module.named_parameters() if name.endswith("weight")]
     return int(weights[-1].shape[0])
 

@@ -25,13 +25,13 @@ class Share:
 
     column: Tensor
     whole: bool  # every row wholly
-    mixed: bool  # some row in part
+    mixed: bool  # some row in part, or beyond
 
     @classmethod
     def of(cls, column: Tensor, weights: Sequence[float], rank: int) -> Share:
-        """column: (rows,), where the output is. weights: the same, in [0, 1]. rank: how many dimensions it has."""
+        """column: (rows,), where the output is. weights: the same, >= 0. rank: how many dimensions it has."""
         shaped = column.reshape(-1, *[1] * (rank - 1))
-        return cls(shaped, all(w == 1 for w in weights), any(0 < w < 1 for w in weights))
+        return cls(shaped, all(w == 1 for w in weights), any(w > 0 and w != 1 for w in weights))
 
 
 def wide(like: Tensor) -> torch.dtype:
@@ -40,8 +40,8 @@ def wide(like: Tensor) -> torch.dtype:
 
 
 def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
-    """Row by row: weight 0 keeps the output and 1 takes the value, both bit for bit; between, a linear mixture,
-    rounded once.
+    """Row by row: weight 0 keeps the output and 1 takes the value, both bit for bit; any other gives a linear mixture,
+    rounded once, beyond 1 on the far side of the value.
 
     output: (rows, tokens, channels); values: broadcastable to it.
     """
@@ -52,7 +52,7 @@ def blend(output: Tensor, values: Tensor, share: Share) -> Tensor:
     if share.mixed:
         kept = output.to(column.dtype)
         mixture = kept + column * (values.to(column.dtype) - kept)
-        blended = torch.where((column > 0) & (column < 1), mixture.to(output.dtype), blended)
+        blended = torch.where((column > 0) & (column != 1), mixture.to(output.dtype), blended)
     return blended
 
 
@@ -69,15 +69,14 @@ class Call:
     """One call of a module.
 
     forward: what it would do un-lesioned.
-    text_tokens: length of the text in front of the image in a concatenated sequence, as the block around the module
-        was called; 0 where that is not asked for.
+    image: where the image's tokens are in a sequence that has the text's, too; all of it where that is not asked for.
     """
 
     module: nn.Module
     forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    text_tokens: int = 0
+    image: slice = field(default_factory=lambda: slice(None))
     memo: dict[str, Tensor] = field(default_factory=dict)  # what a hook point has found out and may want again
 
     def run(self) -> Any:
@@ -92,28 +91,49 @@ class Call:
         value: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return value
 
+    @property
+    def text(self) -> slice:
+        """Where the text's tokens are in the same sequence: the rest, in front of the image or behind it."""
+        return slice(self.image.stop, None) if self.image.start is None else slice(None, self.image.start)
+
+
+ROOT = "."  # stands for the denoiser itself where the path of a block is asked for
+
 
 class TextLength:
-    """Notes how many text tokens a block is called with, for the modules in it that see text and image concatenated."""
+    """Notes where text and image are in one sequence, for the modules that see both concatenated.
+
+    tokens: of the text in front of the image; 0 where it comes behind.
+    image: where the image's tokens are.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.image = slice(None)
 
     @contextmanager
     def watching(self, denoiser: nn.Module, block: str) -> Iterator[None]:
-        """Watch the block of this path; none if it is ""."""
+        """Watch the calls of the block of this path; none if it is "".
+
+        It is given the text by itself, or it is one of Z-Image's that sees the image alone, which comes first there.
+        """
         if not block:
             yield
             return
-        handle = denoiser.get_submodule(block).register_forward_pre_hook(self._note, with_kwargs=True)
+        watched = denoiser.get_submodule("" if block == ROOT else block)
+        handle = watched.register_forward_pre_hook(self._note, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if type(module).__name__ == "ZImageTransformerBlock":
+            self.image = slice(None, args[0].shape[1])
+            return
         text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
         self.tokens = text.shape[1]
+        self.image = slice(self.tokens, None)
 
 
 # Values in the place of parts of a hook point's quantity: (part, values broadcastable to it, share of the rows).
@@ -124,13 +144,14 @@ Changes = Sequence[tuple[int, Tensor, Share]]
 class HookPoint:
     """The whole output of a module, a tensor: (rows, tokens, channels) or (rows, channels, height, width).
 
-    module: path of the module that is called. block: path of the block whose call says how long the text is, "" if
-    that does not matter.
+    module: path of the module that is called. block: path of the block whose call says how long the text is (ROOT: the
+    denoiser), "" if that does not matter.
     """
 
     module: str
     block: str = ""
     everything: ClassVar[bool] = True  # whether the quantity is all that the module puts out or adds
+    of_input: ClassVar[bool] = False  # whether the quantity goes in: `write` then runs the module itself
 
     def parts(self, output: Any) -> int:
         """How many tensors make up the quantity; each gets values of its own."""
@@ -189,7 +210,7 @@ class ImageStream(HookPoint):
 
 @dataclass(frozen=True)
 class ImageTokens(HookPoint):
-    """The image's tokens of a sequence that has the text's in front, (rows, image tokens, channels)."""
+    """The image's tokens of a sequence that has the text's, too, (rows, image tokens, channels)."""
 
     everything = False
 
@@ -197,16 +218,23 @@ class ImageTokens(HookPoint):
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        quantity: Tensor = output[:, call.text_tokens :]
+        quantity: Tensor = output[:, call.image]
         return quantity
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
-        image = super().write(call, output[:, call.text_tokens :], changes)
-        return torch.cat([output[:, : call.text_tokens], image], dim=1)
+        return _with(output, call.image, super().write(call, output[:, call.image], changes))
 
     def merge(self, call: Call, output: Any, other: Any, share: Share) -> Any:
-        image = blend(output[:, call.text_tokens :], other[:, call.text_tokens :], share)
-        return torch.cat([output[:, : call.text_tokens], image], dim=1)
+        return _with(output, call.image, blend(output[:, call.image], other[:, call.image], share))
+
+
+def _with(sequence: Tensor, tokens: slice, values: Tensor) -> Tensor:
+    """The sequence, (rows, tokens, channels), with these values in the place of some of its tokens."""
+    if tokens == slice(None):
+        return values
+    before = sequence[:, : tokens.start] if tokens.start else sequence[:, :0]
+    after = sequence[:, :0] if tokens.stop is None else sequence[:, tokens.stop :]
+    return torch.cat([before, values, after], dim=1)
 
 
 @dataclass(frozen=True)
@@ -274,9 +302,15 @@ class Update(HookPoint):
 
 
 # Blocks that return (text, image), read in diffusers 0.42's source; others are told apart by their shapes.
-_TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+_TEXT_FIRST = (
+    *("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    *("Flux2TransformerBlock", "QwenImageTransformerBlock"),
+)
 # Blocks that take the image first and return it alone.
-_PLAIN_BLOCKS = ("BasicTransformerBlock", "SanaTransformerBlock", "HunyuanDiTBlock")
+_PLAIN_BLOCKS = (
+    *("BasicTransformerBlock", "SanaTransformerBlock", "HunyuanDiTBlock"),
+    *("Flux2SingleTransformerBlock", "ZImageTransformerBlock"),  # of one sequence
+)
 
 
 def _two_streams(output: Any) -> bool:
@@ -303,16 +337,14 @@ class FromText(HookPoint):
         return image.to(wide(image)) - self._alone(call).to(wide(image))
 
     def like(self, call: Call, output: Any, part: int) -> Tensor:
-        image: Tensor = output[:, call.text_tokens :] if self.single else output[0]
+        image: Tensor = output[:, call.image] if self.single else output[0]
         return image
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
-        image, alone = (output[:, call.text_tokens :] if self.single else output[0]), self._alone(call)
+        image, alone = self.like(call, output, 0), self._alone(call)
         for _, values, share in changes:
             image = blend(image, alone + values, share)
-        if self.single:
-            return torch.cat([output[:, : call.text_tokens], image], dim=1)
-        return (image, *output[1:])
+        return _with(output, call.image, image) if self.single else (image, *output[1:])
 
     def _alone(self, call: Call) -> Tensor:
         if "alone" not in call.memo:
@@ -323,21 +355,61 @@ class FromText(HookPoint):
         from diffusers.models.attention_processor import Attention
 
         kwargs = dict(call.kwargs)
-        if call.args or kwargs.get("attention_mask") is not None:
+        mask, rotary = kwargs.get("attention_mask"), kwargs.get("image_rotary_emb")
+        if len(call.args) > int(self.single) or (mask is not None and not (self.single and mask.dim() == 2)):
             raise RuntimeError(f"{self.module} is called in a way in which its image cannot be told from its text")
         if self.single:
-            kwargs["hidden_states"] = kwargs["hidden_states"][:, call.text_tokens :]
-            text_tokens = call.text_tokens
+            args: tuple[Tensor, ...] = (call.hidden[:, call.image],)
+            kwargs.pop("hidden_states", None)
+            for name in ("attention_mask", "freqs_cis"):  # of Z-Image, (rows, tokens, …)
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name][:, call.image]
+            if rotary is not None:  # (cos, sin), each (text and image tokens, head channels)
+                kwargs["image_rotary_emb"] = tuple(table[call.image] for table in rotary)
+        elif "encoder_hidden_states_mask" in kwargs:  # Qwen-Image's, whose rotary positions come apart
+            args, text = (), kwargs["encoder_hidden_states"]
+            kwargs["encoder_hidden_states_mask"] = text.new_zeros(text.shape[:2], dtype=torch.bool)
         else:  # Attention's processors leave out a text that is None, FluxAttention's want one of no tokens
-            text = kwargs["encoder_hidden_states"]
+            args, text = (), kwargs["encoder_hidden_states"]
             kwargs["encoder_hidden_states"] = None if isinstance(call.module, Attention) else text[:, :0]
-            text_tokens = text.shape[1]
-        rotary = kwargs.get("image_rotary_emb")
-        if rotary is not None:  # (cos, sin), each (text and image tokens, head channels)
-            kwargs["image_rotary_emb"] = tuple(table[text_tokens:] for table in rotary)
-        output = call.forward(**kwargs)
+            if rotary is not None:
+                kwargs["image_rotary_emb"] = tuple(table[text.shape[1] :] for table in rotary)
+        output = call.forward(*args, **kwargs)
         alone: Tensor = output[0] if isinstance(output, tuple) else output
         return alone
+
+
+@dataclass(frozen=True)
+class TextStream(HookPoint):
+    """The text's hidden states that a block is given, (rows, text tokens, channels): it computes on what stands in
+    their place, and what it hands on of the text follows from that.
+
+    single: whether text and image come concatenated.
+    """
+
+    everything = False
+    of_input = True
+    single: bool = False
+
+    def placeholder(self, call: Call) -> Any | None:
+        return call.hidden  # nothing of the output is read
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        given: Tensor = call.hidden[:, call.text] if self.single else call.argument("encoder_hidden_states", 1)
+        return given
+
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
+        text = self.read(call, output, 0)
+        for _, values, share in changes:
+            text = blend(text, values, share)
+        args, kwargs = list(call.args), dict(call.kwargs)
+        name, position = ("hidden_states", 0) if self.single else ("encoder_hidden_states", 1)
+        value = _with(call.hidden, call.text, text) if self.single else text
+        if len(args) > position:
+            args[position] = value
+        else:
+            kwargs[name] = value
+        return call.forward(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -360,19 +432,20 @@ class Heads(HookPoint):
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        width = call.hidden.shape[-1] // self.heads
-        mine = call.hidden[..., part * width : (part + 1) * width]
+        hidden = call.hidden[:, call.image]
+        width = hidden.shape[-1] // self.heads
+        mine = hidden[..., part * width : (part + 1) * width]
         return torch.cat([mine, torch.ones_like(mine[..., :1])], dim=-1)
 
     def like(self, call: Call, output: Any, part: int) -> Tensor:
         if "like" not in call.memo:
-            width = call.hidden.shape[-1] // self.heads
-            call.memo["like"] = call.hidden[..., :1].expand(*call.hidden.shape[:-1], width + 1)
+            hidden = call.hidden[:, call.image]
+            call.memo["like"] = hidden[..., :1].expand(*hidden.shape[:-1], hidden.shape[-1] // self.heads + 1)
         return call.memo["like"]
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         """All heads at once, as (rows, tokens, heads, channels): one by one they would take thousands of operators."""
-        quantity = call.hidden.unflatten(-1, (self.heads, -1))
+        quantity = call.hidden[:, call.image].unflatten(-1, (self.heads, -1))
         bias_shares = quantity.new_ones(1, 1, 1, 1).expand(*quantity.shape[:3], 1)
         touched: Tensor | None = None
         for one in self._rounds(changes):
@@ -397,7 +470,7 @@ class Heads(HookPoint):
         bias = call.forward(quantity.new_zeros(1, 1, call.hidden.shape[-1]))
         changed = call.forward(quantity.flatten(2)) + bias * (lost / self.heads)
         assert touched is not None
-        return torch.where(touched, changed, output)
+        return _with(output, call.image, torch.where(touched, changed, output[:, call.image]))
 
     def _rounds(self, changes: Changes) -> list[dict[int, tuple[Tensor, Share]]]:
         """The changes, one of each head at a time: several replacements may act on one head, in different rows."""
@@ -438,6 +511,30 @@ class HeadsOfTokens(ImageTokens):
         changed: Tensor = output.clone()
         for head, values, share in changes:
             part = self._slice(output, head)
-            image = changed[:, call.text_tokens :, part]
-            changed[:, call.text_tokens :, part] = blend(image, values, share)
+            image = changed[:, call.image, part]
+            changed[:, call.image, part] = blend(image, values, share)
         return changed
+
+
+@dataclass(frozen=True)
+class HeadsBeforeProjection(HeadsOfTokens):
+    """The same where attention and MLP share a projection (FLUX.2's single blocks): channels of what goes into it.
+
+    The module is that projection. width: how many channels are the attention's; they come first.
+    """
+
+    width: int = 0
+    of_input = True
+
+    def placeholder(self, call: Call) -> Any | None:
+        return call.hidden  # nothing of the output is read
+
+    def read(self, call: Call, output: Any, part: int) -> Tensor:
+        return call.hidden[:, call.image, self._slice(call.hidden, part)]
+
+    def _slice(self, output: Tensor, head: int) -> slice:
+        each = self.width // self.heads
+        return slice(head * each, (head + 1) * each)
+
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
+        return call.forward(super().write(call, call.hidden, changes))

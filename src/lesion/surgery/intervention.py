@@ -7,7 +7,7 @@ so that a request is checked before anything loads; this module and those files 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -34,6 +34,8 @@ class Intervention:
     """Whether it suits `performance.compile`: then it does no more than `fill`, and does not read the output."""
     donor_images: ClassVar[bool] = False
     """Whether it has a `source_prompt`."""
+    most_strength: ClassVar[float] = 1.0
+    """The largest `strength` that has a meaning; beyond 1 a site's output goes further the same way."""
     reads_output: bool = False
     """Whether `fill` reads the values of the output, not only its shape, dtype and device. A site that is replaced in
     every row is not computed unless some intervention reads its output."""
@@ -79,3 +81,19 @@ class Intervention:
     def rerun(self, site: str, module: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which the site runs a second time, with the same arguments, under another condition."""
         raise NotImplementedError
+
+    def again(
+        self,
+        site: str,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Return what the site puts out under its condition; an override may run it on other arguments.
+
+        forward: the module's own.
+        args, kwargs: of the call.
+        """
+        with self.rerun(site, module):
+            return forward(*args, **kwargs)

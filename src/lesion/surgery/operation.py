@@ -76,7 +76,7 @@ class Lesions(Client):
         They are prepared and copied together, once for each set of lesions whose windows are open: a copy a site would
         wait for the device.
         """
-        key = (self.inside, len(like), like.device, wide(like))
+        key = (self.inside, self.run.half, len(like), like.device, wide(like))
         if key not in self._tables:
             branches = self.run.branches(len(like))
             weights = [site.weights(branches.tolist()) for site in {s.pattern: s for s in self.sites.values()}.values()]
@@ -149,7 +149,7 @@ class SiteLesions:
 
     def rows(self, like: Tensor) -> Rows:
         """Return what the current denoiser call does to rows like these; cached by number, device, dtype and rank."""
-        key = (self.client.inside, len(like), like.device, like.dtype, like.dim())
+        key = (self.client.inside, self.client.run.half, len(like), like.device, like.dtype, like.dim())
         if key not in self._prepared:
             self._prepared[key] = self._rows(like)
         return self._prepared[key]
@@ -189,7 +189,7 @@ class SiteLesions:
     def output(self, call: Call) -> Any:
         """Return the module's output, with rows that read another text or run under another condition where asked.
 
-        A row with a strength between 0 and 1 gets a mixture of both outputs.
+        A row with a strength other than 0 and 1 gets a mixture of both outputs.
         """
         if not self.texts and not self.reruns:
             return call.run()
@@ -217,8 +217,9 @@ class SiteLesions:
 
     def _rerun(self, key: str, call: Call) -> Any:
         """Run the module under the intervention. Tensors are passed as new objects, so no cached result is used."""
-        with self.interventions[key].rerun(self.site.path, call.module):
-            return call.forward(*map(_anew, call.args), **{name: _anew(value) for name, value in call.kwargs.items()})
+        kwargs = {name: _anew(value) for name, value in call.kwargs.items()}
+        args = [_anew(value) for value in call.args]
+        return self.interventions[key].again(self.site.path, call.module, call.forward, args, kwargs)
 
     def _reading(self, call: Call, keys: tuple[str, ...]) -> Any:
         """Return the module's output with the rows of these interventions reading their text.
@@ -250,11 +251,12 @@ def _lesioned(
     hook = sites[0].site.hook
 
     def lesioned(*args: Any, **kwargs: Any) -> Any:
-        call = Call(module, forward, args, kwargs, text.tokens)
+        call = Call(module, forward, args, kwargs, text.image)
         acting = [site for site in sites if site.rows(call.hidden).acts]
         if not acting:
             return call.run()
-        output = hook.placeholder(call) if all(site.spares(call.hidden) for site in acting) else None
+        spared = hook.of_input or all(site.spares(call.hidden) for site in acting)
+        output = hook.placeholder(call) if spared else None
         if output is None:
             output = acting[0].output(call)
         changes = [change for site in acting for change in site.changes(call, output)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -46,7 +47,9 @@ class ImageToImage(Task):
     def counterpart(self, pipeline: str) -> Any:
         from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
 
-        return _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False)
+        found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False)
+        # Others, as FLUX.2's, look at a picture instead of setting out from it.
+        return found if found and "strength" in inspect.signature(found.__call__).parameters else None
 
     def made_from(self, pipe: Any) -> Any:
         import diffusers
