@@ -35,6 +35,8 @@ way("unknown_key", study, "colour=red")
 way("refused", study, "seeds=-1")
 from lesion.cli import report
 way("report_help", report, "--help")
+from lesion.cli import audit
+way("audit_help", audit, "--help")
 way("dry_run", study, "dry_run=true", "scorer=openclip_vit_l14", "hydra.run.dir=run", "store.dir=other")
 print("pandas" in sys.modules)
 from hydra import compose, initialize_config_dir
@@ -68,7 +70,7 @@ def test_starts_import_nothing_slow(tmp_path: Path) -> None:
         [sys.executable, "-c", WAYS, json.dumps([SLOW, run])],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
-    ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "dry_run 0", "False"]
+    ways = ["import 0", "help 0", "unknown_key 2", "refused 2", "report_help 0", "audit_help 0", "dry_run 0", "False"]
     *lines, reopened, with_maps = done.stdout.splitlines()
     assert lines == ways
     for line, expected in ((reopened, "reopened"), (with_maps, "with_maps")):

@@ -1,4 +1,4 @@
-"""The console scripts, one file each: `lesion` (study), `lesion-inspect` (structure), `lesion-report` (report)."""
+"""The console scripts, one file each: `lesion`, `lesion-inspect` (structure), `lesion-report` and `lesion-audit`."""
 
 from __future__ import annotations
 

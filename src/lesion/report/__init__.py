@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from lesion.report.pictures import Drawn
 from lesion.report.text import clean
 from lesion.report.words import QUESTIONS, answer, answers, comparison, ranking_lines
 from lesion.store import tables as stored_tables
+from lesion.store.files import atomically
 
-__all__ = ["findings", "ranking_lines", "write_report"]
+__all__ = ["OPTIONS", "findings", "ranking_lines", "write_report"]
 
 
 MAPS = "maps.parquet"
+OPTIONS = "report.json"
 ALL = "lesion-report --all-grids draws all."
 
 
@@ -82,7 +85,9 @@ def write_report(
     styles: Sequence[str] = (),
     titles: bool = False,
 ) -> list[Path]:
-    """Write grids/, tables/, figures/, thumbs/ and report.html below `run_dir`; image paths are relative to it.
+    """Write grids/, tables/, figures/, thumbs/, report.json and report.html below `run_dir`.
+
+    Image paths are relative to it.
 
     floor: similarities between baselines (`lesion.analysis.floor`); without it all that needs a noise floor is n/a.
     maps: measures of attention maps; without, those of the folder's maps.parquet if it has one.
@@ -94,7 +99,14 @@ def write_report(
     Returns the paths, the page last. Raises OSError for a style that there is not.
     """
     with looking(Look(tuple(styles), titles)):
-        return _write(run_dir, frame, floor, maps, all_grids, clustered, siunitx, interval, notes, known)
+        written = _write(run_dir, frame, floor, maps, all_grids, clustered, siunitx, interval, notes, known)
+    options = {
+        **{"all_grids": all_grids, "clustered": clustered, "siunitx": siunitx, "interval": interval},
+        **{"notes": list(notes), "styles": [str(style) for style in styles], "titles": titles},
+    }
+    with atomically(run_dir / OPTIONS) as temporary:  # by them the same report can be made again
+        temporary.write_text(json.dumps(options, indent=1), encoding="utf-8")
+    return [*written[:-1], run_dir / OPTIONS, written[-1]]
 
 
 def _write(

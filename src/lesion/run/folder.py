@@ -18,7 +18,15 @@ from lesion.study.lesions import digest_of
 
 RECORD = Path(".hydra") / "request.json"
 MADE = ("images", "maps", "grids", "figures", "tables", "thumbs")  # folders whose every file a run writes
-FILES = ("results.parquet", "floor.parquet", "budget.parquet", "SHA256SUMS", "report.html", "environment.json")
+FILES = (
+    "results.parquet",
+    "floor.parquet",
+    "budget.parquet",
+    "SHA256SUMS",
+    "report.html",
+    "environment.json",
+    "report.json",
+)
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
 NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))
@@ -33,12 +41,13 @@ def asked(config: Mapping[str, Any], study: Study) -> dict[str, Any]:
         "model.id": study.model.fingerprint,
         "calibration": dict(study.protocol),
     }
-    found = {f"{key} (content)": value for key, value in contents.items()} | _by_key(config)
+    found = {f"{key} (content)": value for key, value in contents.items()} | by_key(config)
     data: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return data
 
 
-def _by_key(config: Mapping[str, Any]) -> dict[str, Any]:
+def by_key(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say which images a study has, each with its value."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         inner = value.items() if isinstance(value, Mapping) and key not in ALONE else ()
@@ -106,11 +115,8 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """What the results in a folder were asked by; None where it holds none, empty where nothing says it."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) else {}
-    except (OSError, ValueError):
-        pass
+    if (folder / RECORD).is_file() and (record := recorded_request(folder)):
+        return record
     if not (folder / "results.parquet").exists() and not (folder / "images").exists():
         return None
     from omegaconf import OmegaConf
@@ -119,7 +125,16 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         config = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "config.yaml"), resolve=True)
     except Exception:  # whatever is wrong with the file, it says nothing
         return {}
-    return _by_key({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}
+    return by_key({str(key): value for key, value in config.items()}) if isinstance(config, dict) else {}
+
+
+def recorded_request(folder: Path) -> dict[str, Any]:
+    """What the results in a folder were asked by, as its record says; empty where it has none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def prune(folder: Path, kept: Collection[Path]) -> None:

@@ -291,13 +291,23 @@ def complete(
 
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
+    source, study = survey(request)
+    return remembered(request, source, study, Store(request.store))["results"]
+
+
+def remembered(
+    request: Request, source: models.Source, study: Study, store: Store, folder: Path | None = None
+) -> dict[str, pd.DataFrame]:
+    """The tables of a study as a store has it, by name: `results`, `maps` where it captures them, with a run
+    folder `floor`.
+
+    Loads no model and makes no image; scores what has no score yet. folder: of the run, whose pictures are named.
+    """
     from lesion.analysis.maps import with_measures
     from lesion.run import table
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
 
-    source, study = survey(request)
-    store = Store(request.store)
     rounds = _rounds(study, request.budget)
     scores = ScoreQueue(study.context, store, request.scorer, request.device)
     absent = scores.complete(rounds.part if rounds else study, {})
@@ -306,10 +316,15 @@ def results(request: Request) -> pd.DataFrame:
     study = rounds.whole if rounds else study
     failures = dict.fromkeys(absent, "not made yet")
     paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
-    frame = table.results(study, scores, paths, failures, Publisher(store, None))
+    frame = table.results(study, scores, paths, failures, Publisher(store, folder))
+    tables = {}
     if maps := maps_of(request, source):
-        frame = with_measures(frame, measured(study, store, maps, failures))
-    return rounds.marked(frame) if rounds else frame
+        tables["maps"] = measured(study, store, maps, failures)
+        frame = with_measures(frame, tables["maps"])
+    tables["results"] = rounds.marked(frame) if rounds else frame
+    if folder is not None:
+        tables["floor"] = table.floor(study, scores)
+    return tables
 
 
 def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store, request: Request) -> list[str]:

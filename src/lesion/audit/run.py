@@ -1,0 +1,388 @@
+"""The audit of one run folder. It changes nothing in it or in the store: all is worked out in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from lesion import models
+from lesion.analysis.bootstrap import METHODS
+from lesion.audit import tables as comparing
+from lesion.audit.checks import Check
+from lesion.config.compose import plain, with_own_keys
+from lesion.config.parsing import Request, parse
+from lesion.errors import RequestError, place_of
+from lesion.report import OPTIONS as REPORT
+from lesion.report import findings, write_report
+from lesion.report.merging import Refused, put_together, read
+from lesion.run import environment
+from lesion.run import folder as folders
+from lesion.run.capture import maps_of
+from lesion.run.job import remembered, survey
+from lesion.run.score_queue import ScoreQueue
+from lesion.store.images import Damaged, Store, Stored
+from lesion.store.maps import beside_image
+from lesion.store.tables import SUMS
+from lesion.study.grid import Cell, Study
+from lesion.study.plan import batches
+
+if TYPE_CHECKING:
+    from lesion.report.merging import Run
+
+PIXEL = 1  # of 255, by which pixels of other batches or machines may differ: docs/benchmarks.md, "Batch effect"
+TABLES = ("results.parquet", "floor.parquet", "budget.parquet", "maps.parquet")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is made anew. share: of the images, in (0, 1]. seed: of the choice."""
+
+    share: float = 0.01
+    seed: int = 0
+
+
+class RunAudit:
+    """The checks of one run folder; `checks()` makes them all. tables: those worked out anew, for the paper."""
+
+    def __init__(self, folder: Path, sample: Sample, work: Path):
+        self.folder, self.sample, self.work = folder, sample, work
+        self.record = environment.read(folder)
+        self.given: Run | None = None
+        self.request: Request | None = None
+        self.source: models.Source | None = None
+        self.study: Study | None = None
+        self.tables: list[Path] = []
+        self.good: dict[str, Stored] = {}  # images of the folder that are what their files say, by key
+        self.store = Store(work / "store")
+        self.remembered_in = folder  # the study's own store
+
+    def checks(self) -> list[Check]:
+        """Every check; what one of them cannot do says why, and the others go on."""
+        made = []
+        for check, do in (
+            (Check("files", "digests"), self.files),
+            (Check("config", "keys"), self.config),
+            (Check("pictures", "images"), self.pictures),
+            (Check("scores", "rows"), self.scores),
+            (Check("report", "tables, figures and pages"), self.report),
+            (Check("remade", "images"), self.remade),
+        ):
+            try:
+                do(check)
+            except (RequestError, Refused, OSError) as error:
+                check.undone = " ".join(str(error).split())
+            except Exception as error:  # a folder that was changed can break anything
+                check.undone = place_of(error)
+            made.append(check)
+        return made
+
+    def files(self, check: Check) -> None:
+        """SHA256SUMS and the digests of the record."""
+        sums = self.folder / SUMS
+        wanted: dict[str, str] = {}
+        if sums.is_file():
+            for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+                digest, _, name = line.partition("  ")
+                wanted[name] = digest
+            for name in TABLES:
+                if (self.folder / name).is_file() and name not in wanted:
+                    check.differs.append(f"{name} has no digest in {SUMS}")
+        elif self.record is None:
+            check.notes.append(f"no {SUMS}: the run is of a version that wrote none")
+        else:
+            check.differs.append(f"{SUMS} is not there")
+        if self.record is None:
+            check.notes.append(f"no {environment.RECORD}: versions, machine and config were not recorded")
+        elif not self.record:
+            check.differs.append(f"{environment.RECORD} cannot be read")
+        wanted |= (self.record or {}).get("files", {})
+        for name, digest in wanted.items():
+            check.looked += 1
+            if environment.sha256(self.folder / name) != digest:
+                check.differs.append(f"{name} is not the file that was written")
+
+    def config(self, check: Check) -> None:
+        """The config against the records of what was asked, key by key; then what it asks for is laid out."""
+        config = OmegaConf.load(self.folder / ".hydra" / "config.yaml")
+        assert isinstance(config, DictConfig)
+        start = Path((self.record or {}).get("folder", Path.cwd()))
+        hydra = self.folder / ".hydra" / "hydra.yaml"
+        if hydra.is_file():
+            details: Any = OmegaConf.load(hydra).hydra
+            with_own_keys(config, details.runtime.choices.model, alone=False)
+            start = Path(details.runtime.cwd)
+        data = plain(config)
+        kept = (self.record or {}).get("config")
+        if kept is not None:
+            found = json.loads(json.dumps(dict(environment.leaves(data)), default=str))
+            for key in sorted({*found, *kept}):
+                check.looked += 1
+                if found.get(key) != kept.get(key) or (key in found) != (key in kept):
+                    was, now = (repr(of[key]) if key in of else "not there" for of in (kept, found))
+                    check.differs.append(f".hydra/config.yaml: {key} is {now}, was {was} when the study ran")
+        asked = folders.recorded_request(self.folder)
+        for key, value in json.loads(json.dumps(folders.by_key(data), default=str)).items():
+            check.looked += key in asked
+            if key in asked and asked[key] != value and not check.differs:
+                check.differs.append(f".hydra/config.yaml: {key} is {value!r}, was asked as {asked[key]!r}")
+        self.given = self._results()
+        device = self.given.frame["device"].iloc[0] if "device" in self.given.frame else "cpu"
+        OmegaConf.update(config, "tracker", {"name": "none"}, merge=False)
+        OmegaConf.update(config, "device", str(device))
+        request = parse(config, start)
+        self.remembered_in = request.store
+        # Nothing is written to the study's own store, and it need not be there.
+        self.request = replace(request, dry_run=True, store=self.work / "store")
+        self.source, self.study = survey(self.request)
+        now = json.loads(json.dumps(folders.asked(data, self.study), default=str))
+        for key in (key for key in now if key.endswith("(content)") and key in asked):
+            check.looked += 1
+            if now[key] != asked[key]:
+                check.differs.append(f"{key.removesuffix(' (content)')}: its content is not what was studied")
+
+    def _results(self) -> Run:
+        """The run's tables, read whatever their digests say: `files` compares these."""
+        place = self.work / "given"
+        place.mkdir(exist_ok=True)
+        for name in TABLES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, place / name)
+        return read(place, place)
+
+    def pictures(self, check: Check) -> None:
+        """Each picture of the results: whose it is, and that its pixels are those that were made."""
+        frame = self._given().frame
+        for place, key, image in zip(range(len(frame)), frame["cell"], frame["image"]):
+            if not image:
+                continue
+            check.looked += 1
+            path = self.store.path(str(key))
+            if key in self.good:
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.symlink_to((self.folder / image).absolute())
+            try:
+                self.good[str(key)] = self.store.get(str(key))
+            except Damaged as error:
+                path.unlink()
+                why = "it is not there" if not (self.folder / image).is_file() else str(error).partition(": ")[2]
+                check.differs.append(f"{image} (row {place}): {why}")
+
+    def _given(self) -> Run:
+        if self.given is None:
+            raise Refused("the results cannot be read")
+        return self.given
+
+    def _asked(self) -> tuple[Request, models.Source, Study]:
+        if self.request is None or self.source is None or self.study is None:
+            raise Refused("what the config asks for cannot be laid out")
+        return self.request, self.source, self.study
+
+    def scores(self, check: Check) -> None:
+        """Every column of the results and the noise floor, worked out anew from the config and the pictures."""
+        given = self._given()
+        request, source, study = self._asked()
+        self._link_maps(request, source, given.frame)
+        found = remembered(request, source, study, self.store, self.folder)
+        anew = found["results"].reset_index(drop=True)
+        check.looked = len(anew)
+        failed = given.frame["status"].astype(str) == "failed"
+        alike = len(anew) == len(given.frame)
+        out: set[int] = set()
+        if alike:
+            other = (anew["status"] != given.frame["status"]) & ~self._all_there()
+            out = set(map(int, np.flatnonzero(other | failed)))
+        check.differs += comparing.frames("results.parquet", given.frame, anew, out)
+        if given.floor is not None and not out and "floor" in found:
+            check.looked += len(given.floor)
+            check.differs += comparing.frames("floor.parquet", given.floor, found["floor"])
+        if out:
+            check.notes.append(f"{len(out)} rows of images that failed, or that are not as made, are not scored")
+        if not alike:
+            return
+        kept = self._kept_scores(study, given.frame)
+        if kept is None:
+            check.notes.append(f"the store is not here: scores are compared to {comparing.SCORE:g} only")
+        else:
+            check.differs += comparing.exactly(given.frame, kept)
+
+    def _link_maps(self, request: Request, source: models.Source, frame: pd.DataFrame) -> None:
+        """Give the images in this audit's store the attention maps that the run folder has of them."""
+        maps = maps_of(request, source)
+        for key, image in zip(frame["cell"], frame["image"]) if maps else ():
+            path = self.folder / beside_image(str(image))
+            if maps and image and path.is_file() and not (place := maps.path(str(key))).is_symlink():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(path.absolute())
+
+    def _all_there(self) -> pd.Series:
+        """Whether the picture of each row, and the baseline's, is as made."""
+        _, _, study = self._asked()
+        return pd.Series([cell.key in self.good and cell.baseline.key in self.good for cell in study.cells()])
+
+    def _kept_scores(self, study: Study, frame: pd.DataFrame) -> dict[tuple[int, str], float] | None:
+        """What the study's own store remembers; a copy is read, since reading may merge or remove parts."""
+        request, _, _ = self._asked()
+        name = f"{study.context[:16]}"
+        if not (self.remembered_in / "scores" / name).is_dir():
+            return None
+        copy = Store(self.work / "remembered")
+        shutil.copytree(self.remembered_in / "scores" / name, copy.scores / name, dirs_exist_ok=True)
+        queue = ScoreQueue(study.context, copy, request.scorer, request.device)
+        found: dict[tuple[int, str], float] = {}
+        for row, cell in enumerate(study.cells()):
+            if str(frame["status"].iloc[row]) == "ok":
+                found |= {(row, column): value for column, value in queue.values(cell).items() if column in frame}
+        return found or None
+
+    def report(self, check: Check) -> None:
+        """Every table, figure and page of the report, made anew from results.parquet."""
+        if not (self.folder / "report.html").is_file():
+            check.notes.append("the folder has no report")
+            if not (self.folder / "tables").is_dir():
+                return
+        place = self.work / "report"
+        place.mkdir()
+        for name in ("images", "maps"):
+            if (self.folder / name).is_dir():
+                (place / name).symlink_to((self.folder / name).absolute())
+        for name in TABLES:
+            if (self.work / "given" / name).is_file():
+                shutil.copyfile(self.work / "given" / name, place / name)
+        frame, floor, maps, _ = put_together([place], place)
+        options: dict[str, Any] = {}
+        if (self.folder / REPORT).is_file():
+            options = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        options["known"] = findings(frame, floor, options.get("interval", METHODS[0]))
+        made = [path for path in write_report(place, frame, floor, maps=maps, **options) if path.name != REPORT]
+        self.tables = [path for path in made if path.parent.name == "tables"]
+        drawn = self._versions_alike("matplotlib", "pillow", "numpy")
+        if not drawn:
+            check.notes.append(
+                "figures are not compared: they were drawn with other versions, or it is not known which"
+            )
+        for _, differs in comparing.files(self.folder, place, made, drawn):
+            check.looked += 1
+            check.differs += [differs] if differs else []
+
+    def _versions_alike(self, *names: str) -> bool:
+        runs = (self.record or {}).get("runs") or [{}]
+        then, now = runs[-1].get("packages", {}), environment.here("cpu")["packages"]
+        return all(then.get(name) == now.get(name) for name in names)
+
+    def remade(self, check: Check) -> None:
+        """A share of the images, made anew: to the bit where that can be, else within the batch effect."""
+        request, source, study = self._asked()
+        keys = sorted(key for key, stored in self.good.items() if not stored.reason)
+        if not keys:
+            raise Refused("no picture is there to compare with")
+        number = math.ceil(self.sample.share * len(keys))
+        chosen = set(random.Random(self.sample.seed).sample(keys, number))
+        size, why = self._batch_size(len({*study.keys()}), request)
+        exact: set[str] = set()
+        if size and not why:
+            planned = list(batches(study, size, lambda key: False))
+            chosen |= {cell.key for batch in planned if chosen & {one.key for one in batch} for cell in batch}
+            exact = {
+                cell.key
+                for batch in planned
+                for cell in batch
+                if cell.key in chosen and (cell.lesion is None or cell.lesion.window[0] == 0)
+            }
+        anew, failures, here = remake(request, source, study, chosen, size, self.work / "remade")
+        if not why and not self._same_machine(here):
+            why, exact = "made on another machine or with other versions", set()
+        if why:
+            check.notes.append(f"compared to {PIXEL}/255, the batch effect, not to the bit: {why}")
+        elif exact < chosen:
+            check.notes.append(f"late windows are compared to {PIXEL}/255: snapshots that they start from are new")
+        for key in sorted(chosen & self.good.keys()):
+            check.looked += 1
+            if key not in anew:
+                check.differs.append(f"cell {key} cannot be made again: {failures.get(key, 'it did not come')}")
+                continue
+            change = np.abs(anew[key].astype(int) - self.good[key].pixels.astype(int))
+            most = int(change.max())
+            if most > (0 if key in exact else PIXEL):
+                count = int((change > 0).any(axis=2).sum())
+                check.differs.append(f"cell {key}: made anew, {count} pixels differ, by up to {most}/255")
+
+    def _batch_size(self, images: int, request: Request) -> tuple[int | None, str]:
+        """The size of batches the images were made in, and why pixels need not be equal to the bit; "" if they must."""
+        runs = [run for run in (self.record or {}).get("runs", []) if run.get("images")]
+        if self.record is None:
+            return None, "it is not recorded where they were made"
+        if request.budget is not None:
+            return None, "a study with a budget has batches of other kinds"
+        if len(runs) != 1 or runs[0]["images"] != images or len(runs[0]["batch_sizes"]) != 1:
+            return None, "they were made by several runs or in batches of several sizes"
+        return int(runs[0]["batch_sizes"][0]), ""
+
+    def _same_machine(self, here: dict[str, Any]) -> bool:
+        (run,) = (run for run in (self.record or {}).get("runs", []) if run.get("images"))
+        same = (
+            "torch",
+            "python",
+            "packages",
+            "system",
+            "processor",
+            "threads",
+            "instructions",
+            "device",
+            "gpu",
+            "cuda",
+        )
+        return all(run.get(name) == here.get(name) for name in same)
+
+
+def remake(
+    request: Request, source: models.Source, study: Study, keys: set[str], size: int | None, folder: Path
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Make these cells in a store of their own: pixels by key, why others failed, and where it was done.
+
+    size: of batches; None: as asked.
+    """
+    from lesion.generation.generate import make_deterministic
+    from lesion.run.maker import Maker
+    from lesion.store.images import Known
+    from lesion.surgery.anatomy import examine
+
+    class Others(Known):
+        def __contains__(self, key: str) -> bool:
+            return key not in keys or super().__contains__(key)
+
+    class Chosen(Store):
+        def known(self) -> Known:
+            known = Others(self)
+            known._checked = super().known()._checked
+            return known
+
+        def has(self, key: str) -> bool:
+            return key not in keys or super().has(key)
+
+    make_deterministic(tf32=source.spec.tf32)
+    model = models.load(source, request.device)
+    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
+    if size:
+        study = replace(study, settings=replace(study.settings, batch_size=size))
+    if type(study) is Study:  # a replacement that no chosen cell has need not be made ready
+        used = {cell.lesion.replacement.name for cell in study.in_plan_order() if cell.key in keys and cell.lesion}
+        study = replace(study, replacements=tuple(one for one in study.replacements if one.name in used))
+    found: dict[str, Any] = {}
+
+    def made(cell: Cell, pixels: Any, picture: object) -> None:
+        found[cell.key] = np.array(pixels)
+
+    maker = Maker(replace(request, store=folder), model, study, Chosen(folder), made)
+    maker.run(lambda more: None)
+    return found, maker.failures, environment.here(request.device)

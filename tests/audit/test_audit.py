@@ -1,0 +1,171 @@
+"""lesion-audit: an untouched study is signed off, and whatever is changed in one is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, PngImagePlugin
+
+from lesion.audit import run as auditing
+from lesion.audit.paper import Tables, numbers
+from lesion.cli import audit
+from lesion.report.pictures import Drawn
+from lesion.run import environment
+
+
+def flipped(path: Path, digest: bool) -> None:
+    """One pixel's channel by one. digest: the file keeps its record, with the old digest of its pixels."""
+    with Image.open(path) as image:
+        pixels, record = np.array(image), image.text["lesion"]
+    pixels[3, 5, 1] ^= 1
+    notes = PngImagePlugin.PngInfo()
+    if digest:
+        record = json.dumps({name: value for name, value in json.loads(record).items() if name != "pixels"})
+    notes.add_itxt("lesion", record)
+    path.unlink()  # it is a link to the store's
+    Image.fromarray(pixels).save(path, pnginfo=notes)
+
+
+def rescored(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "results.parquet")
+    frame.loc[4, "clip_similarity"] = np.nextafter(frame.loc[4, "clip_similarity"], 0)
+    frame.loc[6, "clip_similarity"] -= 1e-3
+    frame.to_parquet(folder / "results.parquet", index=False)
+
+
+def last_digit(folder: Path) -> None:
+    path = next((folder / "tables").glob("layers--*.csv"))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    place = rows[0].index("importance")
+    rows[1][place] = rows[1][place][:-1] + str((int(rows[1][place][-1]) + 1) % 10)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def edited(folder: Path) -> None:
+    path = folder / ".hydra" / "config.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("steps: 3", "steps: 4"), encoding="utf-8")
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Reports of tables and a page: figures take most of the time, and are compared in the slow test."""
+    for name in ("of_setting", "over_settings"):
+        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
+    for name in ("comparisons", "layer_grids"):
+        monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_anew_and_compared(cli, drawn, capfd):
+    folder = cli.folder / "run"
+    assert cli(f"hydra.run.dir={folder}")[0] == 0
+    assert audit.main([str(folder)]) == 0, capfd.readouterr().out
+    path = next((folder / "figures").glob("layers--*.png"))
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    pixels[10, 10, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    (folder / "figures" / "more.png").write_bytes(path.read_bytes())
+    assert audit.main([str(folder)]) == 1
+    said = capfd.readouterr().out
+    assert f"figures/{path.name} shows something else" in said and "figures/more.png is none of the files" in said
+
+
+def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, without_figures, capfd):
+    folder = cli.folder / "run"
+    assert cli(f"hydra.run.dir={folder}")[0] == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert audit.main([str(folder), "--share", "0.2", "--seed", "3"]) == 0, capfd.readouterr().out
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {"audit.json", "audit.md"}
+    assert all(after[path] == before[path] for path in before)
+    summary = json.loads((folder / "audit.json").read_text())
+    assert summary["signed_off"] and "signed off" in (folder / "audit.md").read_text()
+    (checks,) = summary["checks"].values()
+    looked = {one["name"]: one["looked"] for one in checks}
+    assert looked["pictures"] == 14 and looked["scores"] >= 14 and looked["remade"] >= 3 and looked["report"] > 10
+    assert all(one["verdict"] == "as made" and not one["notes"] for one in checks)  # to the bit, and against the store
+
+    # One copy with every change: each check names its own.
+    one = cli.folder / "changed"
+    shutil.copytree(folder, one)
+    images = sorted((one / "images").rglob("seed0-leave_one_out*.png"))
+    flipped(images[0], False)
+    flipped(images[1], True)
+    rescored(one)
+    last_digit(one)
+    edited(one)
+    assert audit.main([str(one), "--share", "1", "--out", str(cli.folder / "elsewhere")]) == 1
+    said = capfd.readouterr().out
+    (checks,) = json.loads((cli.folder / "elsewhere" / "audit.json").read_text())["checks"].values()
+    differs = {check["name"]: check["differs"] for check in checks}
+    assert {"results.parquet", ".hydra/config.yaml"} <= {text.split()[0] for text in differs["files"]}
+    assert ".hydra/config.yaml: generation.steps is 4, was 3 when the study ran" in differs["config"]
+    (picture,) = differs["pictures"]  # the other file says nothing of its pixels, so only making it again can tell
+    assert images[0].name in picture and "not those that were made" in picture
+    assert any("layers--" in text and "importance" in text for text in differs["report"])
+    assert "not signed off" in said and "generation.steps" in said
+
+
+def test_scores_and_pixels_are_compared_with_what_is_worked_out_anew(cli):
+    folder = cli.folder / "run"
+    assert cli(f"hydra.run.dir={folder}")[0] == 0
+    rescored(folder)
+    keys = pd.read_parquet(folder / "results.parquet")
+    hidden = folder / keys["image"].iloc[2]
+    flipped(hidden, True)
+    assert audit.main([str(folder), "--share", "1"]) == 1
+    (checks,) = json.loads((folder / "audit.json").read_text())["checks"].values()
+    differs = {check["name"]: check["differs"] for check in checks}
+    scores = [text for text in differs["scores"] if "clip_similarity is" in text]
+    assert any("row 4" in text and "in the store" in text for text in scores)  # in its last digit
+    assert any("row 6" in text and "anew" in text for text in scores)
+    assert differs["remade"] == [f"cell {keys['cell'].iloc[2]}: made anew, 1 pixels differ, by up to 1/255"]
+    # Of a run that has no record, the batch effect is allowed.
+    (folder / environment.RECORD).unlink()
+    (folder / "SHA256SUMS").unlink()
+    sample = auditing.RunAudit(folder, auditing.Sample(1.0), cli.folder / "work")
+    sample.work.mkdir()
+    found = {check.name: check for check in sample.checks()}
+    assert found["remade"].verdict == "as made" and "batch effect" in found["remade"].notes[0]
+    assert found["files"].verdict == "as made" and len(found["files"].notes) == 2
+    assert found["config"].verdict == "as made"
+
+
+def test_every_number_of_a_paper_is_one_of_the_tables(tmp_path):
+    (tmp_path / "layers.csv").write_text("layer,importance,low,high,n\nup_blocks.2,0.21149,-0.0163,0.2561,49\n")
+    known = Tables([tmp_path / "layers.csv"])
+
+    def strange(text, suffix=".md"):
+        return [number.text for number in numbers(text, suffix) if not known.where(number)]
+
+    fine = "The importance is 0.211 [−0.016, 0.256], that is 21.1 % or 0.2115 of 49 prompts (`up_blocks.2`, layer-3)."
+    assert strange(fine) == []
+    assert strange("It is 0.212, 0.2114, 21.2 %, -0.211 or 48.") == ["0.212", "0.2114", "21.2 %", "-0.211", "48"]
+    assert strange("0.016--0.256 and 0.21-0.31") == ["0.016", "0.31"]  # a range has two numbers, not a negative one
+    tex = r"""\documentclass[11pt]{article}
+\begin{document}
+Of $49$ prompts\cite{smith2023} (Table~\ref{tab:12}), \textbf{0.211} [\textminus{}0.016, $-0.02$], 21\,\%. % 7.77
+Ours: $0.31 \pm 0.04$ in SD 1.5. % lesion-audit: ignore
+\texttt{up\_blocks.7} has 0.312.\\[3pt]
+"""
+    found = [(one.line, one.text) for one in numbers(tex, ".tex") if not known.where(one)]
+    assert found == [(5, "0.312")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], [".", "--share", "0"], [".", "--share", "x"], [".", "--paper", "no.tex"], ["."]]
+)
+def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert audit.main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
