@@ -151,7 +151,7 @@ def stand_in(model: str, folder: Path) -> Path:
         return layouts.sdxl_layout(folder)
     import pipelines
 
-    return pipelines.build({"flux_dev": "flux", "sd3_medium": "sd3"}[model], folder)
+    return pipelines.build({"flux_dev": "flux", "sd3_medium": "sd3", "sd35_large": "sd3"}[model], folder)
 
 
 def small(pipeline_folder: Path, clip: Path, dino: Path, steps: int = 2) -> list[str]:

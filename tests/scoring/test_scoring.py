@@ -27,6 +27,7 @@ from lesion.scoring import (
     ScorerError,
     ScorerSpec,
     Shot,
+    _hub_models,
     check,
     identities,
     known_metrics,
@@ -428,8 +429,8 @@ def test_a_missing_dino_is_one_line_that_names_the_key(
     odd = write_dino(tmp_path / "odd")
     (odd / "config.json").write_text('{"model_type": "vit"}')
     assert "is of vit; allowed: dinov2" in refused(odd)
-    monkeypatch.setattr(dino_module.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(dino_module, "hub_answers", lambda: False)
+    monkeypatch.setattr(_hub_models.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(_hub_models, "hub_answers", lambda: False)
     assert "hub's cache" in refused("facebook/dinov2-base")
     with pytest.raises(ScorerError, match="hub's cache"):
         identities(spec("unused", "dino_similarity"))
@@ -455,6 +456,57 @@ def test_a_dino_in_the_hubs_cache_is_taken_from_there(
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     assert dino_module.resolve("org/tiny") == (snapshot / "config.json", snapshot / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def preference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of transformers with its preprocessing and a tokenizer of bytes, as PickScore's folder has them."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from conftest import byte_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "pick", byte_tokenizer()
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 32, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=sight, projection_dim=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "position" not in name:
+                parameter.mul_(20)
+    model.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_pick_scores_are_the_logits_of_transformers_clip(preference_folder: Path) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    given = [*shots(2, height=40, width=57), *shots(1, height=64, width=32)]
+    asked = spec("unused", "pick_score", options={"pick_score": {"model": str(preference_folder)}}, batch_size=2)
+    found = make_scorer(asked, "cpu").score(given)["pick_score"]
+    model = CLIPModel.from_pretrained(preference_folder).eval()
+    images = AutoImageProcessor.from_pretrained(preference_folder)([shot.image for shot in given], return_tensors="pt")
+    texts = [shot.prompt for shot in given]
+    tokens = AutoTokenizer.from_pretrained(preference_folder)(
+        texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(**images, **tokens).logits_per_image.diagonal()
+    np.testing.assert_allclose(found, logits, atol=2e-5)
+    assert np.ptp(found) > 1e-3
+    assert identities(asked)["pick_score"].startswith("pick_score/1 (pick ")
+
+
+def test_a_missing_preference_model_is_one_line(preference_folder: Path, tmp_path: Path) -> None:
+    for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path, "the folder needs config.json, preproc")):
+        with pytest.raises(RequestError, match=words) as error:
+            check(spec("unused", "pick_score", options={"pick_score": {"model": str(folder)}}))
+        assert error.value.key == "scorer.metrics.pick_score.model" and "\n" not in str(error.value)
 
 
 def test_lpips_without_weights_says_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +577,7 @@ def test_lpips_by_formula(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_metric_keeps_the_facts_it_states(
-    clip_folder: Path, dino_folder: Path, monkeypatch: pytest.MonkeyPatch
+    clip_folder: Path, dino_folder: Path, preference_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchmetrics.functional.image import lpips as reference
 
@@ -541,7 +593,8 @@ def test_each_metric_keeps_the_facts_it_states(
     boxed = {"boxes": (Box("red circle", (0.0, 0.0, 0.5, 0.5)),), "box_mass": 0.25}
     given = [Shot("a", near.copy(), "b", near, prompt, **boxed), Shot("c", little, "b", near, prompt, **boxed)]
     given += [Shot("d", far, "b", near, prompt, **boxed)]
-    every = spec(clip_folder, *known_metrics(), dino_model=str(dino_folder))
+    options = {"pick_score": {"model": str(preference_folder)}}
+    every = spec(clip_folder, *known_metrics(), dino_model=str(dino_folder), options=options)
     found = make_scorer(every, "cpu").score(given)
     lpips._net.cache_clear()
     assert found.keys() == set(known_metrics()) == set(identities(every))
@@ -591,7 +644,7 @@ def test_metrics_are_found_by_module_name_without_torch() -> None:
 def test_facts_identities_and_what_prompts_ask_are_known_without_torch() -> None:
     code = (
         "import sys, lesion.scoring as s\n"
-        "names = [n for n in s.known_metrics() if n != 'dino_similarity']\n"
+        "names = [n for n in s.known_metrics() if n not in ('dino_similarity', 'pick_score')]\n"
         "spec = s.ScorerSpec('x', 'embedded', None, tuple(names))\n"
         "s.check(spec), s.identities(spec), s.columns_for(spec, 'a red circle')\n"
         "[s.metric_class(n).why_unsuited() for n in s.known_metrics()]\n"

@@ -11,27 +11,21 @@ et al. 2024, arXiv:2411.14430). Importance of a layer is 1 minus this if `scorer
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import huggingface_hub
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lesion.scoring import Metric, OptionError, ScorerError, Shot
-from lesion.scoring._clip_weights import hub_answers
+from lesion.scoring import Metric, OptionError, ScorerError, Shot, _hub_models
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit, with_baselines
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 RESIZE, CROP = 256, 224  # pixels: the shorter side, then the middle
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, on values in [0, 1]
 
@@ -49,7 +43,7 @@ class DinoSimilarity(Metric):
 
     def identity(self) -> str:
         name = self.model.rstrip("/").rpartition("/")[2]
-        return f"{self.name}/1 ({name} {_digest(*((file, file.stat().st_mtime_ns) for file in resolve(self.model)))})"
+        return f"{self.name}/1 ({name} {_hub_models.digest_of(resolve(self.model))})"
 
     def check(self) -> None:
         try:
@@ -107,55 +101,8 @@ class DinoEmbedder:
 
 
 def resolve(name: str) -> tuple[Path, Path]:
-    """Config and weights of a DINOv2 folder, or of a name on the hub: from its cache, or downloaded once.
-
-    ValueError for what is no DINOv2, FileNotFoundError where there is none; one line each.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        config = folder / CONFIG
-        weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
-        if not config.is_file() or weights is None:
-            raise FileNotFoundError(f"the folder needs {CONFIG} and {' or '.join(WEIGHTS)}")
-    else:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
-        config, weights = _from_hub(name)
-    kind = _kind(config)
-    if kind != "dinov2":
-        raise ValueError(f"{CONFIG} is of {kind}; allowed: dinov2")
-    return config, weights
-
-
-def _kind(config: Path) -> str:
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError):
-        return "no model"
-
-
-def _from_hub(name: str) -> tuple[Path, Path]:
-    for file in WEIGHTS:
-        found = [huggingface_hub.try_to_load_from_cache(name, part) for part in (CONFIG, file)]
-        if isinstance(found[0], str) and isinstance(found[1], str):
-            return Path(found[0]), Path(found[1])
-    advice = "download it once where there is network, or set scorer.dino_model to a folder of it"
-    if not hub_answers():
-        raise FileNotFoundError(f"not in the hub's cache, and the hub does not answer; {advice}")
-    try:
-        parts = [huggingface_hub.hf_hub_download(name, part) for part in (CONFIG, WEIGHTS[0])]
-    except Exception as error:  # the hub's client has errors of many types
-        raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
-    return Path(parts[0]), Path(parts[1])
-
-
-@lru_cache(maxsize=4)
-def _digest(*files: tuple[Path, int]) -> str:
-    total = hashlib.sha256()
-    for file, _ in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    """Config and weights of a DINOv2 folder, or of a name on the hub; see `_hub_models.resolve`."""
+    return _hub_models.resolve(name, "dinov2", "scorer.dino_model")
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,77 @@
+"""Folders of transformers models that metrics read: by path, from the hub's cache, or downloaded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import huggingface_hub
+
+from lesion.scoring._clip_weights import hub_answers
+
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+
+
+def resolve(name: str, kind: str, key: str, more: tuple[str, ...] = ()) -> tuple[Path, Path]:
+    """Return config and weights of a model's folder, or of a name on the hub.
+
+    kind: the `model_type` that its config must have.
+    key: of the config, under which a folder can be named.
+    more: further files that the folder must have.
+
+    Raises ValueError for another kind of model, FileNotFoundError where there is none; one line each.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        config = folder / CONFIG
+        weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+        missing = [file for file in (CONFIG, *more) if not (folder / file).is_file()]
+        if missing or weights is None:
+            raise FileNotFoundError(f"the folder needs {', '.join((CONFIG, *more))} and {' or '.join(WEIGHTS)}")
+    else:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
+        config, weights = _from_hub(name, key, more)
+    found = _kind(config)
+    if found != kind:
+        raise ValueError(f"{CONFIG} is of {found}; allowed: {kind}")
+    return config, weights
+
+
+def _kind(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError):
+        return "no model"
+
+
+def _from_hub(name: str, key: str, more: tuple[str, ...]) -> tuple[Path, Path]:
+    for file in WEIGHTS:
+        found = [huggingface_hub.try_to_load_from_cache(name, part) for part in (CONFIG, file, *more)]
+        if all(isinstance(part, str) for part in found):
+            return Path(str(found[0])), Path(str(found[1]))
+    advice = f"download it once where there is network, or set {key} to a folder of it"
+    if not hub_answers():
+        raise FileNotFoundError(f"not in the hub's cache, and the hub does not answer; {advice}")
+    try:
+        parts = [huggingface_hub.hf_hub_download(name, part) for part in (CONFIG, WEIGHTS[0], *more)]
+    except Exception as error:  # the hub's client has errors of many types
+        raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
+    return Path(parts[0]), Path(parts[1])
+
+
+def digest_of(files: tuple[Path, ...]) -> str:
+    """Return a digest of the bytes of these files, 16 hex digits; kept for files that have not changed."""
+    return _digest(*((file, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)
+def _digest(*files: tuple[Path, int]) -> str:
+    total = hashlib.sha256()
+    for file, _ in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
