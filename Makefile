@@ -1,9 +1,11 @@
 # Every target sets up what it needs in .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# What a machine with PyTorch usually lacks, all of plain Python.
+WHEELS ?= diffusers hydra-core omegaconf antlr4-python3-runtime open_clip_torch ftfy wcwidth importlib_metadata
 export WANDB_SILENT ?= true
 
-.PHONY: help setup demo test test-all bench lint wheel train evaluate lora clean
+.PHONY: help setup demo test test-all bench gpu-check gpu-wheels lint wheel train evaluate lora clean
 
 help: ## list every target
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,6 +30,13 @@ test-all: .venv/ready ## the test suite with the slow tests
 
 bench: .venv/ready ## measure speed as ratios within one run (docs/benchmarks.md)
 	$(BIN)/python scripts/benchmark.py
+
+# With the Python that has torch for the machine's GPU; the packages that it lacks travel in gpu-wheels/.
+gpu-check: ## prove and measure on a GPU in ten minutes, with the Python that is there (docs/performance.md)
+	$(PYTHON) scripts/gpu_check.py $(if $(wildcard gpu-wheels),--wheels gpu-wheels)
+
+gpu-wheels: .venv/ready ## wheels of packages that a GPU machine lacks, for gpu-check there
+	$(BIN)/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir gpu-wheels $(WHEELS)
 
 lint: .venv/ready ## put the code in its canonical form
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -28,6 +29,12 @@ from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
 ROOT = Path(__file__).resolve().parent.parent
+# Sections that `scripts/gpu_check.py` writes.
+PROVED, EMBEDDED, FLUX = (
+    "Proved on a GPU: against plain diffusers and plain hooks",
+    "The embedded study end to end: GPU against CPU",
+    "Denoiser calls under lesions: FLUX-size, GPU",
+)
 Part = Callable[[Setup, Options], tuple[str, list[Row]]]
 PARTS: dict[str, tuple[str, str, Part]] = {
     "speed": (
@@ -54,6 +61,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "Only-one study against un-ablated generation",
         "sites that are lesioned in every image of a batch are skipped",
         engine.only_one,
+    ),
+    "leave-one-out": (
+        "Leave-one-out study against un-ablated generation",
+        "what lesions of one layer cost, or save",
+        engine.leave_one_out,
     ),
     "window": (
         "Late window against full window",
@@ -107,7 +119,8 @@ def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:
 
 
 def usual_parts(kind: str) -> list[str]:
-    on_gpu = ["speed", "overhead", "capture", "steering", "only-one", "window", "switches", "profile", "share"]
+    on_gpu = ["speed", "overhead", "capture", "steering", "only-one", "leave-one-out", "window", "switches", "profile"]
+    on_gpu.append("share")
     return on_gpu if kind == "cuda" else [part for part in PARTS if part != "share"]
 
 
@@ -120,13 +133,18 @@ def pending() -> dict[str, str]:
                 command = f"python scripts/benchmark.py {part} --device {kind} --model {case.model}"
                 row = aimed(part, case.model, part, PARTS[part][1])
                 texts[case.title] = section(case.title, "", "", command, [row])
+    for title, part in ((PROVED, "plain lesions"), (EMBEDDED, "embedded"), (FLUX, "flux")):
+        row = Row(part.split()[0], "see `python scripts/gpu_check.py --list`")
+        texts[title] = section(title, "", "", f"python scripts/gpu_check.py --only {part}", [row])
     return texts
 
 
 def write(out: Path, title: str, text: str) -> None:
     old = out.read_text(encoding="utf-8") if out.exists() else ""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(merge(old, pending(), {title: text}), encoding="utf-8")
+    beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # in one step, since a lent machine may be cut at any time
+    beside.write_text(merge(old, pending(), {title: text}), encoding="utf-8")
+    os.replace(beside, out)
 
 
 def command(case: Case, args: argparse.Namespace) -> str:

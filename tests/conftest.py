@@ -12,13 +12,13 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import pipelines
 from lesion import models
 from lesion.models import ModelSpec
+from pipelines import byte_tokenizer, small_pipeline, small_unet, text_encoder
+
+__all__ = ["byte_tokenizer", "small_pipeline", "small_unet", "text_encoder"]  # for the tests
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,77 +27,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LESION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def byte_tokenizer(length: int = 77) -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: every text is spelled in bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=length)
-
-
-def text_encoder(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config).eval()
-
-
-def small_unet() -> UNet2DConditionModel:
-    """SD 1.5's layout with two levels: 2 + 1 + 3 cross-attention layers."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).eval()
-
-
-def small_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=unet or small_unet(),
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion folder of 6 cross-attention layers and 16x16 images; its cross-attention is made loud."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    pipe = small_pipeline()
-    with torch.no_grad():
-        for path, module in pipe.unet.named_modules():
-            if path.endswith("attn2"):
-                module.to_out[0].weight.mul_(8)
-    pipe.save_pretrained(folder)
-    return folder
+    """A Stable Diffusion folder of 6 cross-attention layers and 16x16 images."""
+    return pipelines.build("sd", tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -226,37 +159,4 @@ def cli(  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion XL folder (two text encoders, added conditions) of 4 cross-attention layers."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from transformers import CLIPTextModelWithProjection
-
-    torch.manual_seed(1)
-    base = small_pipeline()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-        norm_num_groups=8,
-    ).eval()
-    second = CLIPTextModelWithProjection(base.text_encoder.config).eval()
-    pipe = StableDiffusionXLPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoder,
-        text_encoder_2=second,
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-    folder = tmp_path_factory.mktemp("models") / "tiny_sdxl"
-    pipe.save_pretrained(folder)
-    return folder
+    return pipelines.build("sdxl", tmp_path_factory.mktemp("models") / "tiny_sdxl")

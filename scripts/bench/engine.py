@@ -61,6 +61,35 @@ def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Ro
     return note, rows
 
 
+def leave_one_out(this: Setup, options: Options, lesioned: int = 4) -> tuple[str, list[Row]]:
+    """Batches of leave-one-out images as the plan of a study fills them, against as many un-ablated images."""
+    asked, study, model = loaded([*this.overrides(this.batch), "selection=leave_one_out"])
+    every = planned(study, this.batch)
+    baselines = next(batch for batch in every if not batch[0].lesion)
+    some = spaced([batch for batch in every if batch[0].lesion and len(batch) == len(baselines)], lesioned)
+    cells = [cell for batch in some for cell in batch]
+    using = fillers(study, model, asked)
+    generate(model, baselines, {})
+    generate(model, some[0], using)
+    found = alternate(
+        options.repeats,
+        {
+            "leave-one-out": lambda: generating(model, cells, len(baselines), using),
+            "un-ablated": lambda: generating(model, baselines * len(some), len(baselines), {}),
+        },
+    )
+    rows = [Row(name, f"seconds for {len(cells)} images", values, " s") for name, values in found.items()]
+    values = ratios(found["leave-one-out"], found["un-ablated"])
+    rows.append(
+        aimed("leave-one-out", this.model, "one layer", "leave-one-out / un-ablated generation, seconds", values)
+    )
+    note = (
+        f"Zero lesions of one layer each ({len(some)} batches, as the plan fills them), against as many un-ablated "
+        f"images. Images are thrown away. {this.said()}."
+    )
+    return note, rows
+
+
 def window(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """Whole jobs of leave-one-out over the late half and over all steps, their baselines made before or in them."""
     windows = {"late": "window=[0.5,1.0]", "full": "window=[0.0,1.0]"}

@@ -75,7 +75,11 @@ class Setup:
     layers: int = 0
 
     def overrides(self, subjects: int, dtype: str = "") -> list[str]:
-        """The config of a study of at least that many subjects."""
+        """The config of a study of at least that many subjects.
+
+        Of large images without the metrics that read the toy world's scenes: the reader is made for 64x64 pixels and
+        takes minutes an image of 1024.
+        """
         items = [item["text"] for item in OmegaConf.load(conf_dir() / "prompts" / "demo.yaml")["items"]]
         prompts = items[: min(subjects, len(items))]
         which = ["model=embedded"] if self.model == "embedded" else ["model=local", f"model.id={self.folder}"]
@@ -92,6 +96,7 @@ class Setup:
             f"generation.height={self.side}",
             f"generation.width={self.side}",
             f"generation.batch_size={self.batch}",
+            *(["scorer.metrics=[clip_similarity,clip_text,ssim,psnr]"] if self.side > 64 else []),
             *([f"layers.include=[{','.join(self.paths()[: self.layers])}]"] if self.layers else []),
         ]
 

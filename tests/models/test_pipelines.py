@@ -32,7 +32,8 @@ CROSS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan_dit")  # transformers 
 JOINT = ("sd3", "sd35", "flux", "flux_schnell")
 # Its language model has the 28 layers that the pipeline reads from: minutes over all tests.
 KLEIN = pytest.param("flux2_klein", marks=pytest.mark.slow)
-EACH = [KLEIN if name == "flux2_klein" else name for name in BUILDERS]
+OWN = ("sd", "sdxl")  # have tests of their own
+EACH = [KLEIN if name == "flux2_klein" else name for name in BUILDERS if name not in OWN]
 EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm", "flux2")
 PLAINLY = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
 _folders: dict[str, Path] = {}

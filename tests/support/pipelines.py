@@ -13,13 +13,23 @@ from typing import Any
 import diffusers
 import tokenizers.models
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -39,9 +49,67 @@ from transformers import (
 )
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
-from conftest import byte_tokenizer, small_pipeline, text_encoder
-
 WIDTH = 16  # of CLIP; of T5 it is twice this, since SD3 puts two CLIPs side by side and pads them to T5's width
+
+
+def byte_tokenizer(length: int = 77) -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: every text is spelled in bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=length)
+
+
+def text_encoder(tokenizer: CLIPTokenizer, width: int = 16) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def small_unet() -> UNet2DConditionModel:
+    """SD 1.5's layout with two levels: 2 + 1 + 3 cross-attention layers."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).eval()
+
+
+def small_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=unet or small_unet(),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def letters() -> list[str]:
@@ -339,9 +407,52 @@ def z_image(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     ).save_pretrained(folder)
+def stable_diffusion(folder: Path) -> None:
+    """6 cross-attention layers, which are made loud."""
+    pipe = small_pipeline()
+    with torch.no_grad():
+        for path, module in pipe.unet.named_modules():
+            if path.endswith("attn2"):
+                module.to_out[0].weight.mul_(8)
+    pipe.save_pretrained(folder)
+
+
+def stable_diffusion_xl(folder: Path) -> None:
+    """Two text encoders, added conditions; 4 cross-attention layers."""
+    torch.manual_seed(1)
+    base = small_pipeline()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        norm_num_groups=8,
+    ).eval()
+    second = CLIPTextModelWithProjection(base.text_encoder.config).eval()
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=second,
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=unet,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder)
 
 
 BUILDERS: dict[str, Callable[[Path], None]] = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
     "pixart_alpha": pixart_alpha,
     "pixart_sigma": pixart_sigma,
     "sana": sana,

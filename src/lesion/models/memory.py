@@ -37,10 +37,15 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
-def raise_if_lost(error: BaseException) -> None:
-    """Raise an error of CUDA after which nothing works any more in this process; what is finished stays finished."""
+def lost(error: BaseException) -> bool:
+    """Whether it is an error of CUDA after which nothing works any more in this process."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    if "cuda" in said and any(sign in said for sign in _LOST):
+    return "cuda" in said and any(sign in said for sign in _LOST)
+
+
+def raise_if_lost(error: BaseException) -> None:
+    """Raise an error after which nothing works any more in this process; what is finished stays finished."""
+    if lost(error):
         raise error
 
 

@@ -1,0 +1,298 @@
+"""What must be right on a GPU: against plain diffusers, plain hooks and the same done in another way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from bench import setup as benches
+from gpu.common import JOINT, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
+from lesion.generation.generate import generate
+from lesion.generation.snapshots import States
+from lesion.models import loading, memory
+from lesion.replacements import Bench, _means
+from lesion.replacements.mean import Mean
+from lesion.run import maker
+from lesion.study.prompts import Prompt
+from lesion.surgery.operation import replacement_key
+
+
+def plain_images(context: Context) -> list[Check]:
+    found = []
+    for dtype in context.dtypes:
+        for name in context.classes:
+            model = context.model(name, dtype)
+            ours = context.ours(model, context.cells(model))
+            found.append(Check.of(f"{name} {dtype}", *same(ours, context.plain(context.pipe(name, dtype), name))))
+    return found
+
+
+def _zeros(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    return torch.zeros_like(output)
+
+
+def _image_zeros(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:])
+
+
+def _unchanged(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """A block that hands on what it was given."""
+    if "encoder_hidden_states" in kwargs and isinstance(output, tuple) and len(output) == 2:  # text, image
+        return None if output[0] is None else kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden,) if isinstance(output, tuple) else hidden
+
+
+def lesions(context: Context) -> list[Check]:
+    """Each kind of lesion by its own hook."""
+    found = []
+    for name in context.classes:
+        kinds: dict[str, Callable[..., Any]]
+        if name in JOINT:
+            kinds = {"joint_attention": _image_zeros, "feed_forward": _zeros, "block": _unchanged}
+        else:
+            kinds = {"cross_attention": _zeros, "self_attention": _zeros}
+        if name == "sd":
+            kinds["block"] = _unchanged
+        untouched = context.plain(context.pipe(name), name)
+        for kind, hook in kinds.items():
+            model = context.model(name, kind=kind)
+            layer = model.anatomy.paths[0 if name in JOINT else 1]
+            hooks = [(site, hook) for site in model.anatomy.sites[layer]]
+            ours = context.ours(model, context.cells(model, lesion(layer, kind=kind)))
+            fine, said = same(ours, context.plain(context.pipe(name), name, hooks))
+            changes = not np.array_equal(ours, untouched)
+            said = said if changes else "the lesion changes nothing"
+            found.append(Check.of(f"zero, {kind}, {name}", fine and changes, said))
+    return [*found, *_mean(context), _donor(context), _head(context)]
+
+
+def _by_call(change: Callable[[int, Any], Any]) -> Callable[..., Any]:
+    """A hook that is told the number of the denoiser call."""
+    calls = iter(range(10_000))
+    return lambda module, args, kwargs, output: change(next(calls), output)
+
+
+def _mean(context: Context) -> list[Check]:
+    """Means against sums of plain hooks in float64; images against those means put in by a plain hook."""
+    model = context.model("sd", kind="cross_attention")
+    layer = model.anatomy.paths[1]
+    (site,) = model.anatomy.sites[layer]
+    cells = context.cells(model, lesion(layer, replacement="mean"))
+    bench = Bench(model, cells[0].settings, context.scratch / "means", len(TEXTS))
+    means = _means.measure(bench, [(Prompt(text), seed) for text, seed in zip(TEXTS, (0, 7), strict=True)])
+    ours = generate(model, cells, {replacement_key(cells[0].lesion): Mean(means)})  # type: ignore[arg-type]
+    pipe, seen = context.pipe("sd"), []
+
+    def summed(call: int, output: Any) -> None:
+        halves = output.double().mean(dim=1).unflatten(0, (2, -1)).mean(dim=1)
+        seen.append(halves.cpu())
+
+    context.plain(pipe, "sd", [(site, _by_call(summed))])
+    reference = torch.stack(seen)
+    apart = float((means[site].double() - reference).abs().max() / reference.abs().max())
+
+    def put(call: int, output: Any) -> Any:
+        rows = means[site][call].to(output.device).repeat_interleave(len(output) // 2, dim=0)
+        return rows[:, None, :].expand_as(output)
+
+    theirs = context.plain(pipe, "sd", [(site, _by_call(put))])
+    return [
+        Check.of("mean, its values", apart < 1e-6, f"largest difference {apart:.1e} of the largest mean"),
+        Check.of("mean, images", *same(ours, theirs)),
+    ]
+
+
+def _donor(context: Context) -> Check:
+    """One layer reads another prompt, in the conditional rows."""
+    model = context.model("sd", kind="cross_attention")
+    layer, options = model.anatomy.paths[1], {"prompt": "a donor"}
+    (site,) = model.anatomy.sites[layer]
+    change = lesion(layer, replacement="donor_prompt", options=options, branch="cond")
+    ours = context.ours(model, context.cells(model, change), options)
+    pipe, text = context.pipe("sd"), []
+    hook: Hook = (site, lambda module, args, kwargs, output: text.append(kwargs["encoder_hidden_states"][-1:].clone()))
+    context.plain(pipe, "sd", [hook], texts=("a donor",))
+
+    def read(module: Any, args: Any, kwargs: Any) -> Any:
+        own = kwargs["encoder_hidden_states"]
+        other = torch.cat([own[: len(own) // 2], text[0].expand(len(own) // 2, -1, -1)])
+        return args, {**kwargs, "encoder_hidden_states": other}
+
+    handle = denoiser(pipe).get_submodule(site).register_forward_pre_hook(read, with_kwargs=True)
+    theirs = context.plain(pipe, "sd")
+    handle.remove()
+    return Check.of("donor_prompt", *same(ours, theirs))
+
+
+def _head(context: Context) -> Check:
+    """One head against its slice of the projection taken away; sums in another order."""
+    model = context.model("sd", kind="cross_attention", by="head")
+    layer = model.anatomy.paths[1]
+    (one,) = (model.anatomy.by_path[path] for path in model.anatomy.sites[layer])
+    module = model.denoiser.get_submodule(one.hook.module)
+    heads = one.hook.heads  # type: ignore[attr-defined]
+    width = module.in_features // heads
+    mine = slice(one.head * width, (one.head + 1) * width)
+
+    def without(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return output - args[0][..., mine] @ module.weight[:, mine].T - module.bias / heads
+
+    ours = context.ours(model, context.cells(model, lesion(layer)))
+    theirs = context.plain(context.pipe("sd"), "sd", [(one.hook.module, without)])
+    return Check.of("head", *near(ours, theirs))
+
+
+def late_window(context: Context) -> list[Check]:
+    found = []
+    for name in ("sd", "flux"):
+        kind = "block" if name in JOINT else "cross_attention"
+        for dtype in ("float32",) if context.tiny else ("float32", "float16"):
+            model = context.model(name, dtype, kind)
+            window = (0.4, 1.0)
+            late = context.cells(model, lesion(*model.anatomy.paths, kind=kind, window=window), steps=4)
+            whole, states = context.ours(model, late), States(context.fresh("states"))
+            generate(model, context.cells(model, steps=4), {}, states, [window])
+            found.append(Check.of(f"{name} {dtype}", *same(context.ours(model, late, None, states, [window]), whole)))
+    return found
+
+
+def batch_and_single(context: Context) -> list[Check]:
+    found = []
+    for dtype in context.dtypes:
+        model = context.model("sd", dtype)
+        cells = context.cells(model, seeds=range(4))
+        together = context.ours(model, cells)
+        alone = np.concatenate([context.ours(model, [cell]) for cell in cells])
+        fine, said = near(together, alone)
+        # In half precision other sizes of batches may round visibly: it is said, not judged.
+        found.append(Check.of(f"sd {dtype}", fine or dtype != "float32", said))
+    return found
+
+
+def _study(context: Context, device: str, *more: str) -> list[str]:
+    """A small study of the embedded model."""
+    return [
+        *("model=embedded", f"device={device}", "performance.dtype=float32", "selection=leave_one_out"),
+        *("prompts=inline", f"prompts.items=[{', '.join(TEXTS)}]", "generation.height=64", "generation.width=64"),
+        f"layers.include=[{'mid_block.*' if context.tiny else '*'}]",
+        f"generation.steps={2 if context.tiny else 8}",
+        *("scorer.metrics=[clip_similarity]", "seeds=[0,1]", *more),
+    ]
+
+
+def out_of_memory(context: Context) -> list[Check]:
+    """A study in a part of the memory that its batches want; then a decode for which memory does not suffice."""
+    folder, maker_cut = context.fresh("memory"), maker._cut
+    maker_cut.clear()
+    with ExitStack() as stack:
+        if context.on_gpu:
+            _cap(context)
+            stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, torch.device(context.device).index or 0)
+        else:
+            stack.enter_context(mock.patch.object(maker, "generate", _crowded))
+        _, frame = benches.job(
+            folder / "store", folder / "run", _study(context, context.device, "generation.batch_size=64")
+        )
+    halved, cut = sorted(maker_cut.values()), bool(maker_cut)
+    maker_cut.clear()
+    how = "under a cap on the memory" if context.on_gpu else "simulated on a CPU"
+    fine = bool((frame["status"] == "ok").all()) and cut
+    model = context.model("sd", "float16" if context.on_gpu else "float32")
+    cells = context.cells(model, seeds=range(4))
+    whole, decoder = context.ours(model, cells), model.pipe.vae.decoder
+    forward, tried = decoder.forward, []
+
+    def full(z: Any, *args: Any, **kwargs: Any) -> Any:
+        tried.append(len(z))
+        if len(z) > 2:
+            torch.empty(1 << 50, device=z.device) if context.on_gpu else _raise()
+        return forward(z, *args, **kwargs)
+
+    with mock.patch.object(decoder, "forward", full):
+        sliced = context.ours(model, cells)
+    agrees, said = near(sliced, whole)
+    return [
+        Check.of("halving", fine, f"{how}: {len(frame)} images, all ok; batches cut to {halved}"),
+        Check.of("decoding in slices", agrees and tried == [4, 2, 2], f"slices of {tried}; {said}"),
+    ]
+
+
+def _raise() -> None:
+    raise torch.OutOfMemoryError("simulated")
+
+
+def _crowded(model: Any, cells: Any, *rest: Any) -> Any:
+    if len(cells) > 2:
+        _raise()
+    return generate(model, cells, *rest)
+
+
+def _cap(context: Context) -> None:
+    """Leave room for a batch of about 8 of the study's images."""
+    _, study, model = benches.loaded(_study(context, context.device, "generation.batch_size=8"))
+    cells = [cell for cell in study.cells() if cell.lesion is None]
+    eight = (cells * 8)[:8]
+    generate(model, eight, {})
+    peak = memory._peak(lambda: generate(model, eight, {}), context.device) or 0
+    index = torch.device(context.device).index or 0
+    whole = torch.cuda.get_device_properties(index).total_memory
+    allowed = torch.cuda.memory_reserved(index) + 1.5 * peak + (64 << 20)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / whole), index)
+
+
+def auto(context: Context) -> list[Check]:
+    model = context.model("sd")
+    cell = context.cells(model)[0]
+    size = memory.fitting(lambda number: generate(model, [cell] * number, {}), context.device)
+    images = generate(model, [cell] * size, {})
+    return [Check.of("sd", len(images) == size >= 1, f"{size} images fit, and were made")]
+
+
+def offload(context: Context) -> list[Check]:
+    if not context.on_gpu:
+        return [Check("model, sequential", "skipped", "needs a GPU to load to")]
+    model = context.model("sd")
+    whole, found = context.ours(model, context.cells(model)), []
+    for how in ("model", "sequential"):
+        model = context.model("sd", offload=how)
+        found.append(Check.of(how, *same(context.ours(model, context.cells(model)), whole)))
+    return found
+
+
+def store(context: Context) -> list[Check]:
+    """Images of a CPU are no images of a GPU: their keys differ; the CPU's stay what they are."""
+    folder, counts, frames = context.fresh("store"), [], []
+    for number, device in enumerate(("cpu", context.device, "cpu")):
+        asked = _study(context, device, "generation.batch_size=8")
+        frames.append(benches.job(folder / "store", folder / f"run{number}", asked)[1])
+        counts.append(len(list((folder / "store" / "cells").rglob("*.png"))))
+    more = counts[1] - counts[0]
+    wanted = len(frames[0]) if context.on_gpu else 0
+    again = frames[0].equals(frames[2]) and counts[2] == counts[1]
+    return [
+        Check.of("keys", more == wanted, f"{counts[0]} images of a CPU; {more} made on {context.device} beside them"),
+        Check.of("the CPU's results", again, "opened again without making an image" if again else "not the same again"),
+    ]
+
+
+def compiled(context: Context) -> list[Check]:
+    if not context.tiny and not shutil.which("gcc"):
+        return [Check("sd", "skipped", "no C compiler is here, which torch.compile needs")]
+    backend = "eager" if context.tiny else loading.BACKEND  # traced, not compiled: seconds instead of a minute
+    plain = context.model("sd", kind="cross_attention")
+    change = lesion(plain.anatomy.paths[1])
+    eager = [context.ours(plain, context.cells(plain, one)) for one in (None, change)]
+    with mock.patch.object(loading, "BACKEND", backend):
+        model = context.model("sd", kind="cross_attention", compile=True)
+        names = ("un-ablated", "lesioned")
+        return [
+            Check.of(f"{name}, {backend}", *near(context.ours(model, context.cells(model, one)), theirs))
+            for name, one, theirs in zip(names, (None, change), eager, strict=True)
+        ]

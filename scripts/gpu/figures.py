@@ -1,0 +1,146 @@
+"""Figures of a GPU that `scripts/benchmark.py` has no part for."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+from scipy import stats
+
+import benchmark
+from bench import setup as benches
+from bench.report import Row
+from gpu.common import Context, lesion
+from lesion.denoising.run import Client, Denoising
+from lesion.generation.generate import make_deterministic
+from lesion.replacements.zero import Zero
+from lesion.surgery.anatomy import examine
+from lesion.surgery.operation import Lesions, replacement_key
+
+if TYPE_CHECKING:
+    from gpu.parts import Section
+
+FLUX: dict[str, Any] = {  # the published config
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+}  # fmt: skip
+SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 32}
+
+
+def embedded(context: Context) -> Section:
+    """The study of the embedded model on the device and on the CPU; then what torch's stock flags would change."""
+    from gpu.parts import Section
+
+    options = benches.Options(context.device, 1, context.tiny, context.scratch, context.scratch / "models")
+    this = benches.setup("embedded", options)
+    frames, speeds = {}, {}
+    for device in dict.fromkeys((context.device, "cpu")):
+        asked = [*this.overrides(2 if context.tiny else 4, "float32"), f"device={device}"]
+        folder = context.fresh("embedded")
+        seconds, frame = benches.job(folder / "store", folder / "run", asked)
+        frames[device], speeds[device] = frame, len(frame) / seconds
+    mine, cpu = frames[context.device], frames["cpu"]
+    change = (mine["clip_similarity"] - cpu["clip_similarity"]).abs()
+    layers = [1 - one[one["layer"] != ""].groupby("layer")["clip_similarity"].mean() for one in (mine, cpu)]
+    order = stats.spearmanr(*layers).statistic if len(layers[0]) > 1 else float("nan")
+    rows = [Row(f"speed, {device}", "images a second", [value], " /s") for device, value in speeds.items()]
+    rows.append(
+        Row(
+            "scores",
+            "change of an image's `clip_similarity` against the CPU's: mean, largest; rank correlation of importances",
+            text=f"{change.mean():.1e}, {change.max():.1e}; {order:.3f}",
+        )
+    )
+    rows.append(Row("stock flags", "pixels that torch's own flags change to more than 1/255", text=_stock(this)))
+    note = f"A whole job of {len(mine)} images on each device. {this.said().replace(this.dtype, 'float32')}."
+    return Section(benchmark.EMBEDDED, note, rows)
+
+
+def _stock(this: benches.Setup) -> str:
+    """Share of pixels that differ between torch's own flags and `make_deterministic`."""
+    pipe, images = benches.plain(this, "float32"), []
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    knobs: list[tuple[Any, str, Any]] = [(cudnn, "deterministic", False)]
+    if hasattr(matmul, "fp32_precision"):
+        knobs += [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "tf32")]
+    else:
+        knobs += [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", True)]
+    for stock in (False, True):
+        make_deterministic()
+        for owner, name, value in knobs if stock else ():
+            setattr(owner, name, value)
+        noise = [torch.Generator("cpu").manual_seed(seed) for seed in range(4)]
+        given = {"num_inference_steps": this.steps, "guidance_scale": this.guidance, "output_type": "np"}
+        images.append(pipe(["a red circle"] * 4, generator=noise, height=this.side, width=this.side, **given).images)
+    make_deterministic()
+    apart = np.abs(images[0] - images[1])
+    return f"{(apart > 1 / 255).mean():.4%}, largest {apart.max():.1e}"
+
+
+def flux(context: Context) -> Section:
+    """Seconds of a denoiser call of 1024 px, bare and under lesions."""
+    from gpu.parts import Section
+
+    dtype = torch.float32 if context.tiny else torch.bfloat16
+    config = {**FLUX, **(SMALL if context.tiny else {})}
+    images, side, text = (2, 4, 5) if context.tiny else (4, 64, 512)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(context.device):
+            transformer = diffusers.FluxTransformer2DModel(**config).eval()
+            given = {
+                "hidden_states": torch.randn(images, side * side, config["in_channels"]),
+                "encoder_hidden_states": torch.randn(images, text, config["joint_attention_dim"]),
+                "pooled_projections": torch.randn(images, config["pooled_projection_dim"]),
+                "timestep": torch.ones(images),
+                "guidance": torch.full((images,), 3.5),
+                "img_ids": torch.cat([torch.zeros(side * side, 1), torch.cartesian_prod(*[torch.arange(side)] * 2)], 1),
+                "txt_ids": torch.zeros(text, 3),
+            }
+    finally:
+        torch.set_default_dtype(default)
+    rows, bare = [], 0.0
+    for name, kind, others in (
+        ("un-ablated", "", False),
+        ("leave-one-out", "joint_attention", False),
+        ("only-one", "joint_attention", True),
+        ("leave-one-out", "text_to_image", False),
+        ("only-one", "text_to_image", True),
+        ("only-one", "block", True),
+    ):
+        clients: list[Client] = []
+        if kind:
+            anatomy = examine(transformer, kind=kind)
+            layers = [path for path in anatomy.paths if (path == anatomy.paths[1]) != others]
+            change = lesion(*layers, kind=kind)
+            clients = [Lesions(anatomy, [change] * images, {replacement_key(change): Zero()})]
+        seconds = _call(context, transformer, given, clients, images)
+        bare = bare or seconds
+        rows.append(Row(f"{name} {kind}".strip(), "seconds a denoiser call", [seconds], " s"))
+        if kind:
+            rows.append(Row("", "over the un-ablated call", [seconds / bare], "x"))
+    note = (
+        f"One call of a transformer of FLUX.1-dev's size ({sum(p.numel() for p in transformer.parameters()):,} random "
+        f"weights, {str(dtype).removeprefix('torch.')}) on {images} images of {side * 16} px; median of three."
+    )
+    return Section(benchmark.FLUX, note, rows)
+
+
+def _call(context: Context, transformer: Any, given: dict[str, Any], clients: list[Client], images: int) -> float:
+    times = []
+    for _ in range(4):  # the first is not counted
+
+        class Pipe:
+            _num_timesteps = 1
+
+        with Denoising(Pipe(), transformer, images, clients).running():
+            benches.wait(context.device)
+            began = time.perf_counter()
+            transformer(**given)
+            benches.wait(context.device)
+            times.append(time.perf_counter() - began)
+    return sorted(times[1:])[1]
