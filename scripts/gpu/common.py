@@ -27,7 +27,8 @@ from lesion.surgery.operation import replacement_key
 TEXTS, SEEDS = ("a red circle", "two stars"), (0, 7)
 PLAINLY = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
 JOINT = ("sd3", "sd35", "flux", "flux_schnell")
-EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm")
+EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm", "flux2")
+NEWER = ("qwen_image", "flux2", "flux2_klein", "z_image")  # their lesions have no plain hooks here yet
 Hook = tuple[str, Callable[..., Any]]  # path of a module, forward hook with kwargs
 
 
@@ -127,8 +128,10 @@ class Context:
         ]
         try:
             with torch.inference_mode():
+                if type(pipe).__name__.startswith("QwenImage"):  # as its model card calls it
+                    asked |= {"true_cfg_scale": asked.pop("guidance_scale"), "negative_prompt": [" "] * len(texts)}
                 return pipe(
-                    list(texts),
+                    prompt=list(texts),
                     generator=noise,
                     output_type="np",
                     **{key: value for key, value in asked.items() if key in known},

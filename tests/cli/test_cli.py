@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
+import diffusers
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import open_dict
 from PIL import Image
 
@@ -250,6 +253,21 @@ def test_invalid_images_are_marked_and_left_out(cli, drawn, monkeypatch):
     table = pd.read_csv(next((cli.newest() / "tables").glob("layers--*.csv"))).set_index("layer")
     assert table.n_invalid[LAYERS[0]] == 2
     assert np.isnan(table.importance[LAYERS[0]])
+
+
+def test_what_made_an_image_is_said_and_a_mixture_is_warned_of(cli, monkeypatch, no_report):
+    code, out, err = cli("selection=none")
+    assert code == 0 and "several cards" not in out + err
+    (frame,) = cli.frames()
+    made = {"card": "cpu", "torch": torch.__version__, "diffusers": diffusers.__version__}
+    assert frame[["card", "torch", "diffusers"]].drop_duplicates().to_dict("records") == [made]
+    picture = Image.open(cli.newest() / frame.image[0])
+    assert json.loads(picture.text["lesion"])["made"] == made
+    monkeypatch.setattr(making, "_made_with", lambda device: {**made, "card": "another"})
+    code, out, err = cli("selection=none", "seeds=[0,1]")
+    assert code == 0 and "several cards or versions" in out + err and "another, torch" in out + err
+    frame = pd.read_parquet(cli.newest() / "results.parquet")
+    assert dict(zip(frame.seed, frame.card, strict=True)) == {0: "cpu", 1: "another"}
 
 
 def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):

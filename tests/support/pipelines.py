@@ -407,6 +407,8 @@ def z_image(folder: Path) -> None:
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     ).save_pretrained(folder)
+
+
 def stable_diffusion(folder: Path) -> None:
     """6 cross-attention layers, which are made loud."""
     pipe = small_pipeline()

@@ -254,6 +254,12 @@ def complete(
         study = rounds.whole if rounds else study
         paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
         frame = table.results(study, scores, paths, failures, publisher)
+        if several := table.mixed(frame):
+            log.warning(
+                "the images of this study were made by several cards or versions, which round differently; compare "
+                "effects with the noise floor: %s",
+                several,
+            )
         pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
         publisher.maps = maps
         beside = {}

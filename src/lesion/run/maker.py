@@ -10,7 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import filterfalse
 from typing import Any, Self
 
+import diffusers
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lesion import models, replacements, tasks
@@ -23,6 +25,7 @@ from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.maps import ImageMaps, Maps
 from lesion.study.capture import Capture
+from lesion.study.columns import MADE_WITH
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.study.settings import Settings
@@ -42,6 +45,12 @@ _cut: dict[_Kind, int] = {}
 
 def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _made_with(device: str) -> dict[str, str]:
+    """The columns `MADE_WITH` of an image that is made now."""
+    card = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else device
+    return dict(zip(MADE_WITH, (card, torch.__version__, diffusers.__version__), strict=True))
 
 
 def label(cell: Cell) -> str:
@@ -76,6 +85,7 @@ class Maker:
         self.interventions: dict[str, Intervention] = {}
         self.broken: dict[str, str] = {}
         self.alone: dict[str, str] = {}  # why each image failed that was made by itself, until the first is made
+        self.made_with = _made_with(request.device)
         self.sound = False  # whether an image was made, or some fail for reasons of their own
         self.stopped = ""  # why none can be made
 
@@ -251,7 +261,8 @@ class Maker:
                 if self.maps and maps:
                     self.maps.put(cell, maps[number])
                 if not self.maps or not self.store.has(cell.key):  # made earlier, without maps: it is the same image
-                    picture = self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan))
+                    mass = self.masses.pop(cell.key, math.nan)
+                    picture = self.store.put(cell, pixels, reason, mass, self.made_with)
                     self.made(cell, pixels, picture)
             except OSError as error:
                 log.error("%s could not be stored: %s", label(cell), brief(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -14,7 +15,7 @@ from lesion.analysis.importance import as_similarity
 from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.study import pairs
-from lesion.study.columns import GENERATION, row
+from lesion.study.columns import GENERATION, MADE_WITH, row
 from lesion.study.grid import Cell, Study
 
 ROWS = 1024  # that wait as Python objects, which take more memory than the table's columns
@@ -42,7 +43,10 @@ def results(
     for cell in study.cells():
         status, reason = status_of(cell, scores, failures)
         values = scores.values(cell) if status == "ok" else {}
+        facts = scores.picture(cell.key) if status != "failed" else None
+        made = json.loads(facts.made) if facts and facts.made else {}
         record = row(cell, paths) | {
+            **{name: made.get(name, "") for name in MADE_WITH},
             "status": status,
             "reason": reason,
             "image": "" if status == "failed" else publisher.place(cell),
@@ -102,3 +106,14 @@ def floor(study: Study, scores: ScoreQueue) -> pd.DataFrame:
         )
     columns = ["model", *pairs.COLUMNS, *GENERATION, "metric", "scorer_identity"]
     return pd.DataFrame(records, columns=columns)
+
+
+def mixed(frame: pd.DataFrame) -> str:
+    """With which cards and versions the images of a study were made, if with several; else ""."""
+    made = frame[frame["torch"] != ""].drop_duplicates([*MADE_WITH])
+    if len(made) < 2:
+        return ""
+    return "; ".join(
+        f"{card}, torch {torch}, diffusers {diffusers}"
+        for card, torch, diffusers in made[[*MADE_WITH]].itertuples(index=False)
+    )

@@ -25,14 +25,16 @@ class Psnr(Metric):
         return "psnr/1"
 
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
+        import torch
         from torchmetrics.functional.image import peak_signal_noise_ratio
 
         from lesion.scoring._pixels import batches
 
-        values = np.empty(len(shots))  # on the CPU whatever the device: not all of them have float64
+        values = np.empty(len(shots))
+        # Not all devices have float64. Sums of squares of whole numbers are exact in it, whatever the device.
+        device = self.device if torch.device(self.device).type == "cuda" else "cpu"
         for rows, images, baselines in batches(shots, self.batch_size):
-            found = peak_signal_noise_ratio(
-                images.double(), baselines.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
-            )
-            values[rows] = found.numpy()
+            x, y = (pixels.to(device).double() for pixels in (images, baselines))
+            found = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
+            values[rows] = found.cpu().numpy()
         return values

@@ -1,9 +1,9 @@
 """Cells on disk: one PNG a cell, named by its hash, written atomically; safe for many processes.
 
 Format: cells/<first 2 digits>/<key, 32 hex digits>.png, RGB of 8 bits, with one iTXt chunk `lesion` of JSON: `cell`
-(the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), the fields
-of `Cell.identity`, and of steered images `box_mass`. So a file explains itself, and shows changed pixels, wherever it
-is copied.
+(the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), `made` (with
+which card and versions; absent in older files), the fields of `Cell.identity`, and of steered images `box_mass`. So a
+file explains itself, and shows changed pixels, wherever it is copied.
 
 A file torn by a power cut is noticed by its missing end and made again. Pixels are compared whenever they are read:
 with the digest in the file, or, where it has none, with the one remembered in scores/ (`lesion.store.scores`).
@@ -20,6 +20,7 @@ import re
 import stat
 import struct
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class Picture:
     size: bytes of the file. modified: its mtime in nanoseconds. digest: of shape and pixels, 32 hex digits.
     reason: why the image is invalid, or "".
     box_mass: of steered images the share of attention in the prompt's boxes, as the file says it; NaN where not known.
+    made: the card and the versions of torch and diffusers that made it, as JSON with sorted keys; "" where not known.
     """
 
     size: int
@@ -55,6 +57,7 @@ class Picture:
     digest: str
     reason: str
     box_mass: float = field(default=math.nan, compare=False)
+    made: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ def digest_of(pixels: NDArray[np.uint8]) -> str:
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
+
+
+def _made(record: Mapping[str, object]) -> str:
+    return json.dumps(made, sort_keys=True) if isinstance(made := record.get("made"), dict) else ""
 
 
 def _facts_if_whole(path: str) -> os.stat_result | None:
@@ -199,10 +206,17 @@ class Store:
             known._list(path)
         return known
 
-    def put(self, cell: Cell, pixels: NDArray[np.uint8], reason: str = "", box_mass: float = math.nan) -> Picture:
+    def put(
+        self,
+        cell: Cell,
+        pixels: NDArray[np.uint8],
+        reason: str = "",
+        box_mass: float = math.nan,
+        made: Mapping[str, str] | None = None,
+    ) -> Picture:
         """Write an image in one step, in place of any that is there; safe from many threads and processes.
 
-        box_mass: as in `Picture`.
+        box_mass, made: as in `Picture`.
 
         Raises OSError.
         """
@@ -213,11 +227,13 @@ class Store:
         record = {"cell": cell.key, "status": status, "reason": reason, "pixels": digest, **cell.identity()}
         if math.isfinite(box_mass):
             record["box_mass"] = box_mass
+        if made:
+            record["made"] = dict(made)
         notes.add_itxt("lesion", json.dumps(record, ensure_ascii=False))
         with atomically(path) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
             facts = temporary.stat()
-        return Picture(facts.st_size, facts.st_mtime_ns, digest, reason, box_mass)
+        return Picture(facts.st_size, facts.st_mtime_ns, digest, reason, box_mass, _made(record))
 
     def get(self, key: str, size: tuple[int, int] | None = None, digest: str | None = None) -> Stored:
         """Read an image and check whose it is and that its pixels are those that were stored.
@@ -251,7 +267,7 @@ class Store:
             raise
         except Exception as error:  # whatever a decoder can raise on broken bytes
             raise Damaged(f"{path.name}: {error}") from None
-        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason, mass))
+        return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason, mass, _made(record)))
 
     def discard(self, key: str) -> None:
         """Remove an image, or whatever else has its name. Raises OSError."""

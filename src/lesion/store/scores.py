@@ -1,11 +1,12 @@
 """What is known of stored images: their facts and scores, in part files that many processes append side by side.
 
-Format: folder/pictures/ holds facts, folder/COLUMN-IDENTITY/ one metric's values of images against their baselines,
-folder/pairs-COLUMN-IDENTITY/ its values of two baselines. In each, parts: Parquet files named <time, 20 digits of
-nanoseconds>-<blake2b-64 of the file's bytes>.parquet, written once, in one step, and never changed. So later records
-win, and any damage is noticed. The schema's metadata `owner` says what a part holds (`_owner`): one in another folder
-is noticed. Parts of version 0.1 have no owner; they are taken where they lie, unless the same part lies in a second
-folder too: then nobody can say whose it is, and both are removed.
+Format: folder/pictures/ holds facts, folder/made/ with which card and versions images were made,
+folder/COLUMN-IDENTITY/ one metric's values of images against their baselines, folder/pairs-COLUMN-IDENTITY/ its values
+of two baselines. In each, parts: Parquet files named <time, 20 digits of nanoseconds>-<blake2b-64 of the file's
+bytes>.parquet, written once, in one step, and never changed. So later records win, and any damage is noticed. The
+schema's metadata `owner` says what a part holds (`_owner`): one in another folder is noticed. Parts of version 0.1
+have no owner; they are taken where they lie, unless the same part lies in a second folder too: then nobody can say
+whose it is, and both are removed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +41,7 @@ _HASH = pa.binary(16)
 _PICTURES = pa.schema(
     [("key", _HASH), ("size", pa.int64()), ("modified", pa.int64()), ("digest", _HASH), ("reason", pa.string())]
 )
+_MADE = pa.schema([("key", _HASH), ("made", pa.string())])
 _VALUES = pa.schema(
     [("key", _HASH), ("baseline", _HASH), ("digest", _HASH), ("baseline_digest", _HASH), ("value", pa.float64())]
 )
@@ -152,7 +155,12 @@ def _hashes(table: pa.Table, column: str) -> NDArray[np.void]:
 
 
 def _array(table: pa.Table, field: pa.Field) -> NDArray[Any]:
-    return _hashes(table, field.name) if field.type == _HASH else np.asarray(table[field.name].to_numpy())
+    if field.type == _HASH:
+        return _hashes(table, field.name)
+    if field.type == pa.string():  # few different ones, each in memory once
+        texts = table[field.name].to_pylist()
+        return np.array([None if text is None else sys.intern(text) for text in texts], object)
+    return np.asarray(table[field.name].to_numpy())
 
 
 class _Columns:
@@ -241,6 +249,7 @@ class Scores:
     def __init__(self, folder: Path, metrics: Mapping[str, str]):
         self._numbers: dict[bytes, int] = {}
         self._pictures = _Records(folder / "pictures", _PICTURES, "pictures")
+        self._made = _Records(folder / "made", _MADE, "made")
         self._values, self._pairs = (
             {
                 column: _Records(
@@ -259,6 +268,7 @@ class Scores:
 
     def _records(self) -> Iterator[_Records]:
         yield self._pictures
+        yield self._made
         yield from self._values.values()
         yield from self._pairs.values()
 
@@ -268,7 +278,8 @@ class Scores:
         if row is None:
             return None
         size, modified, digest, reason = row
-        return Picture(size, modified, digest.hex(), reason)
+        made = self._row(self._made, bytes.fromhex(key))
+        return Picture(size, modified, digest.hex(), reason, made=made[0] if made else "")
 
     def values(self, key: str, baseline_key: str) -> dict[str, float]:
         """The columns known for an image against its baseline, as both are by their latest facts."""
@@ -287,6 +298,8 @@ class Scores:
         """Note an image's facts; values of other pixels are void from now on."""
         digest = bytes.fromhex(picture.digest)
         self._pictures.add(bytes.fromhex(key), (picture.size, picture.modified, digest, picture.reason))
+        if picture.made:
+            self._made.add(bytes.fromhex(key), (picture.made,))
 
     def add_values(self, key: str, baseline_key: str, values: Mapping[str, float]) -> None:
         """Note what metrics say of an image as its latest facts describe it; a NaN is not noted.

@@ -13,6 +13,7 @@ from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
 from lesion.study.steering import STEERING_OFF, within
 
+MADE_WITH = ("card", "torch", "diffusers")  # what made an image; not part of its identity
 Of = Callable[[Cell, Sequence[str]], Any]
 
 
@@ -104,6 +105,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("dtype", lambda cell, layers: cell.model.dtype, "identity"),
     Column("device", lambda cell, layers: cell.model.device, "identity"),
     Column("fingerprint", lambda cell, layers: cell.model.fingerprint, "identity"),
+    *(Column(name, text=True, earlier="") for name in MADE_WITH),
     Column("cell", lambda cell, layers: cell.key, needed=True),
     Column("status", needed=True),
     Column("reason", needed=True, text=True),
