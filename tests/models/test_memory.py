@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -83,6 +84,25 @@ def test_scoring_in_flight_is_waited_for_before_a_batch_is_halved(maker, monkeyp
     shelf = SimpleNamespace(put=lambda cells, *rest: done.extend(cells), drain=drained)
     maker._make(batch, shelf, SimpleNamespace())
     assert (done, device.tried, maker.size) == (batch, [8, 8], 8)
+
+
+def test_images_of_a_batch_are_written_by_several_threads_and_told_in_order(maker, monkeypatch):
+    together, told = threading.Barrier(2), []
+    batch = [Cell(IDENTITY, Prompt("a"), seed, settings(), None) for seed in range(4)]
+
+    def put(cell, *facts):
+        together.wait(timeout=20)  # one alone would wait in vain
+        if cell.seed == 2:
+            raise OSError("disk full")
+        return f"picture {cell.seed}"
+
+    monkeypatch.setattr(maker.store, "put", put)
+    maker.made = lambda cell, pixels, picture: told.append(picture)
+    released = []
+    claims = SimpleNamespace(release=lambda keys: released.extend(keys))
+    maker._put(batch, np.full((4, 16, 16, 3), 9, np.uint8), None, claims)
+    assert told == ["picture 0", "picture 1", "picture 3"]
+    assert released == [cell.key for cell in batch] and list(maker.failures) == [batch[2].key]
 
 
 def test_a_lost_card_stops_the_job_at_once(maker, monkeypatch):

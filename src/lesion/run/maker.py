@@ -34,6 +34,7 @@ from lesion.surgery.operation import replacement_key
 
 log = logging.getLogger(__name__)
 WAITING = (1.0, 15.0)  # seconds between looks at what other processes are making: from, up to
+WRITERS = 4  # threads that encode the images of a batch; the encoder lets go of the interpreter
 IN_FLIGHT = 2  # batches that may wait to be stored while the next is generated
 
 Made = Callable[[Cell, NDArray[np.uint8], Picture], None]
@@ -253,21 +254,31 @@ class Maker:
     def _put(
         self, batch: Sequence[Cell], images: NDArray[Any], maps: Sequence[ImageMaps] | None, claims: Claims
     ) -> None:
-        for number, (cell, image) in enumerate(zip(batch, images, strict=True)):
-            pixels, reason = to_pixels(image)
-            if reason:
-                log.warning("%s is invalid: %s", label(cell), reason)
-            try:
-                if self.maps and maps:
-                    self.maps.put(cell, maps[number])
-                if not self.maps or not self.store.has(cell.key):  # made earlier, without maps: it is the same image
-                    mass = self.masses.pop(cell.key, math.nan)
-                    picture = self.store.put(cell, pixels, reason, mass, self.made_with)
-                    self.made(cell, pixels, picture)
-            except OSError as error:
-                log.error("%s could not be stored: %s", label(cell), brief(error))
-                self.failures[cell.key] = brief(error)
-            claims.release([cell.key])
+        with ThreadPoolExecutor(WRITERS, "lesion-write") as pool:
+            kept: Sequence[ImageMaps | None] = maps or [None] * len(batch)
+            written = [pool.submit(self._write, *one) for one in zip(batch, images, kept, strict=True)]
+            for cell, waiting in zip(batch, written, strict=True):
+                try:
+                    pixels, picture = waiting.result()
+                    if picture:
+                        self.made(cell, pixels, picture)
+                except OSError as error:
+                    log.error("%s could not be stored: %s", label(cell), brief(error))
+                    self.failures[cell.key] = brief(error)
+                claims.release([cell.key])
+
+    def _write(
+        self, cell: Cell, image: NDArray[Any], maps: ImageMaps | None
+    ) -> tuple[NDArray[np.uint8], Picture | None]:
+        """Encode and write one image and its maps; its pixels, and no picture if it was there. Raises OSError."""
+        pixels, reason = to_pixels(image)
+        if reason:
+            log.warning("%s is invalid: %s", label(cell), reason)
+        if self.maps and maps:
+            self.maps.put(cell, maps)
+        if self.maps and self.store.has(cell.key):  # made earlier, without maps: it is the same image
+            return pixels, None
+        return pixels, self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan), self.made_with)
 
 
 class _Shelf:
