@@ -11,12 +11,14 @@ from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
 from conftest import settings
 from lesion.denoising.run import Client, DenoiserCall, Denoising
+from lesion.generation.capture import Capturing
 from lesion.generation.generate import call, generate, generators
 from lesion.generation.layout import Steering, Target, box_mask, grid, layout_losses, sigma_squared
 from lesion.models.words import words_of
 from lesion.replacements.steering_off import SteeringOff
 from lesion.replacements.zero import Zero
 from lesion.study.boxes import Box
+from lesion.study.capture import Capture
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
@@ -225,3 +227,27 @@ def test_a_gradient_runs_only_the_images_and_the_part_of_the_denoiser_that_it_ne
     assert rows["conv_in"] == [2] * 6 + [1] * 6 + [2] * 3
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler])
+def test_whole_runs_are_steered_under_schedulers_with_alphas_and_with_sigmas(tiny_model, scheduler):
+    tiny_model.pipe.scheduler = scheduler.from_config(tiny_model.pipe.scheduler.config)
+    masses, still = {}, {}
+    steered = generate(tiny_model, cells(tiny_model), {}, masses=masses)
+    unsteered = generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0)), {}, masses=still)
+    assert np.isfinite(steered).all() and np.abs(steered - unsteered).max() > 1e-3
+    assert all(new > old for new, old in zip(masses.values(), still.values(), strict=True))
+
+
+def test_attention_maps_are_kept_of_steered_images_and_change_none(tiny_model):
+    asked = Capture().chosen(text_attention(tiny_model.denoiser).paths)
+    maps = {}
+    for iterations in (0, 2):
+        made = cells(tiny_model, replace(LAYOUT, iterations=iterations))
+        capturing = Capturing(tiny_model, made, asked)
+        images = generate(tiny_model, made, {}, capturing=capturing)
+        assert np.array_equal(images, generate(tiny_model, made, {}))
+        maps[iterations] = capturing.maps
+    layer = LAYOUT.layers[-1]
+    for still, steered in zip(maps[0], maps[2], strict=True):  # the maps are those of the steered images
+        assert not np.array_equal(still.layers["cond"][layer], steered.layers["cond"][layer])
