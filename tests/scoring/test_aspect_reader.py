@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 from lesion import models, scoring
-from lesion.analysis.reading import reading_columns, reading_drops, reading_shares, reading_table
+from lesion.analysis.reading import adherence_lost, reading_columns, reading_drops, reading_shares, reading_table
 from lesion.analysis.settings import settings
 from lesion.report import contents
 from lesion.report.findings import findings
@@ -222,3 +223,33 @@ def test_the_words_say_what_is_broken_and_what_cannot_be_shown_to_be():
     said = " ".join(summary(findings(frame), settings(frame)[0]))
     assert "these layers' absence breaks most: colour mid (0.375) and relation up (1.000)." in said
     assert "No single layer's absence can be shown to break count." in said
+
+
+def test_adherence_lost_is_signed_paired_and_apart_from_change():
+    """A layer that changes every image and loses nothing, one that loses 0.2 in each, and one that gains."""
+    effects = {"still": 0.0, "worse": 0.2, "better": -0.1}
+    records = []
+    for prompt, seed in itertools.product(range(6), range(2)):
+        base = 0.5 + 0.05 * prompt + 0.01 * seed
+        for index, (layer, lost) in enumerate([("", 0.0), *effects.items()]):
+            wobble = 0.01 * (prompt % 2 * 2 - 1) if layer else 0.0
+            record = {
+                "model": "m",
+                "prompt_id": f"p{prompt}",
+                "prompt": "x",
+                "aspects": "",
+                "seed": seed,
+                "layer": layer,
+            }
+            record |= {"selection": "leave_one_out" if layer else "none", "replacement": "zero" if layer else ""}
+            record |= {"window_start": 0.0, "window_end": 1.0, "branch": "both", "strength": 1.0 if layer else 0.0}
+            record |= {"layer_index": index - 1, "status": "ok", "clip_similarity": 0.5 if layer else 1.0}
+            records.append({**record, "clip_text": base - lost + wobble, "read_colour": 1.0 - (layer == "worse")})
+    found = adherence_lost(pd.DataFrame(records)).set_index(["metric", "layer"])
+    assert list(found.loc["clip_text"].index) == list(effects)
+    assert found.loc["clip_text", "lost"].round(9).tolist() == [0.0, 0.2, -0.1]
+    assert found.loc["clip_text", "verdict"].tolist() == ["not settled", "loses", "gains"]
+    worse = found.loc[("clip_text", "worse")]
+    assert worse["low"] < 0.2 < worse["high"] and worse["n_images"] == 12
+    assert worse["baseline"] == pytest.approx(0.63) and worse["lesioned"] == pytest.approx(0.43)
+    assert found.loc[("read_colour", "worse"), ["lost", "verdict"]].tolist() == [1.0, "no interval"]  # alike in all

@@ -7,7 +7,7 @@ an image: 1 where the lesion broke the aspect. Its mean is the loss of accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lesion.analysis.cells import nested, over_prompts, without_limits
 from lesion.analysis.estimates import FIGURES
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
 from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
+from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import LESION
 
 PREFIX = "read_"
@@ -48,6 +49,34 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
     return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
 
 
+def prompt_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns of metrics that say how far an image shows what its prompt asks for; those read by rule too."""
+    names = [str(name) for name in frame.columns if str(name) in known_metrics()]
+    return [name for name in names if metric_class(name).direction == "prompt"]
+
+
+def adherence_lost(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options: Any) -> pd.DataFrame:
+    """How much less an image shows of its prompt under a lesion: an image can change and lose nothing.
+
+    One row a setting, metric (`prompt_columns`) and layer, in depth order. Columns: the setting's; metric; layer;
+    baseline, lesioned (means over seeds, then prompts, of the same images); lost (baseline minus lesioned, below 0
+    where the lesioned images fit their prompts better), low, high, method, sd_prompts, sd_seeds, n_prompts, n_images
+    (`bootstrap.Interval`, paired, over prompts); verdict: `loses` or `gains` where the interval leaves out 0, `not
+    settled` where it does not, `no interval` where it has no limits; n_invalid, n_failed, n_unscored. options: those of
+    `bootstrap.interval`.
+    """
+    records: list[dict[str, Any]] = []
+    for named, group in _asked(frame, selection, prompt_columns(frame)):
+        found = over_prompts(group, "_drop", **options)
+        verdict = "loses" if found.low > 0 else "gains" if found.high < 0 else "not settled"
+        verdict = verdict if found.low == found.low else "no interval"
+        record = {**named, **_accuracies(group), **found.columns("lost"), "verdict": verdict}
+        name = record.pop("aspect")
+        records.append({**record, "metric": name, **left_out(group, "_drop")})
+    figures = ["baseline", "lesioned", "lost", *FIGURES[1:], "verdict", "n_invalid", "n_failed", "n_unscored"]
+    return pd.DataFrame(records, columns=[*_keys(frame), "metric", "layer", *figures])
+
+
 def reading_shares(frame: pd.DataFrame, selection: str = ONLY_ONE, **options: Any) -> pd.DataFrame:
     """What an image still shows under `selection`: for only_one, what a layer alone brings through.
 
@@ -72,24 +101,30 @@ def _keys(frame: pd.DataFrame) -> list[str]:
     return in_order(["model", *LESION, *(name for setting in settings(frame) for name in setting.columns())])
 
 
-def _asked(frame: pd.DataFrame, selection: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """The images of each setting, aspect and layer whose prompts ask for the aspect, with _before, _after and _drop."""
+def _asked(
+    frame: pd.DataFrame, selection: str, read_from: Sequence[str] | None = None
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The images of each setting, aspect and layer whose prompts ask for the aspect, with _before, _after and _drop.
+
+    read_from: columns of metrics in the place of the aspects', under their own names.
+    """
+    aspects = reading_columns(frame) if read_from is None else list(read_from)
     for setting in settings(frame):
         part, columns = rows(frame, setting), setting.columns()
         lesioned = part[part["selection"] == selection]
-        few = ["prompt_id", "seed", "layer", "layer_index", "status", *reading_columns(frame)]  # they are taken apart
+        few = ["prompt_id", "seed", "layer", "layer_index", "status", *aspects]  # they are taken apart
         lesioned = lesioned[few].assign(layer=lesioned["layer"].fillna(""))
         plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
         plain = plain.set_index(["prompt_id", "seed"])
         image = pd.MultiIndex.from_frame(lesioned[["prompt_id", "seed"]])
-        for column in reading_columns(frame):
+        for column in aspects:
             valid = plain[column].astype("float64").where(plain["status"] == "ok")
             read = lesioned[column].astype("float64").where(lesioned["status"] == "ok")
             asking = set(frame.loc[frame[column].notna(), "prompt_id"])
             asked = lesioned.assign(_before=valid.reindex(image).to_numpy(), _after=read)
             asked = asked[asked["prompt_id"].isin(asking)]
             asked["_drop"] = asked["_before"] - asked["_after"]
-            named = {**columns, "aspect": column.removeprefix(PREFIX)}
+            named = {**columns, "aspect": column if read_from is not None else column.removeprefix(PREFIX)}
             groups = dict(iter(asked.groupby("layer", sort=False)))
             for layer in layers_in_order(asked) or in_order(asked["layer"]):
                 yield {**named, "layer": layer}, groups[layer]

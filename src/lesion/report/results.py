@@ -19,6 +19,7 @@ from PIL import Image
 from lesion.analysis.aspects import aspect_table
 from lesion.analysis.cells import names_of
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
+from lesion.analysis.reading import adherence_lost
 from lesion.analysis.settings import BASELINE, Setting, in_order, only_setting, rows, settings
 from lesion.errors import RequestError
 from lesion.report import contents, crossing, figures, grids, maps, write_report
@@ -94,6 +95,15 @@ class Results:
     def sufficiency(self) -> pd.DataFrame:
         """Similarity to the baseline with every other layer lesioned; columns as of `importance`."""
         return self._estimates("layers", "sufficiency")
+
+    def adherence(self, selection: str = "leave_one_out") -> pd.DataFrame:
+        """How much less images show of their prompts under a lesion, by every text-image metric and reader.
+
+        One row a setting, metric and layer: baseline, lesioned, lost (baseline minus lesioned, signed) with its
+        interval, and a verdict: loses, gains, not settled, no interval. With `importance` it tells which layers change
+        much and lose little. Columns as of `analysis.reading.adherence_lost`; empty without such a metric.
+        """
+        return adherence_lost(self.frame, selection)
 
     def by_aspect(self, measure: str = "importance") -> pd.DataFrame:
         """`importance`, or `sufficiency`, one row an aspect of the prompts too; empty where prompts have no aspects."""
