@@ -284,7 +284,7 @@ def test_a_fault_that_looks_like_memory_stops_a_study_all_the_same(maker, monkey
     maker.study.cell = lambda prompt, seed, lesion: Cell(IDENTITY, prompt, seed, settings(), lesion)
     claims = SimpleNamespace(release=lambda keys: None)
     maker._make(cells[:8], SimpleNamespace(drain=lambda: False), claims)
-    assert "unable to find an engine" in maker.hopeless
+    assert "unable to find an engine" in maker.stopped
     assert tried == [8, 4, 2, 1, 1, 1]
 
 
