@@ -195,9 +195,14 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", [name for group, name in FILES if group == "experiment" and name != "lora"])
+@pytest.mark.parametrize(
+    "name", [name for group, name in FILES if group == "experiment" and name not in ("lora", "shards")]
+)
 def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
-    """On a tiny model of the same class: few steps, one prompt, one seed. `lora` needs a LoRA: see test_lora_off.py."""
+    """On a tiny model of the same class: few steps, one prompt, one seed.
+
+    `lora` needs a LoRA: see test_lora_off.py. `shards` is a multirun: see test_sharded.py.
+    """
     from test_scoring import write_dino
 
     cli.defaults = []

@@ -26,6 +26,7 @@ from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds
 from lesion.study.settings import Settings
+from lesion.study.shards import WHOLE, Shard
 from lesion.study.steering import STEERING_OFF, Layout
 
 
@@ -56,6 +57,7 @@ class Request:
     dry_run: bool
     derived: str = ""
     capture: Capture | None = None
+    shard: Shard = WHOLE
     notes: tuple[str, ...] = ()
 
     def described_replacements(self) -> tuple[Replacement, ...]:
@@ -102,6 +104,7 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         replacements.check_model(name, model)
     prompts = parse_prompts(data["prompts"])
     _check_steering(settings, prompts.prompts, given)
+    budget = Budget.of(data["budget"])
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -112,7 +115,8 @@ def parse(config: DictConfig, start: Path | None = None) -> Request:
         settings=settings,
         scorer=_with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts),
         tracker=_tracker(data["tracker"]),
-        budget=Budget.of(data["budget"]),
+        budget=budget,
+        shard=Shard.of(data["shard"], budget=budget is not None),
         store=Path(data["store"]["dir"]).expanduser(),
         check_store=data["store"]["check"],
         device=device,

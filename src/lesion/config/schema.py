@@ -134,6 +134,12 @@ class BudgetConf:
 
 
 @dataclass
+class ShardConf:
+    count: int = 1
+    index: int = 0
+
+
+@dataclass
 class StoreConf:
     dir: str = MISSING
     check: Truth = False
@@ -161,6 +167,7 @@ class LesionConf:
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConf = field(default_factory=BudgetConf)
+    shard: ShardConf = field(default_factory=ShardConf)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING
     dry_run: Truth = False

@@ -18,7 +18,7 @@ from lesion.store import tables
 from lesion.store.files import atomically
 from lesion.store.maps import beside_image
 from lesion.study import prompts
-from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, SEVERAL, TEXTS
+from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, PLACE, SEVERAL, TEXTS, WHOLE
 
 RESULTS, FLOOR, MAPS = "results.parquet", "floor.parquet", "maps.parquet"
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
@@ -49,7 +49,7 @@ def put_together(
 
     mix: runs that cannot be compared stand side by side, never averaged together; else Refused.
     """
-    found = [read(run, out) for run in runs]
+    found = whole([read(run, out) for run in runs])
     notes: list[str] = []
     if mix:
         found, notes = apart(found)
@@ -104,6 +104,30 @@ def read(run: Path, out: Path) -> Run:
     names = frame["image"].map(inside)
     frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
     return Run(run, frame, floor, maps)
+
+
+def whole(runs: Sequence[Run]) -> list[Run]:
+    """Shards of one study as one run, its rows in the order in which one process writes them; other runs as they are.
+
+    Shards that were made or scored in different ways stay apart, for `check` to say so.
+    """
+    shards: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        made = tuple(tuple(sorted(run.frame[name].astype(str).unique())) for name in IDENTITY if name in run.frame)
+        key = (run.frame[WHOLE].iloc[0], made) if WHOLE in run.frame and len(run.frame) else run.folder
+        shards.setdefault(key, []).append(run)
+    return [_one(group) if WHOLE in group[0].frame else group[0] for group in shards.values()]
+
+
+def _one(shards: Sequence[Run]) -> Run:
+    floors = [run.floor for run in shards if run.floor is not None]
+    floor = _in_order(floors).drop_duplicates(ignore_index=True) if floors else None
+    return Run(shards[0].folder, _in_order([run.frame for run in shards]), floor)
+
+
+def _in_order(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    frame = pd.concat(frames, ignore_index=True).sort_values(PLACE, kind="stable", ignore_index=True)
+    return frame.drop(columns=[WHOLE, PLACE])
 
 
 def _ids(frame: pd.DataFrame) -> dict[str, str]:

@@ -84,6 +84,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         layers=request.layers.chosen(paths),
         replacements=request.described_replacements(),
         kind=request.layers.kind,
+        shard=request.shard,
         **vars(request.axes),
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
@@ -166,17 +167,20 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
 
     surveyed: what `survey` said of the request. Raises RequestError before, StudyFailed after all that could be made.
     """
+    source, study = surveyed
     if request.dry_run:
-        source, study = surveyed
         store = Store(request.store)
         counts = tally(study, known(store, maps_of(request, source)))
         print("\n".join(map(visible, plan_lines(source, study, counts, store, request))))
         return
-    outcome = complete(request, context, surveyed)
-    from lesion.report import ranking_lines
-
+    outcome = complete(request, context, surveyed, report=study.shard.count == 1)
     if outcome.said is not None:
+        from lesion.report import ranking_lines
+
         print("\n".join(ranking_lines(outcome.said)))
+    if study.shard.count > 1:
+        folders = visible(context.group or "FOLDERS-OF-ALL-SHARDS")
+        print(f"shard {study.shard.index} of {study.shard.count} is done; a report over all: lesion-report {folders}")
     print(f"\nwritten to {visible(str(context.folder))}:")
     for name in dict.fromkeys(path.relative_to(context.folder).parts[0] for path in outcome.written):
         print(visible(f"  {context.folder / name}"))
@@ -339,7 +343,7 @@ def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store,
     each = (counts.rows - counts.baselines) // counts.baselines
     return [
         f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
-        f"{len(study.layers)} layers",
+        f"{len(study.layers)} layers{study.shard}",
         f"  each of {settings.height} x {settings.width} pixels (height x width), {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {settings.scheduler}",
         *([f"  not given: {request.derived}"] if request.derived else []),

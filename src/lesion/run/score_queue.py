@@ -115,6 +115,14 @@ class ScoreQueue:
         """What is known of a stored image; None of one that is not there."""
         return self.scores.picture(key)
 
+    def facts(self, key: str) -> Picture | None:
+        """Those of a stored image, read if they are not known; None of one that is not there, or damaged."""
+        try:
+            return self.scores.picture(key) or self._facts(key)
+        except Damaged as error:
+            log.warning("a pair for the noise floor is left out: %s", error.args[0])
+            return None
+
     def values(self, cell: Cell) -> dict[str, float]:
         """The columns known for an image; none if it has no score or is not valid."""
         return self.scores.values(cell.key, cell.baseline.key)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from lesion.analysis.importance import as_similarity
 from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.study import pairs
-from lesion.study.columns import GENERATION, MADE_WITH, row
+from lesion.study.columns import GENERATION, MADE_WITH, PLACE, WHOLE, row
 from lesion.study.grid import Cell, Study
 
 ROWS = 1024  # that wait as Python objects, which take more memory than the table's columns
@@ -40,7 +40,8 @@ def results(
         "scorer_identity": "; ".join(scores.identities.values()),
         "importance_metric": scores.spec.importance,
     }
-    for cell in study.cells():
+    sharded = study.shard.count > 1
+    for cell, place in zip(study.cells(), study.places() if sharded else itertools.repeat(0)):
         status, reason = status_of(cell, scores, failures)
         values = scores.values(cell) if status == "ok" else {}
         facts = scores.picture(cell.key) if status != "failed" else None
@@ -53,6 +54,7 @@ def results(
             **{column: values.get(column, float("nan")) for column in scores.identities},
             **scorer,
             "protocol": protocol[cell.lesion.replacement.name] if cell.lesion else "",
+            **({WHOLE: study.whole, PLACE: place} if sharded else {}),
         }
         for name, value in record.items():
             columns[name].append(value)
@@ -82,13 +84,24 @@ def status_of(cell: Cell, scores: ScoreQueue, failures: Mapping[str, str]) -> tu
 def floor(study: Study, scores: ScoreQueue) -> pd.DataFrame:
     """How similar baselines are to each other: what `lesion.analysis.floor` reads, one row a pair of
     `lesion.study.pairs`. Scores what has no score yet; a pair with an image that is not valid has no row.
+
+    A shard has the pairs of its baselines with each other, and with those of other shards that are made by now: of two
+    shards, the later one has their common pairs.
     """
     metric = scores.spec.importance
-    baselines = takewhile(lambda cell: cell.lesion is None, study.cells())  # they come first
-    valid = {cell.key for cell in baselines if (facts := scores.picture(cell.key)) and not facts.reason}
-    compared = [(a, b) for a, b in pairs.pairs(study) if a.key != b.key and {a.key, b.key} <= valid]
+    baselines = itertools.takewhile(lambda cell: cell.lesion is None, study.cells())  # they come first
+    ours = {cell.key for cell in baselines}
+    sharded = study.shard.count > 1
+    if sharded:
+        scores.refresh()
+    candidates = ((n, a, b) for n, (a, b) in enumerate(pairs.pairs(study)) if a.key != b.key and ours & {a.key, b.key})
+    numbers, compared = [], []
+    for number, a, b in candidates:
+        if all((facts := scores.facts(cell.key)) and not facts.reason for cell in (a, b)):
+            numbers.append(number)
+            compared.append((a, b))
     records = []
-    for (a, b), value in zip(compared, scores.pairs(metric, compared), strict=True):
+    for number, (a, b), value in zip(numbers, compared, scores.pairs(metric, compared), strict=True):
         if not np.isfinite(value):
             continue
         records.append(
@@ -102,9 +115,10 @@ def floor(study: Study, scores: ScoreQueue) -> pd.DataFrame:
                 **{name: value for name, value in row(a, ()).items() if name in GENERATION},
                 "metric": metric,
                 "scorer_identity": scores.identities[metric],
+                **({WHOLE: study.whole, PLACE: number} if sharded else {}),
             }
         )
-    columns = ["model", *pairs.COLUMNS, *GENERATION, "metric", "scorer_identity"]
+    columns = ["model", *pairs.COLUMNS, *GENERATION, "metric", "scorer_identity", *((WHOLE, PLACE) if sharded else ())]
     return pd.DataFrame(records, columns=columns)
 
 

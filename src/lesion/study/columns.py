@@ -121,6 +121,8 @@ def _about(what: str) -> tuple[str, ...]:
     return tuple(column.name for column in COLUMNS if column.about == what)
 
 
+# Of shards only, in results and floor; they are gone once shards are put together.
+WHOLE, PLACE = "study", "study_row"  # digest of the whole study; place of the row among its rows, from 0
 LESION, GENERATION, IDENTITY, SEVERAL = map(_about, ("lesion", "generation", "identity", "several"))
 NEEDED = tuple(column.name for column in COLUMNS if column.needed)
 TEXTS = tuple(column.name for column in COLUMNS if column.text)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lesion.errors import RequestError
 from lesion.study.lesions import Axes, Choice, Lesion, Replacement, choices, digest_of
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
+from lesion.study.shards import WHOLE, Shard
 
 FORMAT = 2  # raise it when the same cell would give other pixels or another key
 NO_LESION = digest_of(None)
@@ -116,6 +118,11 @@ def _digest_of_prompt(prompt: Prompt) -> str:
     return hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _made_of(prompt: Prompt) -> tuple[Any, ...]:
+    """What images of two prompts share that are the same."""
+    return prompt.text, prompt.digest, prompt.boxes
+
+
 def _subject(context: str, prompt: Prompt) -> str:
     return f"{context}\n{_digest_of_prompt(prompt)}"
 
@@ -130,6 +137,7 @@ class Study:
     """What is asked of one model: every prompt and seed, un-ablated and under every lesion.
 
     layers: the layers under study, in forward order; those outside are never lesioned. selections: name -> options.
+    shard: which of the subjects, prompts with a seed, are asked for. Each has its baseline and all lesions there.
     """
 
     model: ModelIdentity
@@ -143,6 +151,7 @@ class Study:
     branches: tuple[str, ...] = Axes.branches
     strengths: tuple[float, ...] = Axes.strengths
     kind: str = Lesion.kind
+    shard: Shard = WHOLE
 
     @cached_property
     def _choices(self) -> dict[str, list[Choice]]:
@@ -157,13 +166,56 @@ class Study:
 
     def cells(self) -> Iterator[Cell]:
         """The order of the results: baselines first, then kind by kind, and within a kind by prompt and seed."""
-        for _, group in itertools.groupby(itertools.chain([None], self.lesions()), kind_of):
-            lesions = list(group)
+        for lesions in self._kinds():
             for prompt in self.prompts:
                 subject = _subject(self.context, prompt)
-                for seed in self.seeds:
+                for seed in self.seeds_of(prompt):
                     for lesion in lesions:
                         yield self._cell(prompt, seed, lesion, _key(subject, seed, lesion))
+
+    def places(self) -> Iterator[int]:
+        """The place of each of `cells()` among those of the whole study, from 0."""
+        start = 0
+        for lesions in self._kinds():
+            for prompt in self.prompts:
+                ours = set(self.seeds_of(prompt))
+                for seed in self.seeds:
+                    if seed in ours:
+                        yield from range(start, start + len(lesions))
+                    start += len(lesions)
+
+    def _kinds(self) -> Iterator[list[Lesion | None]]:
+        for _, group in itertools.groupby(itertools.chain([None], self.lesions()), kind_of):
+            yield list(group)
+
+    def seeds_of(self, prompt: Prompt) -> tuple[int, ...]:
+        """The seeds that are asked for with a prompt: all but in a shard."""
+        return self.seeds if self.shard.count == 1 else self._shared_out[_made_of(prompt)]
+
+    @cached_property
+    def _shared_out(self) -> dict[Any, tuple[int, ...]]:
+        """The shard's seeds for each prompt. Prompts that make the same images count as one, so no two shards do."""
+        prompts = dict.fromkeys(map(_made_of, self.prompts))
+        total = len(prompts) * len(self.seeds)
+        if total < self.shard.count:
+            raise RequestError("shard.count", f"the study has {total} different prompts x seeds; allowed: 1 to {total}")
+        return {
+            prompt: tuple(
+                seed for place, seed in enumerate(self.seeds) if self.shard.has(number * len(self.seeds) + place, total)
+            )
+            for number, prompt in enumerate(prompts)
+        }
+
+    @cached_property
+    def whole(self) -> str:
+        """Digest, 16 hex digits, of the study of which this is a shard: shards with the same one are put together."""
+        prompts = [[prompt.id, _digest_of_prompt(prompt)] for prompt in self.prompts]
+        lesions = [[lesion.selection, lesion.digest] for lesion in self.lesions()]
+        return digest_of([self.context, self.model.name, prompts, self.seeds, self.layers, lesions])[:16]
+
+    @cached_property
+    def _subjects(self) -> int:
+        return sum(len(self.seeds_of(prompt)) for prompt in self.prompts)
 
     def in_plan_order(self) -> Iterator[Cell]:
         """The order of making: baselines first, then kind by kind, within a kind lesion by lesion, each over all
@@ -187,8 +239,7 @@ class Study:
         # unique takes far less memory than to remember every key.
         prompts: dict[Any, Prompt] = {}
         for prompt in self.prompts:
-            prompts.setdefault((prompt.text, prompt.digest, prompt.boxes), prompt)
-        seeds = dict.fromkeys(self.seeds)
+            prompts.setdefault(_made_of(prompt), prompt)
         done: set[str] = set()
         for lesion in itertools.chain([None], self.lesions()):
             digest = lesion.digest if lesion else NO_LESION
@@ -197,7 +248,7 @@ class Study:
             done.add(digest)
             for prompt in prompts.values():
                 subject = _subject(self.context, prompt)
-                for seed in seeds:
+                for seed in dict.fromkeys(self.seeds_of(prompt)):
                     yield prompt, seed, lesion, _key(subject, seed, lesion)
 
     @cached_property
@@ -208,7 +259,7 @@ class Study:
     def rows(self) -> Iterator[tuple[Lesion | None, int]]:
         """Each lesion, the baseline (None) first, with the number of its cells."""
         for lesion in itertools.chain([None], self.lesions()):
-            yield lesion, len(self.prompts) * len(self.seeds)
+            yield lesion, self._subjects
 
     def subject(self, prompt: Prompt) -> str:
         """The part of a key that the cells of one prompt share; for `key` and `cell`."""
@@ -238,7 +289,7 @@ class Study:
     def __len__(self) -> int:
         kinds = len(self.replacements) * len(self.windows) * len(self.branches) * len(self.strengths)
         lesions = kinds * sum(len(picked) for picked in self._choices.values())
-        return len(self.prompts) * len(self.seeds) * (1 + lesions)
+        return self._subjects * (1 + lesions)
 
 
 def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:

@@ -1,0 +1,51 @@
+"""A study in shards: the run folders put together are what one process writes."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lesion.report.merging import put_together, run_folders
+
+ASKED = [
+    "selection=[leave_one_out,only_one]",
+    "replacement=[zero,null_prompt]",
+    "prompts.items=[a red circle,two stars,{text: a red circle, id: again}]",
+    "seeds=[0,1]",
+    "layers.include=[mid_block.*,up_blocks.1.attentions.1]",
+    "generation.steps=1",
+]
+BY_ONE = ["generation.batch_size=1", "scorer.batch_size=1"]  # an image's last bits depend on how many are made at once
+
+
+def together(cli, folder: str, order=list) -> list[pd.DataFrame]:
+    frame, floor, notes = put_together(order(run_folders([cli.folder / folder])), cli.folder / folder)
+    assert floor is not None and notes == []
+    return [frame.drop(columns="image"), floor]
+
+
+def test_shards_put_together_are_the_study_to_the_bit(cli):
+    code, out, err = cli("experiment=shards", "shard.count=2", *ASKED, *BY_ONE, "hydra.sweep.dir=parts")
+    assert code == 0 and "shard 1 of 2 is done; a report over all: lesion-report " in out, err
+    assert cli(*ASKED, *BY_ONE, "store.dir=other", "hydra.run.dir=whole")[0] == 0
+    parts = together(cli, "parts")
+    for one, other in zip(parts, together(cli, "whole"), strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    frames = cli.frames()
+    assert len(frames) == 2 + 1 and {"study", "study_row"} <= set(frames[0]) and "study" not in frames[-1]
+    made = list((cli.folder / "store" / "cells").rglob("*.png"))
+    assert len(made) == len(list((cli.folder / "other" / "cells").rglob("*.png")))
+    # In whatever order the shards are named, and with one of them twice.
+    folders = run_folders([cli.folder / "parts"])
+    again = put_together([*folders[1:], *folders], cli.folder / "parts")
+    assert sorted(again[0]["cell"]) == sorted(parts[0]["cell"])
+    pd.testing.assert_frame_equal(again[1], parts[1], check_exact=True)
+
+
+def test_shards_that_cannot_be_are_refused(cli):
+    for wrong, said in (
+        (["shard.count=3"], "shard.count: the study has 2 different prompts x seeds; allowed: 1 to 2"),
+        (["experiment=shards", "shard.count=0"], "names no job"),
+    ):
+        code, _, err = cli(*wrong)
+        assert code == 2 and said in err and err.count("\n") == 1, err
+    assert list(cli.folder.iterdir()) == []
