@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lesion.errors import RequestError
 from lesion.models import devices
 
 FAKE = """
@@ -64,3 +65,49 @@ def test_builds_without_cuda_have_no_device(tmp_path: Path, monkeypatch: pytest.
     }.items():
         version.write_text(line + "\n")
         assert devices._build() == build, line
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "place", "device"),
+    [
+        ("cpu", 0, devices.HERE, "cpu"),
+        ("auto", 0, devices.HERE, "cpu"),
+        ("auto", 1, devices.HERE, "cuda"),
+        ("auto", 8, devices.HERE, "cuda"),
+        ("auto", 8, devices.Place(job=11), "cuda:3"),  # jobs of a launcher that all see the same GPUs
+        ("auto", 1, devices.Place(job=11), "cuda"),  # one that gives each job its own
+        ("cuda:2", 3, devices.HERE, "cuda:2"),
+        ("cuda:2", 0, devices.ELSEWHERE, "cuda:2"),
+        ("cuda", 0, devices.ELSEWHERE, "cuda"),
+        ("auto", 0, devices.ELSEWHERE, "auto"),
+    ],
+)
+def test_devices_are_those_of_the_jobs_machine(monkeypatch, asked, there, place, device) -> None:
+    monkeypatch.setattr(devices, "cuda_devices", lambda: there)
+    assert devices.resolve_device(asked, place) == device
+
+
+def test_devices_that_there_are_not_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(devices, "cuda_devices", lambda: 3)
+    with pytest.raises(RequestError, match=r"^device: 'cuda:3' is not here: this machine has 3; allowed: auto, cpu$"):
+        devices.resolve_device("cuda:3")
+    for place in (devices.HERE, devices.ELSEWHERE):
+        with pytest.raises(RequestError, match=r"allowed: auto, cpu, cuda, cuda:N$"):
+            devices.resolve_device("cuda:x", place)
+
+
+def test_auto_does_not_fall_back_silently_where_gpus_are_hidden(monkeypatch, tmp_path, caplog) -> None:
+    """As by Ray without `num_gpus`, which empties CUDA_VISIBLE_DEVICES."""
+    monkeypatch.setattr(devices, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(devices, "KERNEL", tmp_path)
+    monkeypatch.setenv(devices.MASK, "")
+    assert devices.resolve_device("auto", devices.Place(job=0)) == "cpu"  # a machine without GPUs
+    (tmp_path / "0000:01:00.0").mkdir()
+    with pytest.raises(RequestError, match=r"^device: auto: .* none of the 1 GPUs .*num_gpus=1\); allowed: cpu$"):
+        devices.resolve_device("auto", devices.Place(job=0))
+    assert devices.resolve_device("cpu", devices.Place(job=0)) == "cpu"
+    assert devices.resolve_device("auto") == "cpu"
+    assert "auto is the CPU" in caplog.text
+    monkeypatch.delenv(devices.MASK)
+    caplog.clear()
+    assert devices.resolve_device("auto") == "cpu" and not caplog.text

@@ -26,10 +26,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lesion
 from lesion.cli import _hydra, in_utf8, is_from, keep_traceback, say, unforeseen
-from lesion.config.compose import one_line, plain, with_own_keys
+from lesion.config.compose import one_line, plain, with_hydras, with_own_keys
 from lesion.config.overrides import prepared, split
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, StudyFailed, visible
+from lesion.models.devices import ELSEWHERE, HERE, Place
 
 if TYPE_CHECKING:
     from lesion.config.parsing import Request
@@ -49,6 +50,7 @@ def job(config: DictConfig) -> None:
 
     details = HydraConfig.get()
     multirun = details.mode is not None and details.mode.name == "MULTIRUN"
+    with_hydras(config, details)
     with_own_keys(config, details.runtime.choices["model"], alone=not multirun)
     context = JobContext(
         folder=Path(details.runtime.output_dir),
@@ -56,7 +58,8 @@ def job(config: DictConfig) -> None:
         group=Path(details.sweep.dir).as_posix() if multirun else None,
         config=plain(config),
     )
-    request = parse(config, Path(details.runtime.cwd))
+    launched = multirun and _launched(details)
+    request = parse(config, Path(details.runtime.cwd), Place(job=details.job.num if launched else None))
     surveyed = survey(request)
     if not request.dry_run:
         folder.claim(context.folder, folder.asked(context.config, surveyed[1]), "hydra.run.dir")
@@ -129,6 +132,11 @@ def report_sweep() -> None:
         )
 
 
+def _launched(hydra: Any) -> bool:
+    """Whether a launcher starts the jobs of a sweep in processes of their own, here or on another machine."""
+    return not str(hydra.launcher.get("_target_", "")).endswith("BasicLauncher")
+
+
 def _basic(config: DictConfig) -> bool:
     """Whether the jobs of a sweep are known before the first: those of Hydra's basic sweeper are."""
     return str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper")
@@ -137,8 +145,14 @@ def _basic(config: DictConfig) -> bool:
 def _samples(config: DictConfig) -> Iterator[DictConfig]:
     """Configs of jobs that a sweeper which picks values as it goes may come to; each job is checked again by itself."""
     loader = GlobalHydra.instance().config_loader()
-    for overrides in _hydra.samples(config.hydra.sweeper.get("params"), config.hydra.overrides.task, loader):
+    for overrides in _hydra.samples(config.hydra.sweeper.get("params"), _typed(config), loader):
         yield loader.load_sweep_config(config, overrides)
+
+
+def _typed(config: DictConfig) -> list[str]:
+    """The overrides of the command line, with what each job resolves for itself."""
+    texts: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(texts)
 
 
 def _jobs(config: DictConfig) -> Iterator[DictConfig]:
@@ -147,7 +161,7 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
 
     loader = GlobalHydra.instance().config_loader()
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *config.hydra.overrides.task])
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *_typed(config)])
     for override in overrides:
         if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
             key, _, value = str(override.input_line).partition("=")
@@ -168,8 +182,9 @@ def _surveyed(job: DictConfig, alone: bool) -> tuple[DictConfig, Request, Study]
     task = copy.deepcopy(job)
     with read_write(task), open_dict(task):
         del task["hydra"]
+    with_hydras(task, job.hydra)
     with_own_keys(task, job.hydra.runtime.choices.model, alone)
-    request = parse(task)
+    request = parse(task, place=HERE if alone or not _launched(job.hydra) else ELSEWHERE)
     return task, request, survey(request)[1]
 
 
@@ -184,10 +199,10 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
     made = 0
     choices: set[str] = set()
     for number, given in enumerate(jobs):
-        task, request, study = _surveyed(given, alone=mode == "run")
         if mode == "sweep":
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
+        task, request, study = _surveyed(given, alone=mode == "run")
         own = place / given.hydra.sweep.subdir if mode == "sweep" else place
         asked = folder.asked(plain(task), study)
         if wanted.setdefault(own, asked) != asked:

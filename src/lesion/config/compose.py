@@ -23,7 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lesion.config.overrides import CHOSEN, prepared, quoted
@@ -99,6 +99,32 @@ def with_own_keys(config: DictConfig, choice: Any, alone: bool = True) -> None:
         for key, value in own[choice].items_ex(resolve=False) if choice in own else ():
             OmegaConf.update(config, f"model.{key}", value)
         config.models = {}
+
+
+def with_hydras(config: DictConfig, hydra: DictConfig) -> None:
+    """Put in what values name of Hydra's own, as `cuda:${hydra.job.num}`; a job's config no longer has it.
+
+    config: is changed; without `hydra`. Raises OmegaConf's errors for what Hydra does not have.
+    """
+    texts = [
+        (key, text) for key, text in _texts(OmegaConf.to_container(config, resolve=False), "") if "${hydra" in text
+    ]
+    if not texts:
+        return
+    whole = copy.deepcopy(config)
+    with read_write(whole), open_dict(whole), read_write(config):
+        whole.hydra = hydra
+        for key, text in texts:
+            OmegaConf.update(whole, key, re.sub(r"\$\{hydra:", "${hydra.", text))
+            OmegaConf.update(config, key, OmegaConf.select(whole, key, throw_on_missing=True))
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str):
+        yield key, value
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -17,7 +17,7 @@ from lesion.config.reading import first_read
 from lesion.errors import RequestError
 from lesion.models import ModelSpec, check_offload
 from lesion.models.defaults import filled
-from lesion.models.devices import cuda_devices
+from lesion.models.devices import HERE, Place, resolve_device
 from lesion.scoring import BOXES, ScorerSpec
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
@@ -64,16 +64,17 @@ class Request:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
 
 
-def parse(config: DictConfig, start: Path | None = None) -> Request:
+def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) -> Request:
     """Check a composed config. Raises RequestError naming the key and what is allowed; loads nothing.
 
-    start: the folder that relative paths are relative to; None: the one in which the process is.
+    start: the folder that relative paths are relative to; None: the one in which the process is. place: where the job
+    runs; of a job elsewhere, `device` of the request is what was asked for.
     """
     data = first_read(config, start)
     model = ModelSpec.of(data["model"], data["performance"])
     layers = Layers.of(data["layers"])
     _check_compiled(model, layers)
-    device = _device(data["device"])
+    device = resolve_device(data["device"], place)
     check_offload(model.offload, device)
     task = tasks.asked(data["generation"])
     generation, derived = filled(data["generation"], lambda: model)
@@ -166,15 +167,3 @@ def _tracker(value: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise RequestError("tracker", str(error)) from None
     return dict(value)
-
-
-def _device(value: str) -> str:
-    """cpu, cuda or cuda:N as it stands on this machine; `auto` is cuda where there is one."""
-    kind, _, number = value.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in value and (kind != "cuda" or not number.isdigit())):
-        raise RequestError("device", f"got {value!r}; allowed: auto, cpu, cuda, cuda:N")
-    if kind == "auto":
-        return "cuda" if cuda_devices() else "cpu"
-    if kind == "cuda" and int(number or 0) >= (there := cuda_devices()):
-        raise RequestError("device", f"{value!r} is not here: this machine has {there}; allowed: auto, cpu")
-    return value

@@ -1,14 +1,75 @@
-"""How many CUDA devices PyTorch would find, told by the driver: importing torch for it takes two seconds."""
+"""The device of a job, and how many CUDA devices PyTorch would find, told by the driver: importing torch takes 2 s."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
+import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from lesion.errors import RequestError
+
+log = logging.getLogger(__name__)
+
 DRIVER = "libcuda.so.1"
+KERNEL = Path("/proc/driver/nvidia/gpus")  # a folder a GPU, whatever this process may use of them
+MASK = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs, which decides what `device` means.
+
+    here: in this process. Else a launcher starts it elsewhere, where other devices are: only the form is checked.
+    job: its number, if a launcher started it, beside others.
+    """
+
+    here: bool = True
+    job: int | None = None
+
+
+HERE, ELSEWHERE = Place(), Place(here=False)
+
+
+def resolve_device(asked: str, place: Place = HERE) -> str:
+    """Return cpu, cuda or cuda:N for `device`; what is asked for where the job runs elsewhere.
+
+    `auto` is a CUDA device where there is one; of several, a launcher's jobs take theirs in turn. Raises RequestError
+    for a device that there is not, and for `auto` in a launcher's job from which the GPUs of its machine are hidden.
+    """
+    kind, _, number = asked.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (":" in asked and (kind != "cuda" or not number.isdigit())):
+        raise RequestError("device", f"got {asked!r}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cpu" or not place.here:
+        return asked
+    there = cuda_devices()
+    if kind == "cuda":
+        if int(number or 0) >= there:
+            raise RequestError("device", f"{asked!r} is not here: this machine has {there}; allowed: auto, cpu")
+        return asked
+    if there:
+        return f"cuda:{place.job % there}" if place.job is not None and there > 1 else "cuda"
+    if hidden := _hidden():
+        why = f"this process may use none of the {hidden} GPUs of its machine ({MASK}={os.environ[MASK]!r})"
+        if place.job is not None:
+            raise RequestError(
+                "device",
+                f"auto: {why}; ask the launcher for one (of Ray: hydra.launcher.ray.remote.num_gpus=1); allowed: cpu",
+            )
+        log.warning("device: auto is the CPU, since %s", why)
+    return "cpu"
+
+
+def _hidden() -> int:
+    """GPUs of this machine that the environment hides from this process."""
+    try:
+        return len(list(KERNEL.iterdir())) if MASK in os.environ else 0
+    except OSError:
+        return 0
 
 
 def cuda_devices() -> int:

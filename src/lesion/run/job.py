@@ -457,7 +457,7 @@ def _generate(
     from lesion.run.maker import Maker
     from lesion.surgery.anatomy import examine
 
-    log.info("loading: the model %s", study.model.name)
+    log.info("loading: the model %s on %s", study.model.name, request.device)
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
