@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from omegaconf import open_dict, read_write
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import OmegaConf, open_dict, read_write
 
-from lesion.cli import study
+from lesion.cli import _hydra, study
 from lesion.config.compose import compose
+from lesion.config.schema import conf_dir
 from lesion.errors import RequestError
 from lesion.models import devices
 
@@ -53,3 +57,41 @@ def test_a_job_takes_its_number_from_hydra(cli):
     assert code == 0, err
     assert [sorted(set(frame.seed)) for frame in cli.frames()] == [[0], [1]]
     assert cli("device='cuda:${hydra.job.num}'")[0] == 2  # alone, a job has none
+
+
+LAUNCHERS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray", "joblib": "joblib"}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_composes_and_says_what_it_needs(name, monkeypatch):
+    launcher = compose([f"hydra/launcher={name}"]).hydra.launcher
+    monkeypatch.setattr(_hydra, "_installed", lambda package: False)
+    with pytest.raises(
+        RequestError, match=rf"^hydra/launcher: {name} is not installed; pip install 'lesion\[{LAUNCHERS[name]}\]'"
+    ):
+        _hydra.check_launcher(launcher, name)
+    lines = (conf_dir() / "hydra" / "launcher" / f"{name}.yaml").read_text().splitlines()
+    assert {path.stem for path in (conf_dir() / "hydra" / "launcher").iterdir()} == set(LAUNCHERS)
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_have_every_knob_of_their_plugins(name):
+    """The overlays stand in the place of the plugins' own configs, which need the plugins."""
+    pytest.importorskip(
+        "hydra_plugins.hydra_ray_launcher" if name == "ray" else "hydra_plugins.hydra_submitit_launcher"
+    )
+    Plugins.instance()
+    nodes = ConfigStore.instance().repo["hydra"]["launcher"]
+    theirs = OmegaConf.to_container(nodes[f"{name}.yaml"].node, resolve=False)
+    ours = yaml.safe_load((conf_dir() / "hydra" / "launcher" / f"{name}.yaml").read_text())
+    assert ours["_target_"] == theirs["_target_"]
+    assert set(ours) == set(theirs)
+
+
+def test_a_launcher_that_is_not_installed_is_one_line(cli, monkeypatch):
+    monkeypatch.setattr(_hydra, "_installed", lambda package: False)
+    code, out, err = cli("-m", "hydra/launcher=ray", "seeds=0,1")
+    assert (code, out) == (2, "")
+    assert err == "lesion: hydra/launcher: ray is not installed; pip install 'lesion[ray]' brings it\n"
+    assert list(cli.folder.iterdir()) == []

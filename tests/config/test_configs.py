@@ -32,6 +32,7 @@ GROUPS = (
     "debug",
 )
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("[!_]*.yaml"))]
+LAUNCHERS = sorted((CONF / "hydra" / "launcher").glob("*.yaml"))  # test_launched.py
 BASES = [CONF / "model" / "_base.yaml"]  # what the files of a group share
 NEEDS = {
     "local": [f"model.id={EMBEDDED}"],
@@ -62,8 +63,8 @@ def composed(*overrides):
 
 
 def test_there_is_no_folder_or_file_that_these_tests_do_not_know():
-    assert {path.name for path in CONF.iterdir()} == {*GROUPS, "lesion.yaml"}
-    assert len(FILES) + len(BASES) == len(list(CONF.rglob("*.yaml"))) - 1
+    assert {path.name for path in CONF.iterdir()} == {*GROUPS, "hydra", "lesion.yaml"}
+    assert len(FILES) + len(BASES) + len(LAUNCHERS) == len(list(CONF.rglob("*.yaml"))) - 1
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda value: str(value))

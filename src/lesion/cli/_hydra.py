@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from lesion.errors import RequestError, no_such_key
 
 MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
+EXTRAS = {"hydra_submitit_launcher": "slurm", "hydra_ray_launcher": "ray", "hydra_joblib_launcher": "joblib"}
 SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
 
 
@@ -33,6 +35,21 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
             check_keys(part, known[key], f"{above}.{key}")
         elif key in MAPPINGS and above == "hydra" and (not isinstance(part, DictConfig) or part._is_none()):
             raise RequestError(f"{above}.{key}", f"must be a mapping; got {config.get(key)!r}")
+
+
+def check_launcher(launcher: Any, choice: str) -> None:
+    """Raises RequestError naming the extra of a launcher that is not installed. choice: its name."""
+    packages = str(launcher.get("_target_", "")).split(".")[:2]
+    if packages[-1] in EXTRAS and not _installed(".".join(packages)):
+        extra = f"lesion[{EXTRAS[packages[-1]]}]"
+        raise RequestError("hydra/launcher", f"{choice} is not installed; pip install '{extra}' brings it")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of hydra_plugins itself
+        return False
 
 
 def samples(params: Any, task: Sequence[str], loader: Any) -> Iterator[list[str]]:

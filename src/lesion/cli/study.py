@@ -10,6 +10,7 @@ import copy
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,7 @@ class CheckFirst(Callback):
 
         with _exiting():
             _hydra.check_keys(config.hydra)
+            _hydra.check_launcher(config.hydra.launcher, str(config.hydra.runtime.choices["hydra/launcher"]))
             if not _basic(config):
                 for job in _samples(config):
                     _surveyed(job, alone=False)
@@ -278,6 +280,8 @@ def main() -> None:
 
 
 def _main() -> None:
+    # Our files of launchers stand before those of the plugins, which Hydra does not need to say.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
