@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pandas as pd
+import pytest
 
 from lesion.report.merging import put_together, run_folders
 
@@ -49,3 +54,31 @@ def test_shards_that_cannot_be_are_refused(cli):
         code, _, err = cli(*wrong)
         assert code == 2 and said in err and err.count("\n") == 1, err
     assert list(cli.folder.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "package"), [("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")]
+)
+def test_a_real_launcher_runs_shards_in_processes_of_their_own(tmp_path, launcher, package):
+    pytest.importorskip(f"hydra_plugins.{package}")
+
+    def lesion(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "lesion", "debug=smoke", "seeds=[0,1]", *BY_ONE, *arguments]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    shards = ["experiment=shards", f"hydra/launcher={launcher}", "hydra.sweep.dir=parts"]
+    refused = lesion(*shards, "device=cuda:99")  # accepted by the check; each job looks at its own machine
+    assert refused.returncode != 0
+    if launcher == "joblib":
+        assert refused.returncode == 2 and "lesion: device: 'cuda:99' is not here" in refused.stderr
+    shutil.rmtree(tmp_path / "parts")
+    done = lesion(*shards)
+    assert done.returncode == 0, done.stderr
+    assert "is validated against" not in done.stderr
+    assert lesion("hydra.run.dir=whole", "store.dir=other").returncode == 0
+    both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
+    pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, _, _ in both), check_exact=True)
+    pd.testing.assert_frame_equal(both[0][1], both[1][1], check_exact=True)
+    for table in (tmp_path / "whole" / "tables").iterdir():
+        assert table.read_bytes() == (tmp_path / "parts" / "tables" / table.name).read_bytes(), table.name

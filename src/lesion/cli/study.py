@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lesion.config.parsing import Request
     from lesion.study.grid import Study
 
+# Our files of launchers stand before those of the plugins, which Hydra warns of, also in the processes of jobs.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against")
 OF_HYDRA = (ValueError, TypeError, AttributeError, AssertionError)  # what it raises at keys of its own, unchecked
 
 
@@ -280,8 +282,6 @@ def main() -> None:
 
 
 def _main() -> None:
-    # Our files of launchers stand before those of the plugins, which Hydra does not need to say.
-    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     register(conf_dir())
