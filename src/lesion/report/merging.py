@@ -122,7 +122,20 @@ def whole(runs: Sequence[Run]) -> list[Run]:
 def _one(shards: Sequence[Run]) -> Run:
     floors = [run.floor for run in shards if run.floor is not None]
     floor = _in_order(floors).drop_duplicates(ignore_index=True) if floors else None
-    return Run(shards[0].folder, _in_order([run.frame for run in shards]), floor)
+    return Run(shards[0].folder, _in_order([run.frame for run in shards]), floor, _maps_in_order(shards))
+
+
+def _maps_in_order(shards: Sequence[Run]) -> pd.DataFrame | None:
+    parts = []
+    for run in shards:
+        if run.maps is None:
+            continue
+        own = [name for name in ("prompt_id", "cell", "selection", "replacement", "layer") if name in run.maps]
+        first = run.frame.drop_duplicates(own)
+        places = dict(zip(map(tuple, first[own].to_numpy()), first[PLACE], strict=True))
+        rows = [places.get(tuple(row), len(places)) for row in run.maps[own].to_numpy()]
+        parts.append(run.maps.assign(**{WHOLE: "", PLACE: rows}))
+    return _in_order(parts).drop_duplicates(ignore_index=True) if parts else None
 
 
 def _in_order(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
