@@ -51,6 +51,7 @@ NEEDS = {
     "donor_prompt": ["replacement.donor_prompt.prompt=a blue square"],
     "resample": ["replacement.resample.prompt=a blue square"],
     "layout": ["prompts=boxes"],
+    "identity": ["layers.kind=self_attention"],
     "steering_off": ["prompts=boxes", "steering=layout"],
     "lora_off": ["model.loras=[{path: my_lora}]"],
 }
