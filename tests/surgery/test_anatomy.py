@@ -281,7 +281,7 @@ def test_inspect_lists_joint_attention():
     flux = build("FluxTransformer2DModel", FLUX)
     lines = inspect.layer_lines(flux)
     assert lines[-2].startswith("57 layers, 57 sites")
-    counts = "joint_attention 57, text_to_image 57, feed_forward 57, block 57; 1368 heads"
+    counts = "joint_attention 57, text_to_image 57, feed_forward 57, block 57, text_stream 57; 1368 heads"
     assert lines[-1] == f"sites by kind: {counts}"
     assert inspect.processor_lines(flux)[0] == "57 attention processors: 57 joint attention attn"
     sd3 = build("SD3Transformer2DModel", SD3)

@@ -362,8 +362,8 @@ def on_meta(name, config):
 )
 def test_published_architectures(name, config, paths, heads, channels):
     denoiser = on_meta(name, config)
-    assert kinds_of(denoiser) == KINDS
-    for kind in KINDS:
+    assert kinds_of(denoiser) == (*KINDS, "text_stream")
+    for kind in kinds_of(denoiser):
         for by in ("attention", "transformer_block"):
             anatomy = examine(denoiser, by, kind)
             assert list(anatomy.paths) == paths
@@ -384,7 +384,7 @@ def test_published_architectures(name, config, paths, heads, channels):
 
 def test_the_second_attention_of_sd35_is_self_attention():
     denoiser = on_meta("SD3Transformer2DModel", SD35)
-    assert kinds_of(denoiser) == ("self_attention", *KINDS)
+    assert kinds_of(denoiser) == ("self_attention", *KINDS, "text_stream")
     assert list(examine(denoiser, kind="self_attention").by_path) == [
         f"transformer_blocks.{i}.attn2" for i in range(13)
     ]

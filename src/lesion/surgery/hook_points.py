@@ -228,6 +228,11 @@ class ImageTokens(HookPoint):
         return _with(output, call.image, blend(output[:, call.image], other[:, call.image], share))
 
 
+def _of(sequence: Tensor, tokens: slice) -> Tensor:
+    """Some of the tokens of a sequence, (rows, tokens, channels); all of them without an operator."""
+    return sequence if tokens == slice(None) else sequence[:, tokens]
+
+
 def _with(sequence: Tensor, tokens: slice, values: Tensor) -> Tensor:
     """The sequence, (rows, tokens, channels), with these values in the place of some of its tokens."""
     if tokens == slice(None):
@@ -432,20 +437,20 @@ class Heads(HookPoint):
         return None
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        hidden = call.hidden[:, call.image]
+        hidden = _of(call.hidden, call.image)
         width = hidden.shape[-1] // self.heads
         mine = hidden[..., part * width : (part + 1) * width]
         return torch.cat([mine, torch.ones_like(mine[..., :1])], dim=-1)
 
     def like(self, call: Call, output: Any, part: int) -> Tensor:
         if "like" not in call.memo:
-            hidden = call.hidden[:, call.image]
+            hidden = _of(call.hidden, call.image)
             call.memo["like"] = hidden[..., :1].expand(*hidden.shape[:-1], hidden.shape[-1] // self.heads + 1)
         return call.memo["like"]
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         """All heads at once, as (rows, tokens, heads, channels): one by one they would take thousands of operators."""
-        quantity = call.hidden[:, call.image].unflatten(-1, (self.heads, -1))
+        quantity = _of(call.hidden, call.image).unflatten(-1, (self.heads, -1))
         bias_shares = quantity.new_ones(1, 1, 1, 1).expand(*quantity.shape[:3], 1)
         touched: Tensor | None = None
         for one in self._rounds(changes):
@@ -470,7 +475,7 @@ class Heads(HookPoint):
         bias = call.forward(quantity.new_zeros(1, 1, call.hidden.shape[-1]))
         changed = call.forward(quantity.flatten(2)) + bias * (lost / self.heads)
         assert touched is not None
-        return _with(output, call.image, torch.where(touched, changed, output[:, call.image]))
+        return _with(output, call.image, torch.where(touched, changed, _of(output, call.image)))
 
     def _rounds(self, changes: Changes) -> list[dict[int, tuple[Tensor, Share]]]:
         """The changes, one of each head at a time: several replacements may act on one head, in different rows."""
