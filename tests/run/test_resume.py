@@ -158,10 +158,11 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
     told, published = [], []
     results = SimpleNamespace(made=lambda *_: told.append("scored"), note=lambda *facts: told.append(facts))
     request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32, decoder=""))
-    cell = SimpleNamespace(key="c0ffee")
-    runner._when_made(request, results, SimpleNamespace(publish=published.append))(cell, None, "its picture")
+    cell, making = SimpleNamespace(key="c0ffee"), SimpleNamespace(images=0)
+    publisher = SimpleNamespace(publish=published.append)
+    runner._when_made(request, results, publisher, making)(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
-    assert published == [cell]
+    assert published == [cell] and making.images == 1
 
 
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
