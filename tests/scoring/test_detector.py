@@ -101,7 +101,7 @@ def test_boxes_of_the_same_words_share_the_best_detections():
 
 
 def test_a_detector_that_is_not_there_is_refused_in_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(_owlv2, "hub_answers", lambda: False)
+    monkeypatch.setattr(_owlv2._hub_models, "hub_answers", lambda: False)
     for name, told in (
         (tmp_path / "none", "no such folder, and no name on the hub"),
         ("google/owlv2-none", "not in the hub's cache, and the hub does not answer"),

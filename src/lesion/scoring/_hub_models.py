@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -32,20 +35,26 @@ def resolve(name: str, kind: str, key: str, more: tuple[str, ...] = ()) -> tuple
         if missing or weights is None:
             raise FileNotFoundError(f"the folder needs {', '.join((CONFIG, *more))} and {' or '.join(WEIGHTS)}")
     else:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
+        check_name(name)
         config, weights = _from_hub(name, key, more)
-    found = _kind(config)
-    if found != kind:
-        raise ValueError(f"{CONFIG} is of {found}; allowed: {kind}")
+    check_kind(config, kind)
     return config, weights
 
 
-def _kind(config: Path) -> str:
+def check_name(name: str) -> None:
+    """Raise FileNotFoundError for what cannot be a name on the hub."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
+
+
+def check_kind(config: Path, kind: str) -> None:
+    """Raise ValueError for a config whose `model_type` is another."""
     try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+        found = str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError):
-        return "no model"
+        found = "no model"
+    if found != kind:
+        raise ValueError(f"{CONFIG} is of {found}; allowed: {kind}")
 
 
 def _from_hub(name: str, key: str, more: tuple[str, ...]) -> tuple[Path, Path]:
@@ -54,13 +63,32 @@ def _from_hub(name: str, key: str, more: tuple[str, ...]) -> tuple[Path, Path]:
         if all(isinstance(part, str) for part in found):
             return Path(str(found[0])), Path(str(found[1]))
     advice = f"download it once where there is network, or set {key} to a folder of it"
+    with reaching_the_hub(advice):
+        parts = [huggingface_hub.hf_hub_download(name, part) for part in (CONFIG, WEIGHTS[0], *more)]
+    return Path(parts[0]), Path(parts[1])
+
+
+@contextmanager
+def reaching_the_hub(advice: str) -> Iterator[None]:
+    """Within it something is downloaded. Raises FileNotFoundError in one line that ends with `advice` if it fails."""
     if not hub_answers():
         raise FileNotFoundError(f"not in the hub's cache, and the hub does not answer; {advice}")
     try:
-        parts = [huggingface_hub.hf_hub_download(name, part) for part in (CONFIG, WEIGHTS[0], *more)]
+        yield
     except Exception as error:  # the hub's client has errors of many types
         raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
-    return Path(parts[0]), Path(parts[1])
+
+
+def loaded(model_class: Any, folder: Path, device: Any) -> Any:
+    """Return a model of transformers in float32, for inference. Raises ValueError where its folder lacks weights."""
+    import torch
+
+    model, report = model_class.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def digest_of(files: tuple[Path, ...]) -> str:

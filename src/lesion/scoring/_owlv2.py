@@ -6,9 +6,6 @@ default) those that overlap a better one (IoU above 0.5) are left out.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +16,7 @@ import huggingface_hub
 import numpy as np
 from numpy.typing import NDArray
 
-from lesion.scoring._clip_weights import hub_answers
+from lesion.scoring import _hub_models
 from lesion.scoring._embeddings import digest
 from lesion.study.boxes import Corners
 
@@ -100,17 +97,11 @@ def resolve(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError("no such folder, and no name on the hub (ORG/REPO)")
+        _hub_models.check_name(name)
         folder = _from_hub(name)
     if lacking := [file for file in FILES if not (folder / file).is_file()]:
         raise FileNotFoundError(f"the folder needs {' and '.join(FILES)}; it lacks {lacking[0]}")
-    try:
-        kind = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        kind = "no model"
-    if kind != "owlv2":
-        raise ValueError(f"{FILES[0]} is of {kind}; allowed: owlv2")
+    _hub_models.check_kind(folder / FILES[0], "owlv2")
     return folder
 
 
@@ -119,26 +110,13 @@ def _from_hub(name: str) -> Path:
     if isinstance(cached, str):
         return Path(cached).parent
     advice = "download it once where there is network, or name a folder of it"
-    if not hub_answers():
-        raise FileNotFoundError(f"not in the hub's cache, and the hub does not answer; {advice}")
-    try:
+    with _hub_models.reaching_the_hub(advice):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
-    except Exception as error:  # the hub's client has errors of many types
-        raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
 
 
 def weights_digest(folder: Path) -> str:
     """16 hex digits of what its detections depend on."""
-    return _digest(*((folder / file, (folder / file).stat().st_mtime_ns) for file in FILES))
-
-
-@lru_cache(maxsize=4)
-def _digest(*files: tuple[Path, int]) -> str:
-    total = hashlib.sha256()
-    for file, _ in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    return _hub_models.digest_of(tuple(folder / file for file in FILES))
 
 
 @lru_cache(maxsize=2)

@@ -107,12 +107,6 @@ def resolve(name: str) -> tuple[Path, Path]:
 
 @lru_cache(maxsize=2)
 def _embedder(folder: Path, device: torch.device) -> DinoEmbedder:
-    import torch
     from transformers import Dinov2Model
 
-    model, report = Dinov2Model.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    return DinoEmbedder(model.to(device).eval().requires_grad_(False), device)
+    return DinoEmbedder(_hub_models.loaded(Dinov2Model, folder, device), device)

@@ -96,16 +96,10 @@ class Preferences:
 
 @lru_cache(maxsize=2)
 def _preferences(folder: Path, device: torch.device) -> Preferences:
-    import torch
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    model, report = CLIPModel.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     return Preferences(
-        model.to(device).eval().requires_grad_(False),
+        _hub_models.loaded(CLIPModel, folder, device),
         AutoImageProcessor.from_pretrained(folder, local_files_only=True),
         AutoTokenizer.from_pretrained(folder, local_files_only=True),
         device,
