@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from lesion.study.grid import ModelIdentity, Study
 from lesion.study.lesions import Replacement
 from lesion.study.plan import batches, tally
 from lesion.study.prompts import Prompt
+from lesion.study.steering import Layout
 
 LAYERS = tuple(f"down.{number}" for number in range(4))
 
@@ -72,6 +74,11 @@ def test_a_part_of_everything_is_the_study_in_cells_order_plan_and_counts():
     assert tally(whole, lambda key: False) == tally(study, lambda key: False)
     everything = [list(batches(part, 4, lambda key: False)) for part in (whole, study)]
     assert everything[0] == everything[1]
+    layout = Layout(LAYERS, 30.0, 0.2, 5, 10, "noise_share", "covered")
+    steered = replace(study, settings=replace(study.settings, steering=layout))
+    some = Part.of(steered, [(2, 6), *[(2, 4)] * len(list(study.lesions()))])
+    assert len(list(some.unsteered.keys())) == 4
+    assert set(some.unsteered.keys()) == {cell.unsteered.key for cell in some.cells() if cell.lesion is None}
 
 
 def test_rounds_take_prompts_first_then_seeds_and_never_a_cell_twice():

@@ -82,6 +82,9 @@ class Part(Study):
                         yield prompt, seed, lesion, self.key(subject, seed, lesion)
             earlier.append(span)
 
+    def _without_steering(self) -> Part:
+        return Part.of(super()._without_steering(), self.spans[:1])
+
     def rows(self) -> Iterator[tuple[Lesion | None, int]]:
         for lesion, (start, end) in zip((None, *self.lesions()), self.spans, strict=True):
             yield lesion, end - start

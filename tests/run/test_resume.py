@@ -158,11 +158,15 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
     told, published = [], []
     results = SimpleNamespace(made=lambda *_: told.append("scored"), note=lambda *facts: told.append(facts))
     request = SimpleNamespace(device=device, model=SimpleNamespace(tf32=tf32, decoder=""))
-    cell, making = SimpleNamespace(key="c0ffee"), SimpleNamespace(images=0)
+    cell, making = SimpleNamespace(key="c0ffee", settings="asked"), SimpleNamespace(images=0)
+    study = SimpleNamespace(settings="asked")
     publisher = SimpleNamespace(publish=published.append)
-    runner._when_made(request, results, publisher, making)(cell, None, "its picture")
+    made = runner._when_made(request, study, results, publisher, making)
+    made(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
     assert published == [cell] and making.images == 1
+    made(SimpleNamespace(key="beef", settings="unsteered"), None, "another")  # no row of the study
+    assert told[1:] == [("beef", "another")]
 
 
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pytest
+from PIL import Image
 
 BOXES = [
     {"text": "a red circle", "boxes": [{"words": "red circle", "box": [0, 0, 0.5, 0.5]}]},
@@ -47,6 +49,11 @@ def test_layers_are_taken_out_of_the_loss_and_lesioned_in_one_grid(cli):
     assert frame["box_mass"].between(0, 1).all() and frame["box_iou"].between(0, 1).all()
     assert frame["box_success"].isin([0, 1]).all()
     assert frame.groupby("prompt_id")["cell"].nunique().eq(len(frame) // 2).all()
+    for _, line in frame.iterrows():
+        (unsteered,) = cli.folder.rglob(f"images/{line['prompt_id']}/seed{line['seed']}-unsteered-*.png")
+        pixels, others = (np.asarray(Image.open(path), float) for path in (cli.newest() / line["image"], unsteered))
+        assert line["unsteered_distance"] == pytest.approx(np.abs(pixels - others).mean() / 255)
+        assert (line["unsteered_distance"] > 0) == (line["steering_layers"] != "" or line["replacement"] == "zero")
     made = {path: path.stat().st_mtime_ns for path in cli.folder.rglob("cells/*/*.png")}
     assert cli(items(BOXES), *STUDY, "replacement=[zero,steering_off]", "hydra.run.dir=again")[0] == 0
     assert made == {path: path.stat().st_mtime_ns for path in cli.folder.rglob("cells/*/*.png")}
@@ -56,12 +63,16 @@ def test_layers_are_taken_out_of_the_loss_and_lesioned_in_one_grid(cli):
 
 def test_unsteered_and_steered_images_are_settings_of_their_own(cli):
     assert cli(items(BOXES), "selection=none", "scorer.metrics=[clip_similarity]")[0] == 0
+    plain = {path.stem for path in cli.folder.rglob("cells/*/*.png")}
     assert cli(items(BOXES), "selection=none", *STUDY[:-1], "scorer.metrics=[clip_similarity]")[0] == 0
     both = {frame["steering"].iloc[0]: frame for frame in cli.frames()}
     assert set(both) == {"", "layout"}
     assert both[""]["scorer_identity"].iloc[0] == both["layout"]["scorer_identity"].iloc[0]
     assert both[""]["box_mass"].isna().all() and both[""]["box_iou"].notna().all()
     assert not set(both[""]["cell"]) & set(both["layout"]["cell"])
+    assert both[""]["unsteered_distance"].isna().all() and (both["layout"]["unsteered_distance"] > 0).all()
+    # Steered images are compared with those that the study without steering has made.
+    assert {path.stem for path in cli.folder.rglob("cells/*/*.png")} == plain | set(both["layout"]["cell"])
 
 
 def test_wrong_requests_are_refused_before_a_model_loads(cli):

@@ -635,7 +635,7 @@ def test_metrics_are_found_by_module_name_without_torch() -> None:
     read = [f"read_{one}" for one in ("background", "binding", "colour", "count", "relation", "shape", "size")]
     boxes = ("box_iou", "box_mass", "box_success")
     others = ("clip_similarity", "clip_text", "dino_similarity", "lpips", "pick_score", "psnr")
-    assert known_metrics() == (*boxes, *others, *read, "ssim")
+    assert known_metrics() == (*boxes, *others, *read, "ssim", "unsteered_distance")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -16,6 +16,7 @@ from lesion.study.grid import Cell, ModelIdentity, Study
 from lesion.study.lesions import Lesion, Replacement, choices
 from lesion.study.plan import batches, tally
 from lesion.study.prompts import Prompt, parse_prompts, slug
+from lesion.study.steering import Layout
 
 MODEL = ModelIdentity("tiny", "f" * 32, "float32")
 LAYERS = tuple(f"down_blocks.0.attentions.{i}" for i in range(4))
@@ -335,6 +336,20 @@ def test_tally():
     two = study(layers=LAYERS[:2], replacements=(ZERO,))  # leaving one of two out is keeping the other alone
     counts = tally(two.cells(), lambda key: True)
     assert (counts.rows, counts.unique, counts.missing) == (30, 18, 0)
+
+
+def test_the_unsteered_images_of_a_steered_study_are_planned_first_and_apart():
+    layout = Layout(LAYERS, 30.0, 0.2, 5, 10, "noise_share", "covered")
+    steered, plain = study(settings=settings(steering=layout)), study(selections={})
+    unsteered = [cell.key for cell in plain.in_plan_order()]
+    planned = list(steered.in_plan_order())
+    assert [cell.key for cell in planned[:6]] == unsteered == [cell.unsteered.key for cell in planned[6:12]]
+    assert list(steered.keys()) == [cell.key for cell in planned] and len(planned) == 6 + len(steered)
+    assert [len(batch) for batch in batches(steered, 4, lambda key: False)][:4] == [4, 2, 4, 2]
+    counts = tally(steered, unsteered[:2].__contains__)
+    assert (counts.rows, counts.unique, counts.stored, counts.by_mode["unsteered"]) == (102, 108, 2, 6)
+    assert counts.missing_by_mode["unsteered"] == 4 and counts.missing_by_mode["baseline"] == 6
+    assert plain.unsteered is None and some_cell().unsteered is None
 
 
 @pytest.mark.parametrize(

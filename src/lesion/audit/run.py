@@ -28,6 +28,7 @@ from lesion.run import environment
 from lesion.run import folder as folders
 from lesion.run.capture import maps_of
 from lesion.run.job import remembered, survey
+from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.store.images import Damaged, Store, Stored
 from lesion.store.maps import beside_image
@@ -177,6 +178,18 @@ class RunAudit:
                 path.unlink()
                 why = "it is not there" if not (self.folder / image).is_file() else str(error).partition(": ")[2]
                 check.differs.append(f"{image} (row {place}): {why}")
+        self._link_unsteered()
+
+    def _link_unsteered(self) -> None:
+        """Give this audit's store the unsteered pictures that the steered ones are compared with."""
+        if self.study is None or self.study.unsteered is None:
+            return
+        places = Publisher(self.store, self.folder, steered=True)
+        for cell in self.study.unsteered.cells():
+            path, picture = self.store.path(cell.key), self.folder / places.place(cell)
+            if picture.is_file() and not path.is_symlink():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(picture.absolute())
 
     def _given(self) -> Run:
         if self.given is None:

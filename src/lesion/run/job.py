@@ -236,7 +236,7 @@ def complete(
         _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
-    publisher = Publisher(store, context.folder)
+    publisher = Publisher(store, context.folder, steered=study.settings.steering is not None)
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
@@ -265,6 +265,7 @@ def complete(
                 several,
             )
         pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
+        pictured += [cell for cell in study.unsteered.cells() if store.has(cell.key)] if study.unsteered else []
         publisher.maps = maps
         beside = {}
         with suppress(Exception) if stopped else nullcontext():
@@ -276,7 +277,8 @@ def complete(
         if rounds:
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)
-        written, said, unwritten = _write(frame, beside, publish, context.folder, tracker, report)
+        places = [publisher.place(cell) for cell in pictured]
+        written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
             written.append(environment.record(context.folder, context.config, request.device, making))
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
@@ -436,7 +438,7 @@ def _without_maps(study: Study, maps: Maps, failures: Mapping[str, str]) -> set[
 
 def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
     """Whether any image of a round could be made: without one, a further round would show nothing."""
-    return any(key not in failures for key in study.keys())  # noqa: SIM118 - a study is no mapping
+    return any(cell.key not in failures for cell in study.cells())
 
 
 def _generate(
@@ -477,7 +479,7 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, scores, publisher, making), maps)
+        maker = Maker(request, model, study, store, _when_made(request, study, scores, publisher, making), maps)
         maker.failures.update(failures)
         maker.run(progress)
     making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]
@@ -485,8 +487,14 @@ def _generate(
     return maker.failures
 
 
-def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher, making: environment.Making) -> Made:
-    """What is done with each image as it is stored: it gets its place in the run folder, and is scored.
+def _when_made(
+    request: Request,
+    study: Study,
+    scores: ScoreQueue,
+    publisher: Publisher,
+    making: environment.Making,
+) -> Made:
+    """What is done with each image as it is stored: it gets its place in the run folder, and what has a row is scored.
 
     Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
     the whole process, so pixels made meanwhile would depend on when it does.
@@ -497,7 +505,7 @@ def _when_made(request: Request, scores: ScoreQueue, publisher: Publisher, makin
         making.images += 1
         with suppress(OSError):  # at the end all are put in place, and what cannot be is said
             publisher.publish(cell)
-        if later:
+        if later or cell.settings != study.settings:
             scores.note(cell.key, picture)
         else:
             scores.made(cell, pixels, picture)
@@ -521,14 +529,19 @@ def _write(
     frame: pd.DataFrame,
     beside: Mapping[str, pd.DataFrame],
     publish: Callable[[], None],
+    places: Sequence[str],
     folder: Path,
     tracker: Tracker,
     report: bool,
 ) -> tuple[list[Path], Findings | None, list[str]]:
     """Write results.parquet and the tables beside it, then pictures and report; tell the tracker.
 
-    beside: by name. publish: puts the pictures in place. Returns the paths written, what the report says, and what
-    could not be written with the reason. Raises StudyFailed where that is results.parquet.
+    beside: by name.
+    publish: puts the pictures in place.
+    places: of the pictures, relative to the folder.
+
+    Returns the paths written, what the report says, and what could not be written with the reason. Raises StudyFailed
+    where that is results.parquet.
     """
     from lesion.analysis.importance import layer_table
     from lesion.analysis.settings import rows, settings
@@ -562,8 +575,7 @@ def _write(
             f"`lesion-report {folder}` tries again"
         ) from error
     if not unwritten:
-        images = [image for image in frame["image"] if image]
-        prune(folder, [*written, *(folder / place for image in images for place in (image, beside_image(image)))])
+        prune(folder, [*written, *(folder / place for image in places for place in (image, beside_image(image)))])
     summary = {}
     for setting in settings(frame):
         for line in layer_table(rows(frame, setting)).to_dict("records"):

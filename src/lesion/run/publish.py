@@ -16,10 +16,11 @@ class Publisher:
     """Links pictures of the store into a run folder, or copies them where the disk has no links.
 
     folder: the run folder; without one, pictures stay where they are.
+    steered: whether the study steers; images that are not are then those of `Study.unsteered`.
     """
 
-    def __init__(self, store: Store, folder: Path | None):
-        self.store, self.folder = store, folder
+    def __init__(self, store: Store, folder: Path | None, steered: bool = False):
+        self.store, self.folder, self.steered = store, folder, steered
         self.maps: Maps | None = None  # attention maps that go beside the pictures
         self._made: set[Path] = set()  # folders of prompts
 
@@ -27,9 +28,8 @@ class Publisher:
         """Its path relative to the run folder; without one, relative to the store."""
         if self.folder is None:
             return self.store.path(cell.key).relative_to(self.store.folder).as_posix()
-        parts = (
-            [cell.lesion.selection, cell.lesion.replacement.name, cell.lesion.layer] if cell.lesion else ["baseline"]
-        )
+        alone = "unsteered" if self.steered and cell.settings.steering is None else "baseline"
+        parts = [cell.lesion.selection, cell.lesion.replacement.name, cell.lesion.layer] if cell.lesion else [alone]
         name = "-".join([f"seed{cell.seed}", *(part for part in parts if part), cell.key[:8]]) + ".png"
         return f"images/{cell.prompt.id}/{name}"
 

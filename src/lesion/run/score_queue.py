@@ -47,6 +47,7 @@ class ScoreQueue:
         self._size: tuple[int, int] | None = None  # height and width of the images
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
+        self._beside = frozenset(one.name for one in spec.described if one.beside_unsteered)
         self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
         self._pixels = lru_cache(maxsize=64)(self._read)  # of baselines: a lesion follows its neighbours
 
@@ -125,7 +126,10 @@ class ScoreQueue:
 
     def values(self, cell: Cell) -> dict[str, float]:
         """The columns known for an image; none if it has no score or is not valid."""
-        return self.scores.values(cell.key, cell.baseline.key)
+        found = self.scores.values(cell.key, cell.baseline.key)
+        if self._beside and cell.unsteered:
+            found |= self.scores.values(cell.key, cell.unsteered.key)
+        return found
 
     def value(self, cell: Cell) -> float:
         """What the metric of importance says of an image; NaN if it has no score or is not valid."""
@@ -212,26 +216,37 @@ class ScoreQueue:
             self._flush()
 
     def _lacking(self, cell: Cell) -> frozenset[str]:
-        return self._asked(cell.prompt.text, bool(cell.prompt.boxes), cell.settings.steering is not None).difference(
-            self.values(cell)
-        )
+        """The columns without a value. Raises Damaged, as `_read` does, of an unsteered image."""
+        asked = self._asked(cell.prompt.text, bool(cell.prompt.boxes), cell.settings.steering is not None)
+        lacking = asked.difference(self.values(cell))
+        if lacking & self._beside and cell.unsteered:
+            facts = self._facts(cell.unsteered.key)
+            if facts is None or facts.reason:  # nothing to compare with: failed, or not made by an earlier version
+                return lacking - self._beside
+        return lacking
 
     def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
         lacking = self._lacking(cell)
-        queue = self._queue[lacking]
-        queue.append(
-            Shot(
-                cell.key,
-                pixels,
-                cell.baseline.key,
-                baseline,
-                cell.prompt.text,
-                cell.prompt.boxes,
-                self._masses.get(cell.key, math.nan),
-            )
-        )
+        self._wait(lacking - self._beside, cell, pixels, cell.baseline.key, baseline)
+        if lacking & self._beside and cell.unsteered:
+            self._wait(lacking & self._beside, cell, pixels, cell.unsteered.key, self._pixels(cell.unsteered.key))
+
+    def _wait(
+        self,
+        columns: frozenset[str],
+        cell: Cell,
+        pixels: NDArray[np.uint8],
+        other: str,
+        compared: NDArray[np.uint8],
+    ) -> None:
+        """Queue an image beside another, by its key and pixels, for these columns."""
+        if not columns:
+            return
+        prompt, mass = cell.prompt, self._masses.get(cell.key, math.nan)
+        queue = self._queue[columns]
+        queue.append(Shot(cell.key, pixels, other, compared, prompt.text, prompt.boxes, mass))
         if len(queue) >= CHUNK or len(queue) * pixels.nbytes >= CHUNK_BYTES:
-            self._score([lacking])
+            self._score([columns])
 
     def _score(self, groups: Collection[frozenset[str]]) -> None:
         for lacking in list(groups):

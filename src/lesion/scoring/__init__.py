@@ -43,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 KEY = "scorer.metrics"
-BOXES = ("box_mass", "box_iou", "box_success")  # of prompts with boxes
+BOXES = ("box_mass", "box_iou", "box_success", "unsteered_distance")  # of prompts with boxes
 
 
 @dataclass(frozen=True)

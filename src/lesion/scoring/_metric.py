@@ -72,6 +72,7 @@ class Metric(ABC):
     identical: the value of an image that is its baseline, pixel for pixel; None where it depends on the image.
     models: the networks it needs, in words; "" for none.
     boxed: whether it has values only for prompts with boxes. steered: whether only for steered images.
+    beside_unsteered: whether the `baseline` of its shots is the unsteered image instead; with `steered` alone.
     shared: options that are taken from these keys of the scorer where `scorer.metrics` gives none of them.
     """
 
@@ -82,6 +83,7 @@ class Metric(ABC):
     models: ClassVar[str] = ""
     boxed: ClassVar[bool] = False
     steered: ClassVar[bool] = False
+    beside_unsteered: ClassVar[bool] = False
     shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,6 +91,13 @@ class Cell:
     @property
     def baseline(self) -> Cell:
         return self if self.lesion is None else Cell(self.model, self.prompt, self.seed, self.settings, None)
+
+    @cached_property
+    def unsteered(self) -> Cell | None:
+        """The same with neither steering nor a lesion, which a steered image is compared with; None where none is."""
+        if self.settings.steering is None:
+            return None
+        return Cell(self.model, self.prompt, self.seed, replace(self.settings, steering=None), None)
 
 
 def _context(identity: Mapping[str, Any]) -> str:
@@ -218,19 +225,23 @@ class Study:
         return sum(len(self.seeds_of(prompt)) for prompt in self.prompts)
 
     def in_plan_order(self) -> Iterator[Cell]:
-        """The order of making: baselines first, then kind by kind, within a kind lesion by lesion, each over all
+        """The order of making: `unsteered`, baselines, then kind by kind, within a kind lesion by lesion, each over all
         prompts and seeds, so that most batches hold one lesion. Cells with the same key come once.
         """
+        if self.unsteered:
+            yield from self.unsteered.in_plan_order()
         for prompt, seed, lesion, key in self._planned():
             yield self._cell(prompt, seed, lesion, key)
 
     def keys(self) -> Iterator[str]:
         """The keys of `in_plan_order()`, without the cost of its cells."""
+        if self.unsteered:
+            yield from self.unsteered.keys()
         for _, _, _, key in self._planned():
             yield key
 
     def keyed(self) -> Iterator[tuple[Lesion | None, str]]:
-        """`keys()`, each with its lesion."""
+        """`keys()` less those of `unsteered`, each with its lesion."""
         for _, _, lesion, key in self._planned():
             yield lesion, key
 
@@ -255,6 +266,17 @@ class Study:
     def context(self) -> str:
         """Digest, 64 hex digits, of what all its cells share: model and settings."""
         return _context(Cell(self.model, Prompt(""), 0, self.settings, None).identity())
+
+    @cached_property
+    def unsteered(self) -> Study | None:
+        """What steered images are compared with (`Cell.unsteered`), made before them; None where nothing steers.
+
+        They have no rows in the results.
+        """
+        return None if self.settings.steering is None else self._without_steering()
+
+    def _without_steering(self) -> Study:
+        return replace(self, settings=replace(self.settings, steering=None), selections={}, replacements=())
 
     def rows(self) -> Iterator[tuple[Lesion | None, int]]:
         """Each lesion, the baseline (None) first, with the number of its cells."""

@@ -21,8 +21,8 @@ def batches(
     size: at least 1, or what to ask for it at the start of every batch (it can shrink when memory runs out).
     exists: whether the image of a key is made; asked right before the cell is put in a batch.
 
-    A batch mixes prompts, seeds and layers, but not kinds of lesion: so a cell is in the same batch whether its kind
-    is one of several in a job or a job of its own in a sweep, and comes out bit for bit identical.
+    A batch mixes prompts, seeds and layers, but neither settings nor kinds of lesion: so a cell is in the same batch
+    whether its kind is one of several in a job or a job of its own in a sweep, and comes out bit for bit identical.
     Raises ValueError for a size below 1.
     """
     waiting: list[Cell] = []
@@ -30,7 +30,7 @@ def batches(
     for cell in cells.in_plan_order() if isinstance(cells, Study) else _once(cells):
         if exists(cell.key):
             continue
-        if waiting and kind_of(cell.lesion) != kind_of(waiting[0].lesion):
+        if waiting and not _go_together(cell, waiting[0]):
             yield waiting
             waiting = []
         if not waiting:
@@ -45,6 +45,10 @@ def batches(
         yield waiting
 
 
+def _go_together(one: Cell, other: Cell) -> bool:
+    return kind_of(one.lesion) == kind_of(other.lesion) and one.settings == other.settings
+
+
 def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
     seen: set[int] = set()
     for cell in cells:
@@ -52,6 +56,9 @@ def _once(cells: Iterable[Cell]) -> Iterator[Cell]:
         if number not in seen:
             seen.add(number)
             yield cell
+
+
+UNSTEERED = "unsteered"  # mode of the images of `Study.unsteered`, which have no rows
 
 
 @dataclass
@@ -79,13 +86,12 @@ class Tally:
         self.by_mode[mode] = self.by_mode.get(mode, 0) + rows
         self.baselines += rows if lesion is None else 0
 
-    def meet(self, lesion: Lesion | None, exists: bool) -> None:
+    def meet(self, mode: str, exists: bool) -> None:
         """Count one more different image."""
         self.unique += 1
         if exists:
             self.stored += 1
         else:
-            mode = mode_of(lesion)
             self.missing_by_mode[mode] = self.missing_by_mode.get(mode, 0) + 1
 
 
@@ -100,11 +106,14 @@ def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally
     if isinstance(cells, Study):
         for lesion, rows in cells.rows():
             counts.add(lesion, rows)
+        for key in cells.unsteered.keys() if cells.unsteered else ():
+            counts.by_mode[UNSTEERED] = counts.by_mode.get(UNSTEERED, 0) + 1
+            counts.meet(UNSTEERED, exists(key))
         for lesion, key in cells.keyed():
-            counts.meet(lesion, exists(key))
+            counts.meet(mode_of(lesion), exists(key))
     else:
         for cell in _once(_counted(cells, counts)):
-            counts.meet(cell.lesion, exists(cell.key))
+            counts.meet(mode_of(cell.lesion), exists(cell.key))
     return counts
 
 
