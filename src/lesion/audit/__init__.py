@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lesion.audit import merged
 from lesion.audit.checks import Audit, Check
 from lesion.audit.paper import Tables, numbers
 from lesion.audit.run import RunAudit, Sample
@@ -15,8 +16,11 @@ from lesion.run import environment
 __all__ = ["Audit", "Sample", "audit"]
 
 
-def audit(runs: Sequence[Path], sample: Sample, papers: Sequence[Path] = ()) -> Audit:
-    """Check these run folders, and every number of the papers (.tex, .md) against the tables of all of them."""
+def audit(runs: Sequence[Path], sample: Sample, papers: Sequence[Path] = (), above: Path | None = None) -> Audit:
+    """Check these run folders, and every number of the papers (.tex, .md) against the tables of all of them.
+
+    above: the folder that the runs are in; if it has a report over all of them, that is checked too.
+    """
     checks: dict[str, list[Check]] = {}
     tables: list[Path] = []
     with tempfile.TemporaryDirectory(prefix="lesion-audit-") as work:
@@ -26,6 +30,11 @@ def audit(runs: Sequence[Path], sample: Sample, papers: Sequence[Path] = ()) -> 
             one = RunAudit(run, sample, place)
             checks[str(run)] = one.checks()
             tables += one.tables
+        if above is not None and merged.is_there(above, runs):
+            place = Path(work) / "merged"
+            place.mkdir()
+            check, more = merged.report(above, runs, place)
+            checks[str(above)], tables = [check], tables + more
         known = Tables(tables)
         for paper in papers:
             checks[str(paper)] = [_paper(paper, known)]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -279,19 +280,7 @@ class RunAudit:
         options["known"] = findings(frame, floor, options.get("interval", METHODS[0]))
         made = [path for path in write_report(place, frame, floor, maps=maps, **options) if path.name != REPORT]
         self.tables = [path for path in made if path.parent.name == "tables"]
-        drawn = self._versions_alike("matplotlib", "pillow", "numpy")
-        if not drawn:
-            check.notes.append(
-                "figures are not compared: they were drawn with other versions, or it is not known which"
-            )
-        for _, differs in comparing.files(self.folder, place, made, drawn):
-            check.looked += 1
-            check.differs += [differs] if differs else []
-
-    def _versions_alike(self, *names: str) -> bool:
-        runs = (self.record or {}).get("runs") or [{}]
-        then, now = runs[-1].get("packages", {}), environment.here("cpu")["packages"]
-        return all(then.get(name) == now.get(name) for name in names)
+        compare(check, self.folder, place, made, [self.record])
 
     def remade(self, check: Check) -> None:
         """A share of the images, made anew: to the bit where that can be, else within the batch effect."""
@@ -356,6 +345,23 @@ class RunAudit:
             "cuda",
         )
         return all(run.get(name) == here.get(name) for name in same)
+
+
+def compare(
+    check: Check, folder: Path, anew: Path, made: Collection[Path], records: Sequence[dict[str, Any] | None]
+) -> None:
+    """Note what differs between the report of a folder and the same made anew.
+
+    records: of the runs; figures are compared only where the last process of each had the versions that are here.
+    """
+    now = environment.here("cpu")["packages"]
+    then = [((record or {}).get("runs") or [{}])[-1].get("packages", {}) for record in records]
+    drawn = all(one.get(name) == now.get(name) for one in then for name in ("matplotlib", "pillow", "numpy"))
+    if not drawn:
+        check.notes.append("figures are not compared: they were drawn with other versions, or it is not known which")
+    for _, differs in comparing.files(folder, anew, made, drawn):
+        check.looked += 1
+        check.differs += [differs] if differs else []
 
 
 def remake(

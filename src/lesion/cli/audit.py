@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from lesion.audit import Sample, audit
 
-        found = audit(runs, Sample(arguments.share, arguments.seed), arguments.paper)
+        found = audit(runs, Sample(arguments.share, arguments.seed), arguments.paper, arguments.folder)
         written = found.write(out)
     except OSError as error:
         return _refuse(error)

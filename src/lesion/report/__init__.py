@@ -216,6 +216,10 @@ def _parts(said: dict[str, list[str]], made: Sequence[tables.Table], drawn: Sequ
     return [part for part in parts.values() if part.sentences or part.tables or part.figures]
 
 
+AGREE = "Do settings agree, and how large is noise?"
+BESIDE = ("side-by-side", "differences")  # files of layers side by side begin so
+
+
 def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Section | None:
     """What is said of all settings together; None where there is nothing."""
     made = crossing.over_settings(known)
@@ -225,5 +229,10 @@ def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Sectio
         return None
     listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
     files = [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]]
-    part = html.Part("Do settings agree, and how large is noise?", sentences, [*made], _shown(drawn, run_dir))
-    return html.Section("Agreement and noise", "over-settings", parts=[part], files=files)
+    parts = [html.Part("How do settings compare, layer by layer?"), html.Part(AGREE, sentences)]
+    for table in made:
+        parts[not table.stem.startswith(BESIDE)].tables.append(table)
+    for picture in _shown(drawn, run_dir):
+        parts[not picture.path.rpartition("/")[2].startswith(BESIDE)].figures.append(picture)
+    parts = [part for part in parts if part.sentences or part.tables or part.figures]
+    return html.Section("Settings compared", "over-settings", parts=parts, files=files)

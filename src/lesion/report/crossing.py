@@ -9,37 +9,16 @@ import pandas as pd
 
 from lesion.analysis.cells import groups
 from lesion.analysis.interactions import by_window
-from lesion.analysis.settings import Setting
+from lesion.report import beside
 from lesion.report.contents import interval_words
 from lesion.report.findings import Findings
-from lesion.report.tables import Column, Table, sizes
-from lesion.report.text import clean
-from lesion.study.columns import GENERATION, LESION
+from lesion.report.tables import Column, Table, over_words, telling
 
 MEANINGS = {
     "measure": "importance under leave-one-out and sufficiency under only-one",
     "replacement": "two replacements",
     "model": "models with the same layers",
 }
-
-
-def telling(table: pd.DataFrame, *besides: str) -> tuple[list[Column], str]:
-    """Columns of the setting that differ between rows, and the others in words."""
-    keys = [name for name in ("model", *LESION, *GENERATION) if name in table and name not in besides]
-    differ = [name for name in keys if table[name].nunique(dropna=False) > 1]
-    alike = {name: table[name].iloc[0] for name in keys if name not in differ and len(table)}
-    usual = {name: getattr(Setting, name) for name in LESION if name != "replacement"}
-    named = [f"{name} {clean(value, 60)}" for name, value in alike.items() if usual.get(name) != value]
-    return [_setting_column(table, name) for name in differ], ", ".join(named)
-
-
-def _setting_column(table: pd.DataFrame, name: str) -> Column:
-    kind = "exact" if pd.api.types.is_numeric_dtype(table[name]) else "text"
-    return Column(name, name.replace("_", " "), kind)
-
-
-def _words(found: Findings, what: str, alike: str) -> str:
-    return f"{what} {alike[:1].upper() + alike[1:] + '; ' if alike else ''}metric {found.metric}; {sizes(found.frame)}."
 
 
 def agreement(found: Findings) -> Table | None:
@@ -65,7 +44,7 @@ def agreement(found: Findings) -> Table | None:
         Column("n_layers", "layers", "count"),
         Column("n_prompts", "prompts", "count"),
     ]
-    words = _words(found, what, alike)
+    words = over_words(found.frame, what, alike, found.metric)
     return Table.of("agreement", "Agreement of ways of measuring", words, columns, shown, table, lead=2)
 
 
@@ -87,7 +66,12 @@ def concordance(found: Findings) -> Table | None:
         Column("n_prompts", "prompts", "count"),
     ]
     return Table.of(
-        "concordance", "Agreement of prompts", _words(found, what, alike), columns, table, lead=len(differ) + 1
+        "concordance",
+        "Agreement of prompts",
+        over_words(found.frame, what, alike, found.metric),
+        columns,
+        table,
+        lead=len(differ) + 1,
     )
 
 
@@ -110,7 +94,7 @@ def stability(found: Findings) -> Table | None:
         Column("n_prompts", "prompts", "count"),
     ]
     shown = table.assign(layers=table["layers"].str.replace("+", " + "))
-    words = _words(found, what, alike)
+    words = over_words(found.frame, what, alike, found.metric)
     return Table.of("stability", "Stability of the top", words, columns, shown, table, len(differ) + 1)
 
 
@@ -129,7 +113,7 @@ def floor(found: Findings) -> Table | None:
         Column("n_pairs", "pairs", "count"),
     ]
     shown = table.assign(floor=table["floor"].str.replace("_", " "))
-    words = _words(found, what + interval_words(table, ["method"]), alike)
+    words = over_words(found.frame, what + interval_words(table, ["method"]), alike, found.metric)
     return Table.of("floor", "Noise floor", words, columns, shown, table, len(differ) + 1)
 
 
@@ -153,7 +137,14 @@ def doses(found: Findings) -> Table | None:
         Column("rising", "rising"),
         Column("n_images", "images", "count"),
     ]
-    return Table.of("doses", "Dose and response", _words(found, what, alike), columns, table, lead=len(differ) + 1)
+    return Table.of(
+        "doses",
+        "Dose and response",
+        over_words(found.frame, what, alike, found.metric),
+        columns,
+        table,
+        lead=len(differ) + 1,
+    )
 
 
 def windows(found: Findings) -> list[Table]:
@@ -168,7 +159,15 @@ def windows(found: Findings) -> list[Table]:
             spans = [str(name) for name in table if "-" in str(name) and str(name)[0].isdigit()]
             columns = [Column("layer", "layer", "code"), *(Column(name, name, best=True) for name in spans)]
             stem = f"windows--{measure}" + (f"--{number}" if len(maps) > 1 else "")
-            out.append(Table.of(stem, f"Windows of denoising, {measure}", _words(found, what, alike), columns, table))
+            out.append(
+                Table.of(
+                    stem,
+                    f"Windows of denoising, {measure}",
+                    over_words(found.frame, what, alike, found.metric),
+                    columns,
+                    table,
+                )
+            )
     return out
 
 
@@ -197,4 +196,4 @@ def window_maps(found: Findings) -> list[tuple[str, list[tuple[dict[str, Any], p
 def over_settings(found: Findings) -> Sequence[Table]:
     """Every table there is over settings."""
     tables = [what(found) for what in (floor, agreement, concordance, stability, doses)]
-    return [*(table for table in tables if table is not None), *windows(found)]
+    return [*beside.tables(found), *(table for table in tables if table is not None), *windows(found)]

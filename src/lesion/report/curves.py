@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lesion.report.beside import Beside
 from lesion.report.figures import (
     COLOURS,
     DASHES,
@@ -140,6 +141,48 @@ def lines(table: pd.DataFrame, x: str, xlabel: str, ylabel: str, title: str, ori
         rest = len(depth) - len(top)
         figure.legend(loc="outside right upper", title=f"grey: {rest} other layers" if rest else None, title_fontsize=6)
         entitle(figure, title)
+    return figure
+
+
+def side_by_side(one: Beside, metric: str) -> Figure:
+    """Layers of several models, kinds or replacements: a panel a measure, a marker and colour a side, 95 % intervals.
+
+    Sides with the same layers share a row a layer; others are curves over the relative depth of their layers. Colours
+    run out after five sides: `figures.heat_map` shows more.
+    """
+    labels = {"importance": f"importance: 1 - {metric}", "sufficiency": f"sufficiency: {metric}"}
+    rows, across = one.table, not one.depths
+    panels, n_sides = len(one.measures), len(one.names)
+    tall = 0.9 + max(0.16, 0.1 * n_sides) * max(len(rows), 4) if across else 2.6
+    with styled():
+        figure = blank(SINGLE if panels == 1 and across else DOUBLE, tall)
+        all_axes = figure.subplots(1, panels, sharey=across, squeeze=False)[0]
+        for axes, measure in zip(all_axes, one.measures, strict=True):
+            for number, (name, side) in enumerate(zip(one.names, one.sides, strict=True)):
+                key = f"{measure} {name}"
+                table = pd.DataFrame({"v": rows[key], "v_low": rows[f"{key} low"], "v_high": rows[f"{key} high"]})
+                held = table["v"].notna().to_numpy()
+                reach, style = limits(table, "v")[:, held], _style_of(number)
+                if across:
+                    place = np.arange(len(rows)) + 0.6 * ((number + 0.5) / n_sides - 0.5)
+                    style["linestyle"] = "none"
+                    axes.errorbar(
+                        table["v"][held], place[held], xerr=reach, **style, label=clean(name, 48), elinewidth=0.8
+                    )
+                else:
+                    depth = rows[f"depth {side[0]}"][held]
+                    axes.errorbar(depth, table["v"][held], yerr=reach, **style, label=clean(name, 48), elinewidth=0.7)
+            axes.set(**{"xlabel" if across else "ylabel": labels[measure]})
+            axes.grid(axis="both")
+        if across:
+            all_axes[0].set_yticks(range(len(rows)), [clean(name, 64) for name in rows["layer"]])
+            all_axes[0].set_ylim(len(rows) - 0.4, -0.6)
+        else:
+            for axes in all_axes:
+                axes.set_xlabel("depth: first to last layer")
+        handles = all_axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(n_sides, 4))
+        entitle(figure, one.alike)
     return figure
 
 

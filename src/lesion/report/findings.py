@@ -27,6 +27,7 @@ from lesion.analysis.paired import against_floor, neighbours
 from lesion.analysis.reading import reading_columns, reading_drops, reading_shares
 from lesion.analysis.settings import Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
+from lesion.analysis.side_by_side import paired_differences
 from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import GENERATION, LESION
 
@@ -63,6 +64,7 @@ class Findings:
     reading: pd.DataFrame = field(default_factory=_none)
     alone: pd.DataFrame = field(default_factory=_none)
     agreement: pd.DataFrame = field(default_factory=_none)
+    differences: pd.DataFrame = field(default_factory=_none)
     interactions: pd.DataFrame = field(default_factory=_none)
     cumulative: pd.DataFrame = field(default_factory=_none)
     areas: pd.DataFrame = field(default_factory=_none)
@@ -187,6 +189,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         found.aspects = _bounded(found.aspects, metric)
         work("interaction", aspect_interaction, frame)
     work("agreement", _agreement, frame)
+    work("differences", paired_differences, frame, **how)
     if has.get("pairs", 0):
         work("interactions", pair_interactions, frame, **how)
     if has.get("cumulative", 0):

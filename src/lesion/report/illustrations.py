@@ -13,11 +13,11 @@ from lesion.analysis.cells import groups
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt
 from lesion.analysis.reading import reading_table
 from lesion.analysis.settings import Setting, slug
-from lesion.report import curves, figures
-from lesion.report.crossing import telling, window_maps
+from lesion.report import beside, curves, figures
+from lesion.report.crossing import window_maps
 from lesion.report.findings import Findings
 from lesion.report.profile import profile
-from lesion.report.tables import missing
+from lesion.report.tables import missing, telling
 from lesion.report.text import clean, number, short_names
 
 Drawn = list[tuple[Path, str]]  # and the text for those who cannot see it
@@ -99,9 +99,29 @@ def over_settings(folder: Path, found: Findings) -> Drawn:
         full = f"{text}; the same numbers are in the tables"
         drawn.extend((path, full) for path in figures.save(figure, folder / stem))
 
-    for figure, stem, text in [*_scatters(found), *_doses(found), *_windows(found)]:
+    for figure, stem, text in [*_besides(found), *_scatters(found), *_doses(found), *_windows(found)]:
         add(figure, stem, text)
     return drawn
+
+
+def _besides(found: Findings) -> list[tuple[Figure, str, str]]:
+    """Layers by models, kinds and replacements; of more than a figure of points can hold, a heat map a measure."""
+    out = []
+    every = beside.side_by_side(found)
+    for number_, one in enumerate(every[:SETTINGS], 1):
+        end = f"--{number_}" if len(every) > 1 else ""
+        text = f"Layers by {' and '.join(one.differ)}"
+        if len(one.names) <= len(figures.COLOURS):
+            out.append((curves.side_by_side(one, found.metric), f"side-by-side{end}", f"{text}, with 95 % intervals"))
+            continue
+        for measure in one.measures:
+            table = one.table.set_index("layer")[[f"{measure} {name}" for name in one.names]].set_axis(
+                one.names, axis=1
+            )
+            meaning = f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}"
+            figure = figures.heat_map(table, meaning, one.alike, measure == "importance", " and ".join(one.differ))
+            out.append((figure, f"side-by-side--{measure}{end}", f"{text}: heat map of {measure}"))
+    return out
 
 
 def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:

@@ -348,6 +348,21 @@ def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
     They come to images/<run>/, where <run> tells the folders of the runs apart, and their attention maps to
     maps/<run>/. A file that is not there stays away.
     """
+    places = _places(frame)
+    for name, place in places.items():
+        if place != name:
+            _link(out / name, out / place)
+            if beside := beside_image(name):
+                _link(out / beside, out / beside_image(place))
+    return gathered(frame)
+
+
+def gathered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same frame with images where `gather` puts them."""
+    return frame.assign(image=frame["image"].map(_places(frame)))
+
+
+def _places(frame: pd.DataFrame) -> dict[str, str]:
     places = {name: name for name in frame["image"].unique()}
     roots: dict[str, str] = {}
     for name in places:
@@ -357,10 +372,7 @@ def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
             if root not in roots:
                 roots[root] = slug(root)  # its hash is that of the whole path
             places[name] = f"images/{roots[root]}/{rest}"
-            _link(out / name, out / places[name])
-            if beside := beside_image(name):
-                _link(out / beside, out / beside_image(places[name]))
-    return frame.assign(image=frame["image"].map(places))
+    return places
 
 
 def _link(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt,
 from lesion.analysis.reading import adherence_lost
 from lesion.analysis.settings import BASELINE, Setting, in_order, only_setting, rows, settings
 from lesion.errors import RequestError
-from lesion.report import contents, crossing, figures, grids, maps, write_report
+from lesion.report import beside, contents, crossing, figures, grids, maps, write_report
 from lesion.report.canvas import load
 from lesion.report.findings import Findings, findings
 from lesion.report.merging import Refused, gather, put_together, run_folders
@@ -121,6 +121,32 @@ class Results:
         table = table[[*table.columns[first:], *table.columns[:first]]]
         found: pd.DataFrame = table[table["measure"] == measure].drop(columns="measure").reset_index(drop=True)
         return found
+
+    def side_by_side(self, **where: Any) -> pd.DataFrame:
+        """Layers (index, in depth order) by models, kinds of lesion and replacements: the table of the report.
+
+        Columns: for each measure and what tells the settings apart, "importance sd15, zero" say, with " low" and
+        " high" (95 %); of models with different layers "depth MODEL", from 0 for the first layer to 1 for the last.
+        where: values of what the settings share (window, strength, …), if there are several groups of them. Empty where
+        no settings stand side by side. Raises RequestError where no group or several fit.
+        """
+        every = beside.side_by_side(self.findings)
+        if not every:
+            return pd.DataFrame(index=pd.Index([], name="layer"))
+        asked = _columns(where)
+        fitting = [one for one in every if all(one.shared.get(name) == value for name, value in asked.items())]
+        if len(fitting) != 1:
+            named = "; ".join(one.alike or "the defaults" for one in every)
+            raise RequestError("where", f"must fit one of these groups of settings: {named}")
+        return fitting[0].table.set_index("layer")
+
+    def differences(self) -> pd.DataFrame:
+        """Paired differences of layers between settings that differ in model, kind or replacement alone.
+
+        One row a pair, measure and layer that both have: difference (other minus one, over the same prompts and seeds)
+        with low, high (95 %), method, n_prompts, n_images; columns as of `side_by_side.paired_differences`.
+        """
+        return self.findings.differences
 
     def layers(self) -> pd.DataFrame:
         """All that is said of each layer, as in the report's layer table: `Findings.summary` of every setting."""

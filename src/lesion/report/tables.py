@@ -6,6 +6,7 @@ package of that name. A table with Chinese, emoji and the like needs LuaLaTeX: i
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from lesion.analysis.settings import Setting
 from lesion.errors import visible
 from lesion.report.text import beyond_t1, clean, code, latex, markdown, number
 from lesion.store.files import atomically
+from lesion.study.columns import GENERATION, LESION
 
 WIDE = 110  # characters a line of a LaTeX table holds; wider tables are split
 HEAD = 40  # characters of a heading in LaTeX
@@ -56,7 +58,8 @@ class Column:
     text | code. low, high: columns of the interval.
     marks: column of p-values that are shown as marks, daggers where the column `sign` is below 0. best: bold for the
     largest value. spare: left out of LaTeX where it says the same in every row.
-    up: the page sorts it upwards first.
+    up: the page sorts it upwards first. over: a heading that stands over this column and its neighbours with the same.
+    absent: what stands for a missing number.
     """
 
     name: str
@@ -69,6 +72,13 @@ class Column:
     best: bool = False
     spare: bool = False
     up: bool = False
+    over: str = ""
+    absent: str = "n/a"
+
+    @property
+    def title(self) -> str:
+        """The heading where there is one row of them."""
+        return f"{self.over}: {self.head}" if self.over else self.head
 
     @property
     def left(self) -> bool:
@@ -88,7 +98,7 @@ class Column:
             value = "" if missing(value) else value
             return Cell(clean(value), code=self.kind == "code", value=clean(value))
         if missing(value):
-            return Cell("n/a")
+            return Cell(self.absent)
         if self.kind == "ratio" and abs(value) > FAR:  # the floor it is divided by is next to nothing
             return Cell("far above" if value > 0 else "far below", value=str(value))
         if self.kind == "p":
@@ -184,9 +194,30 @@ def sizes(part: pd.DataFrame) -> str:
     return f"n = {prompts} {'prompt' if prompts == 1 else 'prompts'}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
 
+def telling(table: pd.DataFrame, *besides: str) -> tuple[list[Column], str]:
+    """Columns of the setting that differ between rows, and the others in words."""
+    keys = [name for name in ("model", *LESION, *GENERATION) if name in table and name not in besides]
+    differ = [name for name in keys if table[name].nunique(dropna=False) > 1]
+    alike = {name: table[name].iloc[0] for name in keys if name not in differ and len(table)}
+    usual = {name: getattr(Setting, name) for name in LESION if name != "replacement"}
+    named = [f"{name} {clean(value, 60)}" for name, value in alike.items() if usual.get(name) != value]
+    return [_setting_column(table, name) for name in differ], ", ".join(named)
+
+
+def _setting_column(table: pd.DataFrame, name: str) -> Column:
+    kind = "exact" if pd.api.types.is_numeric_dtype(table[name]) else "text"
+    return Column(name, name.replace("_", " "), kind)
+
+
+def over_words(frame: pd.DataFrame, what: str, alike: str, metric: str) -> str:
+    """A caption: what is shown, what all rows have in common, metric, how many prompts and seeds."""
+    facts = f"{alike}; metric {metric}; {sizes(frame)}." if alike else f"metric {metric}; {sizes(frame)}."
+    return f"{what} {facts[0].upper()}{facts[1:]}"
+
+
 def to_markdown(table: Table) -> str:
     """A pipe table below its caption."""
-    lines = ["| " + " | ".join(markdown(column.head) for column in table.columns) + " |"]
+    lines = ["| " + " | ".join(markdown(column.title) for column in table.columns) + " |"]
     lines.append("|" + "|".join(" --- " if column.left else " ---: " for column in table.columns) + "|")
     lines += ["| " + " | ".join(_markdown_cell(cell) for cell in row) + " |" for row in table.cells]
     note = f"\n{markdown(table.note, 2000)}\n" if table.note else ""
@@ -223,10 +254,18 @@ def _split(table: Table, siunitx: bool) -> list[Table]:
     ]
     room = WIDE - sum(widths[: table.lead])
     groups: list[list[int]] = [[]]
+    left = room
     for place in range(table.lead, len(widths)):
-        if groups[-1] and sum(widths[one] for one in groups[-1]) + widths[place] > room:
+        over = table.columns[place].over
+        # Columns below one heading start in a part of their own where the rest of this one is too narrow for all.
+        together = [one for one in range(place, len(widths)) if over and table.columns[one].over == over]
+        begins = over and table.columns[place - 1].over != over
+        wanted = min(sum(widths[one] for one in together), room) if begins else widths[place]
+        if groups[-1] and max(wanted, widths[place]) > left:
             groups.append([])
+            left = room
         groups[-1].append(place)
+        left -= widths[place]
     found = []
     for group in groups:
         places = [*range(table.lead), *group]
@@ -248,8 +287,10 @@ def _cell_width(cell: Cell, siunitx: bool) -> float:
 
 def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
     heads, layout = [], ""
+    spans: list[tuple[str, int]] = []
     for place, column in enumerate(table.columns):
         between = any(row[place].interval for row in table.cells)
+        spans.append((column.over, 2 if siunitx and not column.left and between else 1))
         if siunitx and not column.left:
             heads += [f"{{{latex(column.head, HEAD)}}}", *([r"{95\,\%}"] if between else [])]
             layout += f"S[table-format={_format([row[place].text for row in table.cells])}]" + ("l" if between else "")
@@ -269,7 +310,7 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
         )
         for row in table.cells
     ]
-    top = [r"\toprule", _row(heads), r"\midrule"]
+    top = [r"\toprule", *_over(spans), _row(heads), r"\midrule"]
     named = rf"\caption{{{words}}}\label{{{label}}}"
     if len(body) > LONG:
         lines = [r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{longtable}}{{{layout}}}"]
@@ -291,6 +332,22 @@ def _noted(table: Table) -> list[str]:
     if not table.note:
         return []
     return [r"\par\smallskip", rf"\parbox{{0.9\linewidth}}{{\scriptsize {latex(table.note, 2000)}}}"]
+
+
+def _over(spans: Sequence[tuple[str, int]]) -> list[str]:
+    """The row of headings over several columns, with a rule below each; none where there are none.
+
+    spans: of each column, the heading over it and how many columns of LaTeX it takes.
+    """
+    if not any(over for over, _ in spans):
+        return []
+    pieces, rules, at = [], [], 1
+    for over, group in itertools.groupby(spans, key=lambda span: span[0]):
+        wide = sum(columns for _, columns in group)
+        pieces += [rf"\multicolumn{{{wide}}}{{c}}{{{latex(over, 3 * HEAD)}}}"] if over else [""] * wide
+        rules += [rf"\cmidrule(lr){{{at}-{at + wide - 1}}}"] if over else []
+        at += wide
+    return [_row(pieces), "".join(rules)]
 
 
 def _row(pieces: Iterable[str]) -> str:
