@@ -90,7 +90,11 @@ class Cell:
 
     @property
     def baseline(self) -> Cell:
-        return self if self.lesion is None else Cell(self.model, self.prompt, self.seed, self.settings, None)
+        return self if self.lesion is None else self._baseline
+
+    @cached_property
+    def _baseline(self) -> Cell:
+        return Cell(self.model, self.prompt, self.seed, self.settings, None)
 
     @cached_property
     def unsteered(self) -> Cell | None:
@@ -177,8 +181,9 @@ class Study:
             for prompt in self.prompts:
                 subject = _subject(self.context, prompt)
                 for seed in self.seeds_of(prompt):
+                    baseline = self._cell(prompt, seed, None, _key(subject, seed, None))
                     for lesion in lesions:
-                        yield self._cell(prompt, seed, lesion, _key(subject, seed, lesion))
+                        yield self._cell(prompt, seed, lesion, _key(subject, seed, lesion), baseline)
 
     def places(self) -> Iterator[int]:
         """The place of each of `cells()` among those of the whole study, from 0."""
@@ -295,9 +300,14 @@ class Study:
         """A cell of the study, with its key."""
         return self._cell(prompt, seed, lesion, _key(subject or self.subject(prompt), seed, lesion))
 
-    def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str) -> Cell:
+    def _cell(
+        self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str, baseline: Cell | None = None
+    ) -> Cell:
+        """With its cached properties filled, as far as they are known: many cells have one baseline."""
         cell = Cell(self.model, prompt, seed, self.settings, lesion)
-        cell.__dict__["key"] = key  # fills the cached property
+        cell.__dict__["key"] = key
+        if lesion and baseline:
+            cell.__dict__["_baseline"] = baseline
         return cell
 
     @property
