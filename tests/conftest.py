@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -25,6 +26,13 @@ __all__ = ["byte_tokenizer", "small_pipeline", "small_unet", "text_encoder"]  # 
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Layer lists are remembered in a folder of this session, not in the user's."""
     os.environ["LESION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_lives_is_not_collected() -> None:
+    """A model that is forgotten collects garbage: half of a small test's time, if that visits every imported module."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSALS, ids=lambda value: " ".join(value) if value else "")
-@pytest.mark.parametrize("mode", [[], ["-m"]], ids=["run", "multirun"])
+@pytest.mark.parametrize("mode", [[], pytest.param(["-m"], marks=pytest.mark.slow)], ids=["run", "multirun"])
 def test_a_wrong_request_is_one_line_and_leaves_no_trace(cli, monkeypatch, arguments, words, mode):
     monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model"))
     if arguments[0].startswith("model="):

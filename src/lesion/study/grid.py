@@ -300,9 +300,7 @@ class Study:
         """A cell of the study, with its key."""
         return self._cell(prompt, seed, lesion, _key(subject or self.subject(prompt), seed, lesion))
 
-    def _cell(
-        self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str, baseline: Cell | None = None
-    ) -> Cell:
+    def _cell(self, prompt: Prompt, seed: int, lesion: Lesion | None, key: str, baseline: Cell | None = None) -> Cell:
         """With its cached properties filled, as far as they are known: many cells have one baseline."""
         cell = Cell(self.model, prompt, seed, self.settings, lesion)
         cell.__dict__["key"] = key
