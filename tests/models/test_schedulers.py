@@ -117,6 +117,8 @@ def test_other_images_have_other_labels(own):
         label = schedulers.label(name, OWN[own])
         result = denoised(schedulers.make(name, own_scheduler(OWN[own])))
         assert torch.equal(found.setdefault(label, result), result), (name, label)
+        twice = own != "two" and SCHEDULERS[name] == OWN[own]["_class_name"] != label
+        assert schedulers.is_own(name, OWN[own]) == (twice and torch.equal(result, found[SCHEDULERS[name]])), name
 
 
 def label_of_0_1(name, own):
@@ -177,6 +179,19 @@ def test_flow_schedulers_are_plain_too():
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     assert torch.equal(denoised(made), denoised(plain))
+
+
+def test_a_run_says_where_a_name_is_what_the_model_has(tiny_folder, tmp_path, cli):
+    folder = shutil.copytree(tiny_folder, tmp_path / "karras")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", DPM]}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": DPM, "use_karras_sigmas": True})
+    )
+    for name, told in (("dpmpp_karras", True), ("dpmpp", False), ("null", False)):
+        code, out, err = cli(f"model.id={folder}", f"model.scheduler={name}", "dry_run=true")
+        assert code == 0, err
+        assert ("model.scheduler=null makes the same pixels" in out) == told
 
 
 def test_a_folder_with_switches_of_its_own_from_request_to_pixels(tiny_folder, tmp_path):

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,25 @@ def last(err: str) -> str:
     line = err.strip().splitlines()[-1]
     assert line.startswith("lesion: ")
     return line
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a small disk of memory at a place, such as `size=32k` or `nr_inodes=20`: one that really runs full."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)  # -l: this process keeps its log open
 
 
 def denied(monkeypatch, folder: Path) -> None:
@@ -66,6 +86,58 @@ def test_what_only_saves_work_may_fail(cli, monkeypatch):
     assert cli("seeds=7", "dry_run=true")[0] == 0
     code, _, err = cli("seeds=7")
     assert code == 2 and err.count("\n") == 1 and "store.dir" in err and "write" in err
+
+
+@pytest.mark.parametrize("options", ["size=28k", pytest.param("nr_inodes=16", marks=pytest.mark.slow)])
+def test_a_store_that_runs_full_costs_the_images_that_do_not_fit(cli, disk, options):
+    store = disk(options)
+    code, out, err = cli("selection=only_one", f"store.dir={store}", "hydra.run.dir=run")
+    assert code == 1 and "Traceback" not in out + err and "No space left on device" in last(err)
+    assert out.count("could not be stored") == 1  # and not once an image
+    frame = tables.read(cli.folder / "run" / "results.parquet")
+    failed = frame[frame.status == "failed"]
+    assert 0 < len(failed) < len(frame) and failed.reason.str.contains("No space left on device").all()
+    assert len(list((store / "cells").rglob("*.png"))) == len(frame) - len(failed)
+    assert not list(store.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=4m,nr_inodes=900", str(store)], check=True)
+    made = {path: path.stat().st_mtime_ns for path in (store / "cells").rglob("*.png")}
+    assert cli("selection=only_one", f"store.dir={store}", "hydra.run.dir=run")[0] == 0
+    assert (tables.read(cli.folder / "run" / "results.parquet").status == "ok").all()
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        ("size=128k", False),
+        pytest.param("size=150k", True, marks=pytest.mark.slow),
+        pytest.param("nr_inodes=24", False, marks=pytest.mark.slow),
+        pytest.param("nr_inodes=32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_runs_full_has_the_results(cli, disk, options, shared):
+    """Images are in the store, on the same disk or another, and in the run folder before the tables are written."""
+    full = disk(options)
+    store = full / "store" if shared else cli.folder / "store"
+    code, out, err = cli(f"store.dir={store}", f"hydra.run.dir={full / 'run'}")
+    assert code == 1 and "Traceback" not in out + err and "No space left on device" in last(err)
+    frame = tables.read(full / "run" / "results.parquet")
+    assert len(frame) == 14
+    if shared:
+        assert {"ok", "failed"} <= set(frame.status)
+    else:
+        assert (frame.status == "ok").all() and "not all pictures could be put into" in last(err)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["nr_inodes=4", *(pytest.param(one, marks=pytest.mark.slow) for one in ("nr_inodes=3", "nr_inodes=6", "size=16k"))],
+)
+def test_a_full_disk_under_the_run_folder_is_a_refusal(cli, disk, monkeypatch, options):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded a model for nothing"))
+    code, _, err = cli("selection=none", f"hydra.run.dir={disk(options)}/run")
+    assert code == 2 and "Traceback" not in err and last(err).startswith("lesion: hydra.run.dir: ")
+    assert "cannot be written to: No space left on device" in last(err)
 
 
 def test_the_table_is_written_before_what_may_not_fit(cli, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,6 +348,30 @@ def test_the_heartbeat_keeps_claims_and_notices_lost_ones(tmp_path, caplog):
         ours._stop.set()  # this process hangs: it lives, but its claims grow old
         time.sleep(0.7)
         assert theirs.take(KEYS[2:3]) == {KEYS[2]}
+
+
+def test_claims_that_vanish_are_told_of_once(tmp_path, caplog):
+    with Claims(tmp_path, expires=0.2) as ours:
+        for _ in range(2):
+            assert ours.take(KEYS[:3]) == set(KEYS[:3])
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+            time.sleep(0.2)
+    assert caplog.text.count("claims were lost") == 1 and "3, the first on" in caplog.text
+
+
+def test_a_folder_that_vanishes_while_an_image_is_written_is_made_again(tmp_path, monkeypatch):
+    store, cell = Store(tmp_path / "store"), a_cell()
+    save = Image.Image.save
+
+    def vanishing(*arguments, **given):
+        monkeypatch.setattr(Image.Image, "save", save)
+        shutil.rmtree(store.folder)
+        save(*arguments, **given)
+
+    monkeypatch.setattr(Image.Image, "save", vanishing)
+    store.put(cell, BLACK)
+    assert np.array_equal(store.get(cell.key).pixels, BLACK)
 
 
 CONTENDER = """

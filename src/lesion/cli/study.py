@@ -7,6 +7,7 @@ interrupted (SIGINT); 143 told to end (SIGTERM).
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # Our files of launchers stand before those of the plugins, which Hydra warns of, also in the processes of jobs.
 warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 OF_HYDRA = (ValueError, TypeError, AttributeError, AssertionError)  # what it raises at keys of its own, unchecked
 
 
@@ -308,6 +310,9 @@ def _main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        for one in (error, error.__cause__):
+            if not _started and isinstance(one, OSError) and one.errno in FULL:  # Hydra's own files do not fit
+                sys.exit(_refuse(RequestError("hydra.run.dir", f"cannot be written to: {one.strerror}")))
         if not _started and isinstance(error, OF_HYDRA) and is_from(error, "hydra", "omegaconf"):
             why = str(error) or type(error).__name__
             sys.exit(_refuse(RequestError("command line", f"cannot be read: {why}")))  # such as KEY.x=1 of a list

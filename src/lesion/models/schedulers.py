@@ -69,6 +69,15 @@ def label(name: str, own: Mapping[str, Any]) -> str:
     return "-".join([cls, *parts, *_changed(name, own, named=bool(parts))])
 
 
+def is_own(name: str, own: Mapping[str, Any]) -> bool:
+    """Whether a name asks for exactly the model's own scheduler, and labels it otherwise than null does.
+
+    Such images have two keys, since earlier versions stored them under both.
+    """
+    cls = SCHEDULERS[name]
+    return own.get("_class_name") == cls and not _changed(name, own, named=False) and label(name, own) != cls
+
+
 def exact(name: str) -> dict[str, Any]:
     """Every option that tells samplers of one class apart, as the name has it, whatever the model's own config says."""
     usual = _defaults(SCHEDULERS[name])

@@ -149,6 +149,17 @@ class Source:
             return schedulers.label(self.spec.scheduler, self.scheduler_config)
         return self.components.get("scheduler", ("diffusers", "default"))[1]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the request for this model, in sentences."""
+        name = self.spec.scheduler
+        if not name or not schedulers.is_own(name, self.scheduler_config):
+            return ()
+        return (
+            f"model.scheduler={name} is what the model has anyway: model.scheduler=null makes the same pixels, but its "
+            "images are kept apart",
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of every config and weight file that makes this model (of a hub model: its commit)."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FILES = (
     "environment.json",
     "report.json",
 )
+TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
 NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))
@@ -111,6 +113,19 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def reserved(folder: Path, rows: int) -> ExitStack:
+    """Take the room on disk that the tables of a study will need, before its images fill the disk.
+
+    The room is free again when the stack is closed, also by the end of the process: it is held by files without names.
+    rows: of the results.
+    """
+    room = ExitStack()
+    with suppress(OSError, AttributeError):  # the disk is full, or the system has no such call
+        files = [room.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in FILES]  # noqa: SIM115
+        os.posix_fallocate(files[0].fileno(), 0, TABLE_BYTES + ROW_BYTES * rows)
+    return room
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:

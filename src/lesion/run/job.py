@@ -26,7 +26,7 @@ from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import environment
 from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
-from lesion.run.folder import prune
+from lesion.run.folder import prune, reserved
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
@@ -223,7 +223,7 @@ def complete(
     from lesion.run.publish import Publisher
     from lesion.run.score_queue import ScoreQueue
 
-    for note in request.notes:
+    for note in (*request.notes, *source.notes):
         log.info(visible(note))
     rounds = _rounds(study, request.budget)
     study = rounds.part if rounds else study
@@ -237,6 +237,7 @@ def complete(
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
     publisher = Publisher(store, context.folder, steered=study.settings.steering is not None)
+    room = reserved(context.folder, counts.rows)
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
@@ -278,6 +279,7 @@ def complete(
             frame, beside["budget"] = rounds.marked(frame), rounds.table()
         publish = partial(_publish, publisher, pictured)
         places = [publisher.place(cell) for cell in pictured]
+        room.close()
         written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
             written.append(environment.record(context.folder, context.config, request.device, making))
@@ -297,6 +299,7 @@ def complete(
             )
         code = int(bool(trouble))
     finally:
+        room.close()
         tracker.close(code)
     return Outcome(frame, written, said, trouble, stopped)
 
@@ -349,7 +352,7 @@ def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store,
         f"  each of {settings.height} x {settings.width} pixels (height x width), {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {settings.scheduler}",
         *([f"  not given: {request.derived}"] if request.derived else []),
-        *(f"  {note}" for note in request.notes),
+        *(f"  {note}" for note in (*request.notes, *source.notes)),
         *(f"  {mode:32} {number:8} images" for mode, number in counts.by_mode.items()),
         f"  {'in all':32} {counts.rows:8} rows, {counts.unique} different images",
         f"  baselines shared: each of {counts.baselines} serves {each} lesions",
@@ -550,9 +553,10 @@ def _write(
     try:
         written = tables.write(folder, {"results": frame, **beside})
     except OSError as error:
+        name = Path(error.filename or "results.parquet").name
         raise StudyFailed(
-            f"results.parquet could not be written to {folder}: {_why(error)}; images are kept in the store, run the "
-            "same command again to resume"
+            f"{name} could not be written to {folder}: {_why(error)}; images are kept in the store, run the same "
+            "command again to resume"
         ) from error
     unwritten = []
     said = None

@@ -87,6 +87,7 @@ class Maker:
         self.broken: dict[str, str] = {}
         self.alone: dict[str, str] = {}  # why each image failed that was made by itself, until the first is made
         self.made_with = _made_with(request.device)
+        self.unstored: set[str] = set()  # why images could not be stored, each told once
         self.sound = False  # whether an image was made, or some fail for reasons of their own
         self.stopped = ""  # why none can be made
 
@@ -263,8 +264,10 @@ class Maker:
                     if picture:
                         self.made(cell, pixels, picture)
                 except OSError as error:
-                    log.error("%s could not be stored: %s", label(cell), brief(error))
                     self.failures[cell.key] = brief(error)
+                    if (why := error.strerror or brief(error)) not in self.unstored:
+                        log.error("%s could not be stored: %s; more like it are not named here", label(cell), why)
+                    self.unstored.add(why)
                 claims.release([cell.key])
 
     def _write(

@@ -126,7 +126,7 @@ class Claims:
         if expires <= 0:
             raise ValueError(f"expires must be above 0 s, not {expires}")
         self.folder, self.expires, self.required = folder, expires, required
-        self._warned = False
+        self._told: set[str] = set()  # warnings
         self._owner = _Owner(machine(), os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
         self._content = json.dumps(vars(self._owner)).encode()
         self._mine: set[str] = set()
@@ -183,9 +183,7 @@ class Claims:
     def _raise_or_warn(self, error: OSError) -> None:
         if self.required:
             raise error
-        if not self._warned:
-            log.warning("images cannot be claimed; other processes may make the same ones meanwhile (%s)", error)
-        self._warned = True
+        self._warn("images cannot be claimed; other processes may make the same ones meanwhile", error)
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` that other living owners hold."""
@@ -269,6 +267,7 @@ class Claims:
         while not stop.wait(self.expires / 4):
             with self._lock:
                 keys = tuple(self._mine)
+            lost: list[str] = []
             for key in keys:
                 try:
                     with self._lock:
@@ -278,9 +277,18 @@ class Claims:
                             os.utime(self._path(key))
                         else:
                             self._mine.discard(key)
-                            log.warning("the claim on %s was lost: this process was suspended for too long", key)
+                            lost.append(key)
                 except OSError as error:
-                    log.warning("a claim could not be renewed: %s", error)
+                    self._warn("claims cannot be renewed; other processes may make the same images meanwhile", error)
+            if lost:
+                why = f"{len(lost)}, the first on {lost[0]}: removed, or this process was suspended for too long"
+                self._warn("claims were lost", why)
+
+    def _warn(self, what: str, why: object) -> None:
+        """Log a warning, each only once."""
+        if what not in self._told:
+            log.warning("%s (%s)", what, why)
+        self._told.add(what)
 
 
 def _put_back(aside: str, path: str) -> None:

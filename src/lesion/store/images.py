@@ -221,7 +221,6 @@ class Store:
         Raises OSError.
         """
         path = self.path(cell.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         notes = PngImagePlugin.PngInfo()
         digest, status = digest_of(pixels), "invalid" if reason else "ok"
         record = {"cell": cell.key, "status": status, "reason": reason, "pixels": digest, **cell.identity()}
@@ -230,9 +229,16 @@ class Store:
         if made:
             record["made"] = dict(made)
         notes.add_itxt("lesion", json.dumps(record, ensure_ascii=False))
-        with atomically(path) as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
-            facts = temporary.stat()
+        for removed in (False, True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with atomically(path) as temporary:
+                    Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=notes, compress_level=1)
+                    facts = temporary.stat()
+                break
+            except FileNotFoundError:  # somebody removes the store at this moment
+                if removed:
+                    raise
         return Picture(facts.st_size, facts.st_mtime_ns, digest, reason, box_mass, _made(record))
 
     def get(self, key: str, size: tuple[int, int] | None = None, digest: str | None = None) -> Stored:

@@ -21,15 +21,18 @@ SUMS = "SHA256SUMS"
 
 
 def write(folder: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
-    """Write tables by name, each in one step, then their digests. Raises OSError."""
+    """Write tables by name, each in one step, then their digests. Raises OSError with the path that cannot be."""
     (folder / SUMS).unlink(missing_ok=True)  # killed in between, tables have no digest rather than a wrong one
     written, lines = [], []
     for name, table in tables.items():
         path = folder / f"{name}.parquet"
         sink = io.BytesIO()
         table.to_parquet(sink, index=False, write_page_checksum=True)
-        with atomically(path) as temporary:
-            temporary.write_bytes(sink.getbuffer())
+        try:
+            with atomically(path) as temporary:
+                temporary.write_bytes(sink.getbuffer())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         written.append(path)
         lines.append(f"{hashlib.sha256(sink.getbuffer()).hexdigest()}  {path.name}\n")
     with atomically(folder / SUMS) as temporary:
