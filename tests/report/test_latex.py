@@ -24,10 +24,14 @@ HEAD = r"""\documentclass{article}
 """
 
 
-def compiled(folder, text: str) -> str:
+def compiled(folder, text: str, engine: str = "pdflatex") -> str:
     """What the PDF says. Fails where LaTeX complains."""
-    (folder / "paper.tex").write_text(HEAD + text + r"\end{document}" + "\n", encoding="utf-8")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "paper.tex"]
+    head = HEAD
+    if engine == "lualatex":  # as the first lines of the text say
+        lines = [line.removeprefix("% ") for line in text.splitlines() if line.startswith("% \\")]
+        head = HEAD.replace(r"\usepackage[T1]{fontenc}", "\n".join(lines))
+    (folder / "paper.tex").write_text(head + text + r"\end{document}" + "\n", encoding="utf-8")
+    command = [engine, "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "paper.tex"]
     for _ in range(2):  # longtable settles its widths in the second run
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=250)
         assert done.returncode == 0, done.stdout[-1500:]
@@ -84,3 +88,25 @@ def test_every_character_that_is_let_through_can_be_set(tmp_path):
     said = compiled(tmp_path, " ".join(f"({latex(one)})" for one in characters))
     # Accents are composed of two glyphs in some fonts, and read as such.
     assert said.count("(") == len(characters) + 1 and "(z)" in said and len(characters) > 280
+
+
+def fonts_of_lualatex() -> str:
+    """Names of the fonts that are installed here."""
+    listed = (
+        subprocess.run(["fc-list", ":", "family"], capture_output=True, text=True) if shutil.which("fc-list") else None
+    )
+    return listed.stdout if listed and shutil.which("lualatex") else ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CJK" not in fonts_of_lualatex(), reason="no LuaLaTeX here with a font of Chinese letters")
+def test_chinese_japanese_korean_and_emoji_are_set_by_lualatex(tmp_path):
+    """By the preamble that the table itself names, on a machine that lacks some of its fonts."""
+    names = ["一个红色圆圈", "赤い円", "빨간 원", "Дом", *(["a 🔴 circle"] if "Emoji" in fonts_of_lualatex() else [])]
+    frame = pd.DataFrame({"prompt": names, "value": [float(number) for number in range(len(names))]})
+    made = Table.of("x", "X", "红", [Column("prompt", "prompt", "text"), Column("value", "value")], frame)
+    text = tables.to_latex(made)
+    said = " ".join(compiled(tmp_path, text, "lualatex").split())
+    log = (tmp_path / "paper.log").read_text(encoding="utf-8", errors="replace")
+    assert "Missing character" not in log
+    assert all(f"{name} {number}.000" in said for number, name in enumerate(names) if name.isalpha())

@@ -30,9 +30,14 @@ LONG = 45  # rows from which a LaTeX table runs over pages
 LEVELS = ((0.001, 3), (0.01, 2), (0.05, 1))  # p-value, number of marks
 FAR = 10.0  # ratios beyond say no more than that
 ABOVE, BELOW = "*", "†"
-UNICODE = r"""% {letters}: pdfLaTeX cannot set these; LuaLaTeX can, with this in place of fontenc (name fonts you have):
+# Only fonts that are there: luaotfload stops at another one.
+UNICODE = r"""% {letters}: pdfLaTeX cannot set these; LuaLaTeX can, with this in place of fontenc:
 % \usepackage{{fontspec}}
-% \directlua{{luaotfload.add_fallback("others", {{"Noto Sans CJK SC:mode=harf;", "Noto Emoji:mode=harf;"}})}}
+% \directlua{{others = {{}}}}
+% \newcommand{{\other}}[1]{{\IfFontExistsTF{{#1}}{{\directlua{{table.insert(others, "#1:mode=harf;")}}}}{{}}}}
+% \other{{Noto Sans CJK SC}}\other{{WenQuanYi Micro Hei}}\other{{FandolSong}}
+% \other{{Noto Emoji}}\other{{Noto Color Emoji}}\other{{DejaVu Sans}}
+% \directlua{{luaotfload.add_fallback("others", others)}}
 % \setmainfont{{Latin Modern Roman}}[RawFeature={{fallback=others}}]
 % \setmonofont{{Latin Modern Mono}}[RawFeature={{fallback=others}}]
 """
