@@ -8,22 +8,28 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from PIL import Image
 
-from conftest import settings
+from conftest import settings, tiny_spec
+from lesion import models
 from lesion.denoising.run import Client, DenoiserCall, Denoising
 from lesion.generation.capture import Capturing
-from lesion.generation.generate import call, generate, generators
+from lesion.generation.generate import call, generate, generators, steering, under_lesions
 from lesion.generation.layout import Steering, Target, box_mask, grid, layout_losses, sigma_squared
 from lesion.models.words import words_of
+from lesion.replacements.mean import Mean
+from lesion.replacements.resample import Resample
 from lesion.replacements.steering_off import SteeringOff
 from lesion.replacements.zero import Zero
 from lesion.study.boxes import Box
 from lesion.study.capture import Capture
 from lesion.study.grid import Cell
+from lesion.study.inits import with_inits
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.study.steering import Layout
 from lesion.surgery.attention import text_attention
+from lesion.surgery.operation import replacement_key
 
 PROMPTS = [
     Prompt("a red circle", boxes=(Box("circle", (0.0, 0.0, 0.5, 0.5)),)),
@@ -109,52 +115,108 @@ class Seen(Client):
     """The input of each denoiser call and the sample of each step, as they arrive."""
 
     def __init__(self):
-        self.inputs, self.samples = [], []
+        self.inputs, self.samples, self.kwargs = [], [], []
 
     def before_call(self, run, call):
         self.inputs.append(call.sample.clone())
+        self.kwargs.append(dict(call.kwargs))
 
     def before_step(self, run, step):
         self.samples.append(step.sample.clone())
 
 
-@pytest.mark.parametrize("form", ["euler", "ddim"])
-def test_a_step_is_sigma_squared_times_the_gradient_with_respect_to_the_latents(tiny_model, form):
-    if form == "euler":
-        tiny_model.pipe.scheduler = EulerDiscreteScheduler.from_config(tiny_model.pipe.scheduler.config)
-    layout = replace(LAYOUT, iterations=1, steps=1, step_size="sigma_squared", layers=LAYOUT.layers[:1], scale=10.0)
-    before, after, steering = Seen(), Seen(), client(tiny_model, layout)
-    call(tiny_model, PROMPTS, generators([0, 0]), settings(), [before, steering, after])
-    scheduler, unet = tiny_model.pipe.scheduler, tiny_model.denoiser
-    scheduler.set_timesteps(4)
-    time = scheduler.timesteps[0]
-    latents = before.samples[0].detach().clone().requires_grad_()
-    text = tiny_model.pipe.encode_prompt([one.text for one in PROMPTS], "cpu", 1, False)[0].detach()
-    kept = []
+def kept_maps(unet, site, kept):
+    """Keep the attention scores of a cross-attention, as diffusers' own method computes them."""
 
     def look(module, args, kwargs):
         query, key = module.to_q(args[0]), module.to_k(kwargs["encoder_hidden_states"])
-        kept.append(module.get_attention_scores(*map(module.head_to_batch_dim, (query, key))))
+        scores = module.get_attention_scores(*map(module.head_to_batch_dim, (query, key)))
+        kept.append(scores.unflatten(0, (len(query), -1)))
 
-    site = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
-    handle = site.register_forward_pre_hook(look, with_kwargs=True)
-    unet(scheduler.scale_model_input(latents, time), time, encoder_hidden_states=text)
-    handle.remove()
-    maps = kept[0].unflatten(0, (2, -1))
-    masks, tokens = torch.zeros(2, 2, maps.shape[2]), torch.zeros(2, 2, 77)
-    for row, boxes in enumerate(steering.targets):
+    return unet.get_submodule(site).register_forward_pre_hook(look, with_kwargs=True)
+
+
+DEAD = "down_blocks.0.attentions.0"
+MEANS = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(0))
+LESIONED = {"mean": lambda sites: Mean(dict.fromkeys(sites, MEANS)), "resample": lambda sites: Resample("a cat", True)}
+HOOKS = {
+    "mean": lambda module, args, output: MEANS[0, 1].expand_as(output),
+    "resample": lambda module, args, output: output[2:].repeat(2, 1, 1),
+}
+
+
+@pytest.fixture
+def of_form(tiny_model, tiny_sdxl_folder, tmp_path):
+    """Return by name a model, settings and prompts with boxes; of img2img with init images."""
+
+    def made(form):
+        model, asked, prompts = tiny_model, settings(), PROMPTS
+        if form == "sdxl":
+            model, asked = (
+                models.load(models.resolve(tiny_spec(tiny_sdxl_folder)), "cpu"),
+                settings(height=32, width=32),
+            )
+        if form == "img2img":
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                tmp_path / "init.png"
+            )
+            asked = settings(task="img2img", steps=6, noising=0.7)  # 4 of 6 steps
+            prompts = with_inits(tuple(PROMPTS), str(tmp_path / "init.png"), "key")
+        if form in ("euler", "pndm"):
+            kind = {"euler": EulerDiscreteScheduler, "pndm": PNDMScheduler}[form]
+            model.pipe.scheduler = kind.from_config(model.pipe.scheduler.config)
+        return model, asked, prompts
+
+    return made
+
+
+@pytest.mark.parametrize("form", ["euler", "ddim", "sdxl", "img2img", "mean", "resample"])
+def test_a_step_is_sigma_squared_times_the_gradient_with_respect_to_the_latents(of_form, form):
+    """Of the first step, against a plain forward pass; also where a lesion changes what comes before the maps."""
+    model, asked, prompts = of_form(form)
+    unet, anatomy = model.denoiser, text_attention(model.denoiser)
+    layout = replace(LAYOUT, iterations=1, steps=1, step_size="sigma_squared", layers=anatomy.paths[-1:], scale=10.0)
+    lesion = Lesion("leave_one_out", DEAD, (DEAD,), Replacement(form)) if form in LESIONED else None
+    made = [Cell(model.identity, prompt, 0, replace(asked, steering=layout), lesion) for prompt in prompts]
+    lesions, everyone, work = [lesion] * 2, list(prompts), {}
+    if lesion:
+        work = {replacement_key(lesion): LESIONED[form](anatomy.sites[DEAD])}
+    if form == "resample":
+        lesions, everyone = [*lesions, None, None], [*prompts, Prompt("a cat"), Prompt("a cat")]
+    steers, before, after = steering(model, made, lesions), Seen(), Seen()
+    clients = [*under_lesions(model, lesions, work), before, steers, after]
+    call(model, everyone, generators([0] * len(everyone)), made[0].settings, clients)
+
+    scheduler, latents = model.pipeline(asked.task).scheduler, before.samples[0].detach().clone().requires_grad_()
+    scheduler.set_timesteps(asked.steps)
+    index = len(scheduler.timesteps) - 4
+    time, kept = scheduler.timesteps[index], []
+    handles = [kept_maps(unet, site, kept) for site in anatomy.sites[layout.layers[0]]]
+    if lesion:
+        handles += [unet.get_submodule(site).register_forward_hook(HOOKS[form]) for site in anatomy.sites[DEAD]]
+    given = before.kwargs[0]
+    text = {"encoder_hidden_states": given["encoder_hidden_states"][len(everyone) :]}  # the conditional half
+    if added := given.get("added_cond_kwargs"):
+        text["added_cond_kwargs"] = {name: value[len(everyone) :] for name, value in added.items()}
+    unet(scheduler.scale_model_input(latents, time), time, **text)
+    for handle in handles:
+        handle.remove()
+    masks, tokens = torch.zeros(2, 2, kept[0].shape[2]), torch.zeros(2, 2, kept[0].shape[3])
+    for row, boxes in enumerate(steers.targets[:2]):
         for number, target in enumerate(boxes):
-            masks[row, number] = box_mask(target.box, *grid(maps.shape[2], 1.0), "covered").flatten()
+            masks[row, number] = box_mask(target.box, *grid(kept[0].shape[2], 1.0), "covered").flatten()
             tokens[row, number, list(target.columns)] = 1
-    loss = layout_losses([maps], [masks], tokens, torch.ones(1, 2)).sum()
+    maps = [one[:2] for one in kept]
+    loss = layout_losses(maps, [masks] * len(maps), tokens, torch.ones(len(maps), 2)).sum()
     (gradient,) = torch.autograd.grad(loss, latents)
-    if form == "euler":
-        variance = float(scheduler.sigmas[0]) ** 2
+    if hasattr(scheduler, "sigmas"):
+        variance = float(scheduler.sigmas[index]) ** 2
     else:
         alpha = float(scheduler.alphas_cumprod[time])
         variance = (1 - alpha) / alpha
-    moved = latents.detach() - 10 * variance * gradient
-    assert not torch.allclose(moved, latents, atol=1e-3)
+    moved = latents.detach().clone()
+    moved[:2] -= 10 * variance * gradient[:2]
+    assert (moved[:2] - latents[:2]).abs().amax(dim=(1, 2, 3)).gt(1e-3).all()
     assert torch.allclose(after.samples[0], moved, rtol=1e-4, atol=1e-4)
     expected = scheduler.scale_model_input(moved, time)
     assert torch.allclose(after.inputs[0], torch.cat([expected, expected]), rtol=1e-4, atol=1e-4)
@@ -229,14 +291,25 @@ def test_a_gradient_runs_only_the_images_and_the_part_of_the_denoiser_that_it_ne
         handle.remove()
 
 
-@pytest.mark.parametrize("scheduler", [PNDMScheduler, EulerDiscreteScheduler])
-def test_whole_runs_are_steered_under_schedulers_with_alphas_and_with_sigmas(tiny_model, scheduler):
-    tiny_model.pipe.scheduler = scheduler.from_config(tiny_model.pipe.scheduler.config)
-    masses, still = {}, {}
-    steered = generate(tiny_model, cells(tiny_model), {}, masses=masses)
-    unsteered = generate(tiny_model, cells(tiny_model, replace(LAYOUT, iterations=0)), {}, masses=still)
+@pytest.mark.parametrize("form", ["pndm", "euler", "sdxl", "img2img"])
+def test_whole_runs_are_steered_under_other_schedulers_models_and_tasks(of_form, form):
+    model, asked, prompts = of_form(form)
+    layout = replace(LAYOUT, layers=text_attention(model.denoiser).paths[-1:])
+
+    def made(number, **changes):
+        masses = {}
+        given = [
+            Cell(model.identity, one, 0, replace(asked, steering=replace(layout, **changes)), None)
+            for one in prompts[:number]
+        ]
+        return generate(model, given, {}, masses=masses), list(masses.values())
+
+    (steered, masses), (unsteered, still) = made(2), made(2, iterations=0)
+    plain = [Cell(model.identity, one, 0, asked, None) for one in prompts]
+    assert np.array_equal(unsteered, generate(model, plain, {}))
     assert np.isfinite(steered).all() and np.abs(steered - unsteered).max() > 1e-3
-    assert all(new > old for new, old in zip(masses.values(), still.values(), strict=True))
+    assert all(new > old for new, old in zip(masses, still, strict=True))
+    assert np.abs(made(1)[0] - steered[:1]).max() < 1e-3
 
 
 def test_attention_maps_are_kept_of_steered_images_and_change_none(tiny_model):

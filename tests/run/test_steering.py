@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+
+from lesion.generation.layout import Steering
 
 BOXES = [
     {"text": "a red circle", "boxes": [{"words": "red circle", "box": [0, 0, 0.5, 0.5]}]},
@@ -73,6 +76,27 @@ def test_unsteered_and_steered_images_are_settings_of_their_own(cli):
     assert both[""]["unsteered_distance"].isna().all() and (both["layout"]["unsteered_distance"] > 0).all()
     # Steered images are compared with those that the study without steering has made.
     assert {path.stem for path in cli.folder.rglob("cells/*/*.png")} == plain | set(both["layout"]["cell"])
+
+
+def test_out_of_memory_while_steering_halves_the_batch(cli, monkeypatch):
+    gradient = Steering._gradient
+
+    def crowded(self, run, call, others, latents, weights, rows):
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return gradient(self, run, call, others, latents, weights, rows)
+
+    asked = (items(BOXES), *STUDY[:-1], "selection=none", "scorer.metrics=[clip_similarity]")
+    assert cli(*asked, "generation.batch_size=1", "store.dir=alone")[0] == 0
+    monkeypatch.setattr(Steering, "_gradient", crowded)
+    code, out, _ = cli(*asked, "hydra.run.dir=crowded", "store.dir=crowded_store")
+    assert code == 0 and "out of memory with a batch of 2; continuing with 1" in out
+    halved, alone = (
+        {path.stem: np.asarray(Image.open(path)) for path in cli.folder.glob(f"{store}/cells/*/*.png")}
+        for store in ("crowded_store", "alone")
+    )
+    steered = set(pd.read_parquet(cli.folder / "crowded" / "results.parquet")["cell"])
+    assert len(steered) == 2 and all(np.array_equal(halved[key], alone[key]) for key in steered)
 
 
 def test_wrong_requests_are_refused_before_a_model_loads(cli):
