@@ -292,6 +292,11 @@ def test_few_steps_without_guidance(tiny_sdxl_folder):
             ["capture=maps", "layers.kind=block"],
             "capture: ZImagePipeline puts a template around its prompts",
         ),
+        (
+            "qwen_image",
+            ["steering=layout", "prompts.items=[{text:a cat,boxes:[{words:cat,box:[0,0,1,1]}]}]", "layers.kind=block"],
+            "steering: QwenImagePipeline puts a template around its prompts, so words cannot be told apart",
+        ),
     ],
 )
 def test_what_a_class_cannot_do_is_refused_before_it_loads(name, given, words, cli, tmp_path, monkeypatch):
