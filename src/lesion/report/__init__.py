@@ -194,7 +194,7 @@ def _maps_section(run_dir: Path, maps: pd.DataFrame | None, siunitx: bool) -> ht
         return None
     listed = [_link(path, run_dir) for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
     part = html.Part("What does each layer look at?", tables=[*made])
-    return html.Section("Attention maps", "attention-maps", parts=[part], files=listed)
+    return html.Section("Attention maps: in detail", "attention-maps", parts=[part], files=listed)
 
 
 _UNDER = {

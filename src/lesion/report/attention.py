@@ -200,7 +200,8 @@ def by_subject(made: list[WordPicture]) -> dict[str, list[WordPicture]]:
 
 def tables(maps: pd.DataFrame) -> list[Table]:
     """Means of the baselines' maps by layer and aspect, and by word; columns are explained in docs/attention.md."""
-    measures = [Column(name, name.replace("_", " ")) for name in MEASURES] + [Column("n_prompts", "prompts", "count")]
+    measures = [Column(name, name.replace("_", " ").replace("iou", "IoU")) for name in MEASURES]
+    measures.append(Column("n_prompts", "prompts", "count"))
     words = (
         "What the layers of the baselines look at, by the aspect that a word is about: share of the attention, spread "
         "(entropy, 0 to 1), and against the pixels that the word speaks of: mass inside, IoU at the best threshold, "
