@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from conftest import byte_tokenizer
-from lesion.generation.generate import _say_unseen
+from lesion.generation.generate import say_unseen
 from lesion.models import EMBEDDED
 from lesion.models.words import encoders, in_parts
 from lesion.study.prompts import Prompt
@@ -98,6 +98,19 @@ def test_text_without_words(tokenizers):
     assert in_parts([(tokenizers["clip"], 8)], "").special == tuple(range(8))
 
 
+def test_many_prompts_that_are_too_long_are_one_line(caplog):
+    pipe = SimpleNamespace(tokenizer=CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=8))
+    model = SimpleNamespace(pipe=pipe, arguments={}, unseen={})
+    texts = ["circle " * (21 + number) for number in range(5)]
+    say_unseen(model, [Prompt(text) for text in texts])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("5 of 5 prompts are too long: ") and said.endswith("; and 2 more (column truncated_tokens)")
+    assert "its last 15 tokens (circle#7, " in said and "circle#21); of " in said
+    assert [tokens for tokens, _ in model.unseen.values()] == [15, 16, 17, 18, 19]
+    say_unseen(SimpleNamespace(pipe=SimpleNamespace(), arguments={}, unseen={}), [Prompt(texts[0])])  # cannot be told
+    assert len(caplog.records) == 1
+
+
 def test_a_pipeline_without_tokenizer_is_refused():
     with pytest.raises(ValueError, match="has no tokenizer"):
         encoders(SimpleNamespace())
@@ -118,7 +131,7 @@ LATE = "blue, circle#2, café-bar"
         ("FluxPipeline", {"tokenizer": 60, "tokenizer_2": 8}, (), LATE),  # of CLIP it reads no tokens
     ],
 )
-def test_words_that_no_encoder_sees_are_named_once_a_prompt(name, lengths, absent, unseen, caplog):
+def test_words_that_no_encoder_sees_are_named_once_a_study(name, lengths, absent, unseen, caplog):
     """Of several encoders one that sees a word is enough; one that the pipeline lacks sees none."""
     limit = lengths.get("tokenizer_3") or lengths.get("tokenizer_2")
 
@@ -131,8 +144,12 @@ def test_words_that_no_encoder_sees_are_named_once_a_prompt(name, lengths, absen
         encoder = part.replace("tokenizer", "text_encoder")
         vars(pipe).update({part: tokenizer, encoder: None if encoder in absent else "an encoder"})
     pipe.tokenizer_max_length = lengths["tokenizer"]
-    model = SimpleNamespace(pipe=pipe, arguments={}, told=set())
-    for _ in range(2):
-        _say_unseen(model, [Prompt(TEXT), Prompt("a star"), Prompt(TEXT)])
+    model = SimpleNamespace(pipe=pipe, arguments={}, unseen={})
+    for _ in range(2):  # studies
+        say_unseen(model, [Prompt(TEXT), Prompt("a star"), Prompt(TEXT)])
     said = [record.getMessage() for record in caplog.records]
-    assert [one.partition(" words: ")[2] for one in said] == ([unseen] if unseen else [])
+    whole = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")(TEXT)["input_ids"]
+    cut = len(whole) - 8  # of the encoder that sees most, two of the 8 are its start and end
+    line = f"1 of 2 prompts is too long: no text encoder sees of {TEXT!r}, its last {cut} tokens ({LATE})"
+    assert said == ([line] * 2 if unseen else [])
+    assert {text: tokens for text, (tokens, _) in model.unseen.items()} == {TEXT: cut if unseen else 0, "a star": 0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
 import lesion
 from lesion.run import job
@@ -131,9 +132,16 @@ def test_wrong_requests_are_refused_before_anything_is_made(asked, tmp_path):
     assert not list(tmp_path.rglob("store"))
 
 
-def test_words_that_no_model_sees_are_named_once(asked, tmp_path, caplog):
+def test_words_that_no_encoder_sees_are_named_once_and_counted(asked, tiny_folder, tmp_path, capfd):
     text = " ".join(["circle"] * 40) + " star"
     study = lesion.study(*asked, f"prompts.items=[{text}, a red circle]", "seeds=[0,1]", "selection=none")
     assert np.isfinite(study.run(tmp_path / "run").frame.clip_similarity).all()
-    (said,) = re.findall("no text encoder sees .*", caplog.text)
-    assert "star" in said
+    shown = capfd.readouterr().err
+    (said,) = re.findall("1 of 2 prompts is too long: no text encoder sees .*", shown)
+    assert "star" in said and "truncated" not in shown and "Token indices" not in shown, "nor do libraries say it again"
+    frame = pd.read_parquet(tmp_path / "run" / "results.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "tokenizer")
+    expected = {text: len(tokenizer(text)["input_ids"]) - tokenizer.model_max_length, "a red circle": 0}
+    assert expected[text] > 0
+    assert frame["truncated_tokens"].tolist() == [expected[one] for one in frame["prompt"]]
+    assert job.results(study._request)["truncated_tokens"].equals(frame["truncated_tokens"])

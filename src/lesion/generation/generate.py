@@ -25,7 +25,7 @@ from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.precision import set_tf32
 from lesion.models.text_cache import text_projected_once
-from lesion.models.words import words_of
+from lesion.models.words import truncated, words_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
@@ -36,6 +36,7 @@ from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 
 log = logging.getLogger(__name__)
+MOST = 3  # prompts that are too long that a line names
 
 
 def make_deterministic(seed: int = 0, tf32: bool = False) -> None:
@@ -96,20 +97,22 @@ def steering(model: Model, cells: Sequence[Cell], lesions: Sequence[Lesion | Non
     )
 
 
-def _say_unseen(model: Model, prompts: Sequence[Prompt]) -> None:
-    """Name the words of each prompt that come after the limit of the text encoders, once a prompt."""
-    for text in dict.fromkeys(prompt.text for prompt in prompts):
-        if text in model.told:
-            continue
-        model.told.add(text)
-        with suppress(ValueError):  # a pipeline without a tokenizer
-            if unseen := words_of(model.pipe, text, model.arguments).unseen:
-                log.warning(
-                    "%r is too long: no text encoder sees its last %d words: %s",
-                    text[:60],
-                    len(unseen),
-                    ", ".join(unseen),
-                )
+def say_unseen(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Say in one line which of these prompts end beyond the limit of the text encoders, and by how much."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    for text in texts:
+        if text not in model.unseen:
+            model.unseen[text] = truncated(model.pipe, text, model.arguments)
+    cut = [text for text in texts if model.unseen[text][0]]
+    if not cut:
+        return
+    named = [
+        f"{text[:60]!r}, its last {tokens} tokens ({', '.join(words)})"
+        for text, (tokens, words) in ((text, model.unseen[text]) for text in cut[:MOST])
+    ]
+    what = f"{len(cut)} of {len(texts)} prompts {'is' if len(cut) == 1 else 'are'}" if len(texts) > 1 else "a prompt is"
+    rest = f"; and {len(cut) - MOST} more (column truncated_tokens)" if len(cut) > MOST else ""
+    log.warning("%s too long: no text encoder sees of %s%s", what, "; of ".join(named), rest)
 
 
 def call(
@@ -127,7 +130,8 @@ def call(
     asked = arguments(pipe, settings, [prompt.text for prompt in prompts], noise, inputs, model.arguments)
     # Compiled code would be compiled anew for every module whose forward is replaced.
     sites = () if model.gates else model.text_sites
-    _say_unseen(model, prompts)
+    if new := [prompt for prompt in prompts if prompt.text not in model.unseen]:  # of no study
+        say_unseen(model, new)
     run = Denoising(pipe, model.denoiser, len(prompts), clients)
     with (
         run.running(),

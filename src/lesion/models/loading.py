@@ -45,7 +45,7 @@ class Model:
     gates: Gates | None = None  # of a compiled denoiser
     others: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)  # prompts whose words beyond the limit have been named
+    unseen: dict[str, tuple[int | None, tuple[str, ...]]] = field(default_factory=dict)  # `words.truncated` of prompts
     decodable: dict[torch.Size, int] = field(default_factory=dict)  # images decoded at once, by their latents' shape
     decoder: str = ""  # `performance.decoder`
     settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
@@ -133,12 +133,23 @@ def _pipeline(source: Source, dtype: torch.dtype) -> Any:
         return _loaded(source, dtype)
 
 
+_OLD = ("The following part of your input was truncated", "Token indices sequence length is longer than")
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Whether what a library says is not said by `generate.say_unseen` already, once a study."""
+    return not str(record.msg).startswith(_OLD)
+
+
 def _loaded(source: Source, dtype: torch.dtype) -> Any:
     spec = source.spec
     # torch_dtype: the name that diffusers 0.35 to 0.42 have. use_safetensors: pickled weights are never opened.
     kwargs: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # a bar for weights that are read in a blink
+    for library in ("diffusers", "transformers"):
+        for handler in logging.getLogger(library).handlers:
+            handler.addFilter(_news)  # again and again the same filter, which counts once
     if source.vae:
         kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype, use_safetensors=True)
     if spec.scheduler and source.scheduler_config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from typing import Any
 
 from lesion.models.source import TEMPLATED
 from lesion.study.words import Word, named, words_in
+
+SPECIAL = 4  # tokens that may stand around a text, at most
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Words:
         pieces are together; where a denoiser reads several encoders one after the other, those of all of them.
     special: of start, end and padding.
     unseen: words that come after the limits of all encoders, at least in part.
+    truncated: how many tokens come after the limit of the encoder that reads most of the prompt; 0 where one reads all.
 
     Columns of punctuation are in none of these.
     """
@@ -31,6 +35,7 @@ class Words:
     columns: Mapping[str, tuple[int, ...]]
     special: tuple[int, ...]
     unseen: tuple[str, ...]
+    truncated: int = 0
 
     def find(self, phrase: str) -> tuple[int, ...]:
         """Return the columns of a word or of several that follow one another, as "red circle" or "red circle#2".
@@ -51,6 +56,25 @@ def words_of(pipe: Any, text: str, arguments: Mapping[str, Any] = MappingProxyTy
     Raises ValueError for a pipeline without a tokenizer, or with a template around its prompts.
     """
     return in_parts(encoders(pipe, arguments), text)
+
+
+def truncated(
+    pipe: Any, text: str, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[int | None, tuple[str, ...]]:
+    """How many tokens of a prompt no text encoder sees, and the words that they belong to.
+
+    arguments: as of `words_of`. The number is None where it cannot be told (`encoders`).
+    """
+    try:
+        parts = encoders(pipe, arguments)
+    except ValueError:
+        return None, ()
+    room = max((length for tokenizer, length in parts if tokenizer is not None), default=0)
+    # Most prompts need not be cut into tokens: each is at least a byte of the text as tokenizers normalise it.
+    if len(unicodedata.normalize("NFKC", text).lower().encode()) + SPECIAL <= room:
+        return 0, ()
+    words = in_parts(parts, text)
+    return words.truncated, words.unseen
 
 
 def encoders(pipe: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> list[tuple[Any, int]]:
@@ -85,6 +109,7 @@ def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
     there = words_in(text)
     columns: dict[str, list[int]] = {}
     special: list[int] = []
+    cut: list[int] = []
     before = 0
     for tokenizer, length in parts:
         if tokenizer is None:
@@ -92,6 +117,7 @@ def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
         else:
             first, last, pieces = _pieces(tokenizer, text, there)
             fits = length - first - last  # pieces of text that are not cut off
+            cut.append(max(0, pieces.total - fits))
             end = first + min(fits, pieces.total)
             special += [before + at for at in (*range(first), *range(end, length))]
             for word, own in zip(there, pieces.of_word, strict=True):
@@ -104,6 +130,7 @@ def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
         {word.name: tuple(columns[word.name]) for word in there if word.name in columns},
         tuple(special),
         tuple(word.name for word in there if word.name not in columns),
+        min(cut, default=0),
     )
 
 

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from lesion import models, replacements, tasks
 from lesion.config.parsing import Request
 from lesion.generation.capture import Capturing
-from lesion.generation.generate import generate, to_pixels
+from lesion.generation.generate import generate, say_unseen, to_pixels
 from lesion.generation.snapshots import States
 from lesion.models import memory
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.maps import ImageMaps, Maps
 from lesion.study.capture import Capture
-from lesion.study.columns import MADE_WITH
+from lesion.study.columns import MADE_WITH, TRUNCATED
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 from lesion.study.settings import Settings
@@ -98,6 +98,7 @@ class Maker:
         """
         self.size = _size(self.request, self.model, self.study, self.maps.capture if self.maps else None)
         self.sizes.append(self.size)
+        say_unseen(self.model, self.study.prompts)
         self._prepare()
         wait, left_before = WAITING[0], 0
         with (
@@ -281,7 +282,10 @@ class Maker:
             self.maps.put(cell, maps)
         if self.maps and self.store.has(cell.key):  # made earlier, without maps: it is the same image
             return pixels, None
-        return pixels, self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan), self.made_with)
+        made: dict[str, Any] = {**self.made_with}
+        if (cut := self.model.unseen[cell.prompt.text][0]) is not None:
+            made[TRUNCATED] = cut
+        return pixels, self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan), made)
 
 
 class _Shelf:

@@ -15,7 +15,7 @@ from lesion.analysis.importance import as_similarity
 from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.study import pairs
-from lesion.study.columns import GENERATION, MADE_WITH, PLACE, WHOLE, row
+from lesion.study.columns import GENERATION, MADE_WITH, PLACE, TRUNCATED, WHOLE, row
 from lesion.study.grid import Cell, Study
 
 ROWS = 1024  # that wait as Python objects, which take more memory than the table's columns
@@ -48,6 +48,7 @@ def results(
         made = json.loads(facts.made) if facts and facts.made else {}
         record = row(cell, paths) | {
             **{name: made.get(name, "") for name in MADE_WITH},
+            TRUNCATED: made.get(TRUNCATED),
             "status": status,
             "reason": reason,
             "image": "" if status == "failed" else publisher.place(cell),
@@ -63,7 +64,10 @@ def results(
             columns.clear()
     if columns or not parts:
         parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+    frame = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+    known = frame[TRUNCATED].astype("Int64")  # images of earlier versions do not say it, nor do those that failed
+    frame[TRUNCATED] = known.groupby(frame["prompt_id"]).transform("max")
+    return frame
 
 
 def status_of(cell: Cell, scores: ScoreQueue, failures: Mapping[str, str]) -> tuple[str, str]:

@@ -2,8 +2,8 @@
 
 Format: cells/<first 2 digits>/<key, 32 hex digits>.png, RGB of 8 bits, with one iTXt chunk `lesion` of JSON: `cell`
 (the key), `status` (ok, invalid), `reason`, `pixels` (`digest_of` them; absent in files of version 0.1), `made` (with
-which card and versions; absent in older files), the fields of `Cell.identity`, and of steered images `box_mass`. So a
-file explains itself, and shows changed pixels, wherever it is copied.
+which card and versions, and `truncated_tokens`; absent in older files), the fields of `Cell.identity`, and of steered
+images `box_mass`. So a file explains itself, and shows changed pixels, wherever it is copied.
 
 A file torn by a power cut is noticed by its missing end and made again. Pixels are compared whenever they are read:
 with the digest in the file, or, where it has none, with the one remembered in scores/ (`lesion.store.scores`).
@@ -49,7 +49,8 @@ class Picture:
     size: bytes of the file. modified: its mtime in nanoseconds. digest: of shape and pixels, 32 hex digits.
     reason: why the image is invalid, or "".
     box_mass: of steered images the share of attention in the prompt's boxes, as the file says it; NaN where not known.
-    made: the card and the versions of torch and diffusers that made it, as JSON with sorted keys; "" where not known.
+    made: the card and the versions of torch and diffusers that made it, and how many tokens of the prompt no encoder
+        of text saw, as JSON with sorted keys; "" where not known.
     """
 
     size: int
@@ -212,7 +213,7 @@ class Store:
         pixels: NDArray[np.uint8],
         reason: str = "",
         box_mass: float = math.nan,
-        made: Mapping[str, str] | None = None,
+        made: Mapping[str, object] | None = None,
     ) -> Picture:
         """Write an image in one step, in place of any that is there; safe from many threads and processes.
 

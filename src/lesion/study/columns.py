@@ -14,6 +14,7 @@ from lesion.study.settings import DECLARED, Declaration
 from lesion.study.steering import STEERING_OFF, within
 
 MADE_WITH = ("card", "torch", "diffusers")  # what made an image; not part of its identity
+TRUNCATED = "truncated_tokens"  # of the prompt, that no text encoder of the model sees; missing where not known
 Of = Callable[[Cell, Sequence[str]], Any]
 
 
@@ -106,6 +107,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("device", lambda cell, layers: cell.model.device, "identity"),
     Column("fingerprint", lambda cell, layers: cell.model.fingerprint, "identity"),
     *(Column(name, text=True, earlier="") for name in MADE_WITH),
+    Column(TRUNCATED),
     Column("cell", lambda cell, layers: cell.key, needed=True),
     Column("status", needed=True),
     Column("reason", needed=True, text=True),
