@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import Interval
-from lesion.analysis.cells import MEASURES, over_prompts
-from lesion.analysis.importance import NO_EFFECT, as_similarity
+from lesion.analysis.cells import MEASURES, no_effect, over_prompts, shared_noise
+from lesion.analysis.importance import as_similarity
 from lesion.errors import RequestError
 from lesion.study.budget import FEWEST, Budget
 from lesion.study.grid import NO_LESION, Cell, Study, kind_of
@@ -34,6 +34,7 @@ from lesion.study.pairs import scattered
 from lesion.study.prompts import Prompt
 
 ROUNDED = ("leave_one_out", "only_one")  # selections of one layer each; any other is made in full
+FEWEST_SEEDS = 2  # that all prompts share, before a look counts
 OPEN, TIGHT, NO_CHANGE, SPENT, EXHAUSTED = "", "tight", "no effect", "budget spent", "grid exhausted"
 
 
@@ -104,6 +105,7 @@ class _Course:
     rounds: int = 0
     found: Interval | None = None
     names: list[str] = field(default_factory=list)  # prompt ids of the subjects looked at so far
+    seeds: list[int] = field(default_factory=list)  # and their seeds
     effects: list[float] = field(default_factory=list)  # and the effects there
 
     @property
@@ -146,8 +148,9 @@ class Rounds:
         for course in self.courses:
             if course.going:
                 course.rounds = self.number
-                course.found = over_prompts(self._effects(course, score, metric))
-                course.reason = self._verdict(course.found)
+                effects = self._effects(course, score, metric)
+                course.found = over_prompts(effects)
+                course.reason = self._verdict(course.found, effects)
                 if not course.reason and course.done == self.subjects:
                     course.reason = EXHAUSTED
         still = [one for one in self.courses if one.going]
@@ -207,12 +210,14 @@ class Rounds:
         found = [of[cell.lesion] for cell in self.whole.cells()]
         return frame.assign(images_taken=[taken for taken, _ in found], stopped=[reason for _, reason in found])
 
-    def _verdict(self, found: Interval) -> str:
+    def _verdict(self, found: Interval, effects: pd.DataFrame) -> str:
         if found.n_prompts < FEWEST:  # so many images are not valid
             return OPEN
-        if found.reason == "no effect":
-            return NO_CHANGE if self.budget.ci_halfwidth >= NO_EFFECT else OPEN
-        return TIGHT if (found.high - found.low) / 2 <= self.budget.ci_halfwidth else OPEN
+        if shared_noise(effects) and effects["seed"].nunique() < min(FEWEST_SEEDS, len(self.study.seeds)):
+            return OPEN  # what another seed would give is not known yet
+        if not (found.high - found.low) / 2 <= self.budget.ci_halfwidth:
+            return OPEN
+        return NO_CHANGE if no_effect(effects["effect"]) else TIGHT
 
     def _effects(self, course: _Course, score: Callable[[Cell], float], metric: str) -> pd.DataFrame:
         prompts = scattered(self.study.prompts)
@@ -221,8 +226,10 @@ class Rounds:
             value = score(self.study.cell(prompt, seed, course.lesion))
             effect = 1.0 - as_similarity(value, metric)
             course.names.append(prompt.id)
+            course.seeds.append(seed)
             course.effects.append(effect if np.isfinite(effect) else np.nan)
-        return pd.DataFrame({"prompt_id": course.names, "effect": course.effects})
+        columns = {"prompt_id": course.names, "seed": course.seeds, "effect": course.effects}
+        return pd.DataFrame(columns).assign(noise=self.study.settings.noise)
 
 
 def _check(study: Study, budget: Budget) -> None:

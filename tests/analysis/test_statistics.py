@@ -10,7 +10,20 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lesion.analysis import agreement, aspects, bootstrap, estimates, floor, interactions, order, paired, shapley
+from lesion.analysis import (
+    affected,
+    agreement,
+    aspects,
+    bootstrap,
+    bounded,
+    estimates,
+    floor,
+    interactions,
+    order,
+    paired,
+    shapley,
+    variance,
+)
 from lesion.analysis.bootstrap import interval
 
 LAYERS = ("down.9", "down.10", "mid", "up")  # forward order is not alphabetical
@@ -68,7 +81,7 @@ def test_bootstrap_t_is_what_two_plain_loops_give():
     error = means.std(ddof=1) / math.sqrt(6)
     ts = []
     for _ in range(8_000):
-        star = [rng.choice(prompts[one], len(prompts[one])).mean() for one in rng.integers(6, size=6)]
+        star = means[rng.integers(6, size=6)]
         ts.append((np.mean(star) - means.mean()) / (np.std(star, ddof=1) / math.sqrt(6)))
     low, high = means.mean() - np.quantile(ts, [0.975, 0.025]) * error
     found = interval(cells, replicates=7_999)
@@ -94,13 +107,14 @@ def test_limits_that_run_away_give_way_to_bca_then_to_students(large, stands_in)
     values[: len(large)] = np.array(large)[:, None]
     means = values.mean(axis=1)
     error = means.std(ddof=1) / 7
-    star = bootstrap.prompt_means(values, bootstrap.draws(bootstrap.seed_counts(values)))
+    star, spreads = bootstrap.resampled(means, bootstrap.REPLICATES)
     reach = stats.t.ppf(0.975, 48) * error
-    assert bootstrap._student(star, means, error, 0.025)[1] - means.mean() > 10 * reach  # it says nothing
-    found = interval(values)
+    _, high = bootstrap._student(star - means.mean(), spreads / 7, means.mean(), error, 0.025)
+    assert high - means.mean() > 10 * reach  # it says nothing
+    found, other = (interval(values, method, replicates=1999) for method in (bootstrap.METHODS[0], stands_in))
     assert found.method == stands_in
     assert means.mean() < found.high < means.mean() + bootstrap.STRETCH * reach
-    assert (found.low, found.high) == (interval(values, stands_in).low, interval(values, stands_in).high)
+    assert (found.low, found.high) == (other.low, other.high)
 
 
 @pytest.mark.parametrize(
@@ -140,28 +154,118 @@ def test_what_cannot_be_said_is_not_a_false_zero(values, reason, method):
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
+def _same(one, other):
+    return (one.low, one.high, one.used) == (other.low, other.high, other.used)
+
+
 def test_where_resampling_is_not_defined_students_t_stands_in():
     few = interval([[0.1], [0.2], [0.4]])
     assert few.method == "t" and few.low < 0.1
     lone = np.zeros((10, 1))  # a third of the replicates draw zeros only and have no standard error
     lone[0] = 1.0
     students = interval(lone, "t")
-    assert interval(lone) == students
-    assert interval(lone, "bca") == students  # its upper level lies beyond the outermost replicate
+    assert _same(interval(lone, replicates=1999), students)
+    assert _same(
+        interval(lone, "bca", replicates=1999), students
+    )  # its upper level lies beyond the outermost replicate
     even = interval(np.arange(10.0)[:, None], "bca")
     assert even.method == "bca" and even.low < 4.5 < even.high
 
 
-def test_t_tests_are_scipys_but_for_rows_without_spread():
-    rows = np.random.default_rng(12).normal(0.3, 1, (3, 2, 7))
-    rows[1, 1] = 0.1 + 0.2
-    t, p = paired.t_test(rows)
-    expected = stats.ttest_1samp(rows[[0, 2]], 0, axis=-1)
-    np.testing.assert_allclose(t[[0, 2]], expected.statistic)
-    np.testing.assert_allclose(p[[0, 2]], expected.pvalue)
-    assert np.isnan(t[1, 1]) and np.isnan(p[1, 1]) and np.isfinite(t[1, 0])
-    assert np.isnan(paired.t_test(rows[..., :1])).all()
-    assert paired.t_test(rows[0, 0])[1] == pytest.approx(p[0, 0])
+def test_tests_are_scipys_t_but_where_few_prompts_decide():
+    cells = np.random.default_rng(12).normal(0.03, 0.1, (30, 2))
+    expected = stats.ttest_1samp(cells.mean(axis=1), 0).pvalue
+    assert paired.p_against_zero(cells, False, effective=25.0) == pytest.approx(expected)
+    assert paired.p_against_zero(cells, False, effective=3.0) > expected
+    assert math.isnan(paired.p_against_zero(cells[:1], False, 25.0))
+    # All alike: one more value at -1 has a weight of Beta(1, 30), and needs 0.3 / 1.3 to reach 0.
+    assert paired.p_against_zero(np.full((30, 2), 0.3), False, 25.0) == pytest.approx(
+        2 * (1 - 0.3 / 1.3) ** 30, abs=1e-7
+    )
+    # Five of 49 prompts hold all of a difference: Student's t is sure, the bound for any distribution is not.
+    sparse = np.zeros((49, 1))
+    sparse[:5] = 0.3
+    assert stats.ttest_1samp(sparse[:, 0], 0).pvalue < 0.03 < 0.05 < paired.p_against_zero(sparse, False, 5.0)
+
+
+def test_gaffkes_limits_are_those_of_weights_drawn_at_random():
+    rng = np.random.default_rng(20)
+    for values in (rng.random(12) * 0.1, np.r_[np.zeros(30), 0.2, 0.3], np.array([0.4, 0.5])):
+        weights = rng.dirichlet(np.ones(len(values) + 1), 100_000)
+        low, high = (np.quantile(weights @ np.append(values, end), level) for end, level in ((0, 0.025), (1, 0.975)))
+        assert bounded.limits(values, (0.0, 1.0)) == pytest.approx((low, high), abs=0.004)
+    # No effect in n prompts: one value at the bound has a Beta(1, n) weight.
+    assert bounded.limits(np.zeros(12), (0.0, 1.0)) == pytest.approx((0.0, 1 - 0.025 ** (1 / 12)))
+    low, _ = bounded.limits(np.r_[np.zeros(6), rng.random(14) * 0.4] - 0.1, (-1.0, 1.0), 0.9)
+    shifted = np.r_[np.zeros(6), rng.random(14) * 0.4] - 0.1
+    low, _ = bounded.limits(shifted, (-1.0, 1.0), 0.9)
+    assert bounded.p_value(shifted - low, (-1.0 - low, 1.0 - low)) == pytest.approx(0.1, abs=1e-5)
+
+
+def test_limits_move_out_for_seeds_that_prompts_share():
+    rng = np.random.default_rng(21)
+    seeds = np.array([0.3, 0.1, 0.4, 0.2])
+    cells = 0.3 + rng.normal(0, 0.05, (40, 1)) + seeds + rng.normal(0, 0.02, (40, 4))
+    nested_, both = interval(cells, "t"), interval(cells, "t", shared=True)
+    assert (nested_.used, both.used, both.mean) == ("t", "t+seeds", nested_.mean)
+    by_prompt, by_seed = cells.mean(axis=1).var(ddof=1) / 40, cells.mean(axis=0).var(ddof=1) / 4
+    freedom = (by_prompt + by_seed) ** 2 / (by_prompt**2 / 39 + by_seed**2 / 3)
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(by_prompt + by_seed)
+    assert both.high - both.mean == pytest.approx(reach) == pytest.approx(both.mean - both.low)
+    two = interval(cells[:, :2], "t", shared=True)
+    apart = [interval(cells[:, :2].mean(axis=1, keepdims=True), "t"), interval(cells[:, :2].mean(axis=0)[:, None], "t")]
+    assert two.high - two.mean == pytest.approx(math.hypot(*(one.high - one.mean for one in apart)))
+    # A seed that no other prompt has is the prompt's own, and one seed says nothing of others.
+    diagonal = np.where(np.eye(6, dtype=bool), cells[:6, :1], np.nan)
+    assert interval(diagonal, "t", shared=True).used == interval(cells[:, :1], "t", shared=True).used == "t"
+
+
+def test_the_variance_components_are_those_of_the_two_way_table():
+    cells = (
+        np.random.default_rng(22).normal(size=(30, 1))
+        + 0.5 * np.arange(3)
+        + np.random.default_rng(23).normal(size=(30, 3))
+    )
+    data = planted(cells[None] / 10)
+    (one,) = variance.variance_components(data).to_dict("records")
+    means = stats.f_oneway(*cells.T), cells.mean()
+    rest = cells - cells.mean(axis=1, keepdims=True) - cells.mean(axis=0) + means[1]
+    of_rest = (rest**2).sum() / (29 * 2)
+    of_seeds = 30 * ((cells.mean(axis=0) - means[1]) ** 2).sum() / 2
+    assert one["sd_rest"] == pytest.approx(math.sqrt(of_rest) / 10)
+    assert one["sd_seeds"] == pytest.approx(math.sqrt((of_seeds - of_rest) / 30) / 10)
+    assert one["sd_prompts"] == pytest.approx(math.sqrt(cells.mean(axis=1).var(ddof=1) - of_rest / 3) / 10)
+    assert (one["f_seeds"], one["p"]) == pytest.approx((of_seeds / of_rest, stats.f.sf(of_seeds / of_rest, 2, 58)))
+    assert variance.variance_components(data.assign(noise="own")).empty
+
+
+def test_limits_depend_on_neither_the_order_of_rows_nor_chance():
+    effects = np.random.default_rng(24).gamma(0.5, 0.1, (3, 25, 2))
+    data = planted(effects)
+    other = data.sample(frac=1, random_state=1).reset_index(drop=True)
+    names = ["layer", "mean", "low", "high", "method"]
+    pd.testing.assert_frame_equal(
+        estimates.layer_estimates(data)[names], estimates.layer_estimates(other)[names], rtol=1e-12
+    )
+    tables = [order.ranks(one).set_index("layer")[["rank_low", "rank_high", "top_1"]] for one in (data, other)]
+    pd.testing.assert_frame_equal(*tables)
+    whole, again = (interval(effects[0], seed=seed) for seed in (0, 1))
+    assert (whole.low, whole.high) == pytest.approx((again.low, again.high), abs=0.03 * (whole.high - whole.low))
+
+
+def test_affected_prompts_have_exact_limits():
+    touched = [0.0, 0.0, 5e-5, 0.2] + [0.0] * 8
+    data = frame(
+        *(row("mid", effect, f"p{n}") for n, effect in enumerate(touched)), row("up", 0.0), row("up", 0.0, "q")
+    )
+    mid, up = affected.affected_prompts(data).to_dict("records")
+    exact = stats.binomtest(1, 12).proportion_ci()
+    assert (mid["n_affected"], mid["mean_affected"]) == (1, pytest.approx(0.2))
+    assert (mid["affected_low"], mid["affected_high"]) == pytest.approx((exact.low, exact.high))
+    assert mid["n_effective"] == pytest.approx(1.0)
+    assert (up["affected"], up["affected_low"], up["n_effective"]) == (0, 0, 0) and math.isnan(up["mean_affected"])
+    assert affected.clopper_pearson(0, 12) == pytest.approx((0.0, 1 - 0.05 ** (1 / 12)))  # 22 %
+    assert affected.clopper_pearson(12, 12) == pytest.approx((0.05 ** (1 / 12), 1.0))
 
 
 def test_wrong_requests_name_what_is_allowed():
@@ -198,11 +302,11 @@ def test_layers_are_averaged_over_seeds_then_prompts_and_bad_rows_counted():
         ("sufficiency", "mid"),
     ]
     quiet, mid, alone = whole.to_dict("records")
-    assert quiet["method"] == "n/a (no effect)" and math.isnan(quiet["low"])
+    assert (quiet["method"], quiet["low"]) == ("bounded", 0.0) and quiet["high"] > 0.8  # two prompts
     assert (mid["mean"], mid["n_prompts"], mid["n_images"]) == pytest.approx((0.5, 2, 3))
     assert (mid["n_invalid"], mid["n_failed"], mid["n_unscored"]) == (1, 1, 1)
     reach = stats.t.ppf(0.975, 1) * np.std([0.2, 0.8], ddof=1) / math.sqrt(2)
-    assert (mid["low"], mid["high"]) == pytest.approx((0.5 - reach, 0.5 + reach))
+    assert reach > 0.5 and (mid["low"], mid["high"]) == (0.0, 1.0)  # which is all that effects can be
     assert alone["mean"] == pytest.approx(0.75) and alone["method"] == "n/a (one prompt)"
     (early,) = table[table["window_end"] == 0.5].to_dict("records")
     assert (early["layer"], early["mean"]) == ("down.9", pytest.approx(0.2))
@@ -212,7 +316,7 @@ def test_sufficiency_has_its_interval_the_right_way_round():
     rows = [row("mid", effect, f"p{n}", selection="only_one") for n, effect in enumerate([0.2, 0.3, 0.5])]
     (one,) = estimates.layer_estimates(frame(*rows)).to_dict("records")
     low, high = stats.ttest_1samp([0.8, 0.7, 0.5], 0).confidence_interval()
-    assert (one["low"], one["high"]) == pytest.approx((low, high))
+    assert high > 1 and (one["low"], one["high"]) == pytest.approx((low, 1.0))
 
 
 def test_one_prompts_interval_is_over_its_seeds():
@@ -374,12 +478,11 @@ def test_layers_without_effect_tie_and_are_never_surely_on_top():
 
 
 def test_neighbouring_ranks_are_tested_in_pairs_as_scipy_does():
-    table = paired.neighbours(planted(ORDERED))
+    table = paired.neighbours(planted(ORDERED).assign(noise="own"))
     means = ORDERED.mean(axis=2)
     sequence = np.argsort(-means.mean(axis=1))
     assert table["layer"].tolist() == [LAYERS[n] for n in sequence[:-1]]
     expected = [stats.ttest_rel(means[a], means[b]) for a, b in itertools.pairwise(sequence)]
-    assert table["t"].tolist() == pytest.approx([one.statistic for one in expected])
     assert table["p"].tolist() == pytest.approx([one.pvalue for one in expected])
     assert table["p_holm"].tolist() == pytest.approx(paired.holm(table["p"]).tolist())
     assert (table["difference"] > 0).all() and table["p_holm"].iloc[0] < 1e-6 and table["p_holm"].iloc[2] > 0.05
@@ -387,9 +490,9 @@ def test_neighbouring_ranks_are_tested_in_pairs_as_scipy_does():
 
 def test_layers_against_the_floor_of_their_prompts():
     pairs = pd.DataFrame([(f"p{n}", 0, f"p{n}", 1, 0.7) for n in range(9)], columns=list(floor.PAIR))
-    table = paired.against_floor(planted(ORDERED), pairs).set_index("layer")
+    table = paired.against_floor(planted(ORDERED).assign(noise="own"), pairs).set_index("layer")
     expected = stats.ttest_1samp(ORDERED[:, :9].mean(axis=2) - 0.3, 0, axis=1)
-    assert table["t"].tolist() == pytest.approx(expected.statistic.tolist())
+    assert table["p"].tolist() == pytest.approx(expected.pvalue.tolist())
     assert table["p_holm"].tolist() == pytest.approx(paired.holm(expected.pvalue).tolist())
     assert (table["n_prompts"] == 9).all() and (table["n_left_out"] == 2).all()  # p9 has no floor
 
@@ -625,7 +728,16 @@ def test_shapley_values_vary_over_prompts_and_leave_broken_chains_out():
     mid = shapley.shapley_values(data).set_index("layer").loc["mid"]
     assert mid["shapley"] == pytest.approx(0.75 * KNOWN["mid"])
     reach = stats.t.ppf(0.975, 1) * KNOWN["mid"] / 4
-    assert (mid["low"], mid["high"]) == pytest.approx((0.75 * KNOWN["mid"] - reach, 0.75 * KNOWN["mid"] + reach))
+    # Two prompts vary so much that what other orders would give adds nothing.
+    assert mid["method"] == "t+orders" and 0.75 * KNOWN["mid"] - mid["low"] == pytest.approx(reach)
+    alike = frame(*(one for n in range(4) for one in chains(orders, f"p{n}", 1.0 - 0.01 * n)))
+    many = shapley.shapley_values(alike).set_index("layer").loc["mid"]
+    by_prompt, by_order = (0.01 * KNOWN["mid"]) ** 2 * np.var(range(4), ddof=1) / 4, many["se"] ** 2
+    freedom = (by_prompt + by_order) ** 2 / (by_prompt**2 / 3 + by_order**2 / 23)
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(by_prompt + by_order)
+    assert many["shapley"] - many["low"] == pytest.approx(reach) and by_order > 10 * by_prompt
+    few = shapley.shapley_values(data[data["permutation"] < 7]).set_index("layer").loc["mid"]
+    assert few["method"] == "n/a (fewer than 8 orders)" and math.isnan(few["low"])
     assert mid["n_left_out"] == 1
     with pytest.raises(ValueError, match="not a chain"):
         shapley.shapley_values(frame(*chains(orders[:1])[1:]))
@@ -643,6 +755,9 @@ FUNCTIONS = [
     order.top_stability,
     order.kendalls_w,
     paired.neighbours,
+    paired.comparisons,
+    affected.affected_prompts,
+    variance.variance_components,
     lambda data: paired.against_floor(data, PAIRS),
     lambda data: floor.normalised_importance(data, PAIRS),
     *(lambda data, between=between: agreement.correlations(data, between) for between in agreement.BETWEEN),

@@ -135,10 +135,13 @@ def test_the_table_finds_what_was_planted():
     at = drops.set_index(["layer", "aspect"])
     colour = at.loc[("mid", "colour")]
     assert (colour.baseline, colour.lesioned, colour.n_prompts, colour.n_images) == (1.0, 0.625, 8, 16)
-    assert colour.method == "bootstrap-t" and 0 < colour.low < 0.375 < colour.high
+    assert colour.method == "bca+seeds" and colour.low < 0 < 0.375 < colour.high  # all broken by seed 0
     assert at.loc[("up", "relation")].n_prompts == 4
-    assert at.loc[("up", "relation")].method == "n/a (constant)"
-    assert at.loc[("up", "colour")].method == "n/a (no effect)"
+    # All alike, so that the limits are those of one more prompt at the other end, of weight Beta(1, n).
+    assert at.loc[("up", "relation"), ["low", "high"]].tolist() == pytest.approx([2 * 0.025 ** (1 / 4) - 1, 1])
+    assert at.loc[("up", "colour"), ["low", "high"]].tolist() == pytest.approx(
+        [0.025 ** (1 / 8) - 1, 1 - 0.025 ** (1 / 8)]
+    )
     count = at.loc[("mid", "count")]
     assert count.method == "n/a (baseline is never right)" and math.isnan(count["drop"]) and count.baseline == 0.0
 
@@ -153,7 +156,8 @@ def test_the_interval_is_that_of_the_paired_differences():
         layer: part.pivot(index="prompt_id", columns="seed", values="read_shape")
         for layer, part in frame.groupby("layer")
     }
-    found = interval((cells[""] - cells["mid"]).loc[frame.prompt_id.unique()].to_numpy())
+    apart = (cells[""] - cells["mid"]).loc[frame.prompt_id.unique()].to_numpy()
+    found = interval(apart, shared=True, bounds=(-1.0, 1.0))
     assert (one["drop"], one["low"], one["high"]) == pytest.approx((found.mean, found.low, found.high))
 
 
@@ -182,9 +186,9 @@ def test_what_a_layer_alone_brings_through_stands_beside_the_control():
 
     def kept(layer, prompt, seed):
         brings = {"": (1.0, 1.0), "up": (1.0, 0.0), "mid": (float(prompt % 2 and seed), 1.0)}[layer]
-        return {"read_colour": brings[0], "read_relation": brings[1] if prompt < 4 else math.nan}
+        return {"read_colour": brings[0], "read_relation": brings[1] if prompt < 12 else math.nan}
 
-    alone = rows(["up", "mid"], kept)
+    alone = rows(["up", "mid"], kept, prompts=24, noise="own")
     alone["selection"] = alone["selection"].replace("leave_one_out", "only_one")
     control = alone[alone["layer"] == "up"].assign(selection="all", layer="", layer_index=-1, read_colour=0.0)
     control.loc[control["prompt_id"] == "p0", "read_colour"] = 1.0
@@ -195,38 +199,41 @@ def test_what_a_layer_alone_brings_through_stands_beside_the_control():
         "colour": {"up": 1.0, "mid": 0.25},
         "relation": {"up": 0.0, "mid": 1.0},
     }
-    assert set(at.loc[(slice(None), "colour"), "control"]) == {1 / 8}
+    assert set(at.loc[(slice(None), "colour"), "control"]) == {1 / 24}
     assert set(at.loc[(slice(None), "relation"), "control"]) == {0.0}
     one = at.loc[("mid", "colour")]
-    assert (one.n_prompts, one.n_images) == (8, 16) and 0 <= one.low < 0.25 < one.high
-    assert at.loc[("up", "colour"), "method"] == "n/a (constant)"
+    assert (one.n_prompts, one.n_images) == (24, 48) and 0 <= one.low < 0.25 < one.high
+    assert at.loc[("up", "colour"), ["low", "high"]].tolist() == pytest.approx([0.025 ** (1 / 24), 1])
     assert reading_shares(alone)["control"].isna().all()
     nothing = alone.assign(read_relation=alone["read_relation"].where(alone["selection"] == "none", 0.0))
     said = " ".join(summary(findings(nothing), settings(nothing)[0]))
-    assert "bring most through: colour up (1.000)." in said  # of what none brings through nothing is said
+    # Of what none brings through nothing is said.
+    assert "Largest shares that a layer alone brings through, without a control: colour up (1.000)." in said
 
     found = findings(frame)
     (setting,) = settings(frame)
     said = " ".join(summary(found, setting))
     assert (
-        "Alone, these layers bring most through: colour up (1.000, 0.125 with every layer lesioned) and "
+        "Of the layers that can be shown to bring more through alone than none does, the first: colour up (1.000, "
+        "0.042 with every layer lesioned) and "
         "relation mid (1.000, 0.000 with every layer lesioned)." in said
     )
     (table,) = [table for table in contents.of_setting(found, setting) if table.stem.startswith("alone--")]
-    assert "colour 0.125, relation 0.000" in table.caption
+    assert "colour 0.042, relation 0.000" in table.caption
     assert [[cell.text for cell in row] for row in table.cells] == [["up", "1.000", "0.000"], ["mid", "0.250", "1.000"]]
     assert [[cell.bold for cell in row] for row in table.cells] == [[False, True, False], [False, False, True]]
 
 
 def test_the_words_say_what_is_broken_and_what_cannot_be_shown_to_be():
-    frame = rows(["up", "mid"], planted)
+    frame = rows(["up", "mid"], planted, prompts=24, noise="own")
     said = " ".join(summary(findings(frame), settings(frame)[0]))
-    assert "these layers' absence breaks most: colour mid (0.375) and relation up (1.000)." in said
+    assert "absence can be shown to break something, the first: colour mid (0.375) and relation up (1.000)." in said
     assert "No single layer's absence can be shown to break count." in said
 
 
 def test_adherence_lost_is_signed_paired_and_apart_from_change():
-    """A layer that changes every image and loses nothing, one that loses 0.2 in each, and one that gains."""
+    """A layer that changes every image and loses nothing, one that loses 0.2 in each, and one that gains: it helps when
+    it is removed."""
     effects = {"still": 0.0, "worse": 0.2, "better": -0.1}
     records = []
     for prompt, seed in itertools.product(range(6), range(2)):
@@ -245,11 +252,31 @@ def test_adherence_lost_is_signed_paired_and_apart_from_change():
             record |= {"window_start": 0.0, "window_end": 1.0, "branch": "both", "strength": 1.0 if layer else 0.0}
             record |= {"layer_index": index - 1, "status": "ok", "clip_similarity": 0.5 if layer else 1.0}
             records.append({**record, "clip_text": base - lost + wobble, "read_colour": 1.0 - (layer == "worse")})
-    found = adherence_lost(pd.DataFrame(records)).set_index(["metric", "layer"])
+    data = pd.DataFrame(records).assign(noise="own")
+    found = adherence_lost(data).set_index(["metric", "layer"])
     assert list(found.loc["clip_text"].index) == list(effects)
     assert found.loc["clip_text", "lost"].round(9).tolist() == [0.0, 0.2, -0.1]
     assert found.loc["clip_text", "verdict"].tolist() == ["not settled", "loses", "gains"]
     worse = found.loc[("clip_text", "worse")]
     assert worse["low"] < 0.2 < worse["high"] and worse["n_images"] == 12
     assert worse["baseline"] == pytest.approx(0.63) and worse["lesioned"] == pytest.approx(0.43)
-    assert found.loc[("read_colour", "worse"), ["lost", "verdict"]].tolist() == [1.0, "no interval"]  # alike in all
+    assert found.loc[("read_colour", "worse"), ["lost", "low", "verdict"]].tolist() == [
+        1.0,
+        pytest.approx(2 * 0.025 ** (1 / 6) - 1, abs=1e-5),
+        "loses",
+    ]
+
+    report = findings(data)
+    (setting,) = settings(data)
+    table = contents.adherence(report, setting)
+    assert [column.head for column in table.columns][3:] == ["clip_text", "all that is asked and read is right"]
+    assert [(row[0].text, row[3].text, row[3].marks) for row in table.cells] == [
+        ("still", "0.000", ""),
+        ("worse", "0.200", "***"),
+        ("better", "-0.100", "†††"),
+    ]
+    layers = contents.layers(report, setting)
+    (place,) = [place for place, column in enumerate(layers.columns) if column.head == "lost"]
+    assert [row[place].text for row in layers.cells] == ["0.000", "0.200", "-0.100"]
+    words = "Of layers left out, by clip_text: 1 cost adherence (worse); 1 mend it (better); 1 change images and"
+    assert words in " ".join(summary(report, setting))

@@ -10,19 +10,23 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import budget_saving
-import interval_coverage
+import simulate_inference
 
 
 @pytest.mark.parametrize(
-    ("script", "lines"),
+    ("script", "arguments", "lines"),
     [
-        pytest.param(budget_saving, 8, marks=pytest.mark.slow),
-        (interval_coverage, len(interval_coverage.CASES)),
+        pytest.param(budget_saving, [], 8, marks=pytest.mark.slow),
+        (simulate_inference, ["seeds"], 21),
+        pytest.param(simulate_inference, ["shapley"], 4, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["sparse"], 28, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["ranks"], 4, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["claims"], 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_line_a_case(script, lines, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--times", "1"])
+def test_a_line_a_case(script, arguments, lines, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments, "--times", "1"])
     script.main()
-    said = capsys.readouterr().out.strip().splitlines()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(said) == 2 + lines and len({line.count("|") for line in said}) == 1
     assert "nan" not in "".join(said)

@@ -73,11 +73,14 @@ def test_who_carries_what_is_so(found):
 def test_what_breaks_is_so(found):
     drops = of(found.reading)
     assert drops.loc[("shape", SHAPE), "low"] > 0.5 < drops.loc[("binding", SHAPE), "low"]
-    assert drops.loc[("colour", COLOURS[0]), "low"] > 0 and drops.loc["colour"]["drop"].max() < 0.1
-    assert drops.loc[("count", COUNT), "low"] > 0 and drops.loc["count"]["drop"].max() < 0.1
+    for aspect in ("colour", "count"):
+        assert 0.05 < drops.loc[aspect]["drop"].max() < 0.1 and not (drops.loc[aspect]["low"] > 0).any()
+    assert (drops.loc["relation"]["low"] < -0.3).all() and (drops.loc["relation"]["high"] > 0.4).all()
     for aspect in ("background", "size", "relation"):
         assert not (drops.loc[aspect]["low"] > 0).any()
     assert not (drops.xs(COLOURS[1], level="layer")["low"] > 0).any()
+    sure = found.reading[found.reading["p_holm"] < 0.05]
+    assert set(zip(sure["aspect"], sure["layer"], strict=True)) == {("shape", SHAPE), ("binding", SHAPE)}
     by_mean = of(found.reading, "mean")
     assert 0.4 < by_mean.loc[("relation", "down_blocks.1.attentions.0"), "drop"] < 0.5
     assert by_mean.loc[("relation", "down_blocks.1.attentions.0"), "low"] <= 0
@@ -85,15 +88,26 @@ def test_what_breaks_is_so(found):
         assert by_mean.loc[(aspect, COUNT), "low"] > 0 and drops.loc[(aspect, COUNT), "drop"] <= 0
 
 
+def test_change_and_loss_are_not_one_order(found):
+    zero = found.summary(study_doc.settings(found.frame)[0]).set_index("layer")
+    assert zero["adherence_lost"].round(6).corr(zero["importance"].round(6), method="spearman") == pytest.approx(
+        0.35, abs=0.005
+    )
+
+
 def test_the_order_is_so(found):
     (zero, mean) = (found.summary(setting).set_index("layer") for setting in study_doc.settings(found.frame))
     assert list(zero.sort_values("rank").index[:2]) == [SHAPE, COLOURS[1]]
-    assert zero.loc[SHAPE, ["rank_low", "rank_high", "top_1"]].tolist() == [1, 1, 1.0]
+    assert zero.loc[SHAPE, ["rank_low", "rank_high", "top_1"]].tolist() == [1, 15, 1.0]
+    assert (zero["rank_high"] >= 15).all() and (zero["rank_low"] <= 2).all()
+    few = zero[zero["importance_method"].str.startswith("bounded")]
+    assert len(few) == 14 and few["importance_high"].between(0.07, 0.095).all()
+    assert (zero.loc[SHAPE, ["sufficiency_low", "sufficiency_high"]] - [0.065, 0.355]).abs().max() < 0.0006
     above = zero[(zero["beyond_floor"] > 0) & (zero["p_floor"] < 0.05)]
     assert set(above.index) == {SHAPE, COLOURS[1]}
     neighbours = found.neighbours[found.neighbours["replacement"] == "zero"]
-    assert (neighbours["p_holm"] < 0.05).tolist() == [True, True] + [False] * 13
-    assert mean["rank_low"].eq(1).sum() == 2
+    assert (neighbours["p_holm"] < 0.05).tolist() == [True] + [False] * 14
+    assert mean["rank_low"].loc[[SHAPE, COLOURS[1]]].tolist() == [1, 1]
     assert mean.loc[COLOURS[1], "importance"] > 2 * zero.loc[COLOURS[1], "importance"]
     assert list(zero.sort_values("sufficiency").index[-2:]) == list(COLOURS)
 
@@ -104,4 +118,6 @@ def test_the_control_agrees_within_its_intervals(found):
     assert max(one["low"] for one in families) < min(one["mean"] for one in families)
     assert max(one["mean"] for one in families) < min(one["high"] for one in families)
     (test,) = found.interaction[found.interaction["replacement"] == "zero"].to_dict("records")
-    assert test["p"] < 0.05
+    assert round(test["p"], 3) == 0.034 and test["p_holm"] == 1.0
+    claims = ("comparisons", "tested", "adherence", "reading", "alone", "interaction", "concordance", "variance")
+    assert sum(len(getattr(found, name)) for name in claims) == 854

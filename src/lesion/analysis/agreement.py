@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import REPLICATES, Floats
-from lesion.analysis.cells import MEASURES, cube, groups, lesioned_rows, matched, prompt_averages
+from lesion.analysis.cells import MEASURES, cube, groups, lesioned_rows, matched, prompt_averages, shared_noise
 from lesion.analysis.importance import ONLY_ONE
 from lesion.analysis.order import replicated
 from lesion.analysis.settings import in_order
@@ -55,7 +55,9 @@ def correlations(
             if set(wide[0]).isdisjoint(wide[1]):
                 continue
             record: dict[str, Any] = {**setting, "between": between, "a": a, "b": b}
-            records.append({**record, **_correlation(wide[0], wide[1], confidence, replicates, seed)})
+            records.append(
+                {**record, **_correlation(wide[0], wide[1], shared_noise(whole), confidence, replicates, seed)}
+            )
     return pd.DataFrame(records, columns=[*shared, "between", "a", "b", "n_layers", "n_prompts", *_FIGURES])
 
 
@@ -63,7 +65,7 @@ _FIGURES = [f"{name}{suffix}" for name in ("spearman", "kendall") for suffix in 
 
 
 def _correlation(
-    first: pd.DataFrame, second: pd.DataFrame, confidence: float, replicates: int, seed: int
+    first: pd.DataFrame, second: pd.DataFrame, shared: bool, confidence: float, replicates: int, seed: int
 ) -> dict[str, Any]:
     from scipy import stats
 
@@ -75,7 +77,7 @@ def _correlation(
         cells = cube(both)
         means = prompt_averages(cells).mean(axis=1)
         if cells.shape[1] > 1:
-            star = replicated(cells, replicates, seed)
+            star = replicated(cells, shared, replicates, seed)
     else:
         means = np.concatenate([_means(side, layers) for side in (first, second)])
     n_prompts = both.index.get_level_values("prompt_id").nunique()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lesion.analysis.bootstrap import Floats, Interval, interval
+from lesion.analysis.bootstrap import Floats, Interval, effective_number, interval
 from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE, left_out, similarity
 from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
 from lesion.study.columns import LESION
@@ -52,14 +52,23 @@ def counts(part: pd.DataFrame) -> dict[str, int]:
 
 
 def nested(part: pd.DataFrame, column: str = "effect") -> Floats:
-    """Prompts x seeds, a prompt's valid values first, then NaN. (P, S)"""
+    """Prompts x seeds, each in the order of their names, NaN where there is no valid value. (P, S)
+
+    Prompts without one are left out. Rows without `seed` are one seed after the other of their prompt.
+    """
     values = part[column].to_numpy(dtype=np.float64, na_value=np.nan)
     held = ~np.isnan(values)
-    prompt, ids = pd.factorize(part["prompt_id"].to_numpy(dtype=object)[held])
-    place = _nth(prompt)
-    cells = np.full((len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
-    cells[prompt, place] = values[held]
-    return cells
+    prompt, ids = pd.factorize(part["prompt_id"].to_numpy(dtype=object)[held], sort=True)
+    if "seed" in part:
+        place, seeds = pd.factorize(part["seed"].to_numpy(dtype=object)[held], sort=True)
+        width = len(seeds)
+    else:
+        place = _nth(prompt)
+        width = int(place.max()) + 1 if len(place) else 0
+    sums, number = np.zeros((len(ids), width)), np.zeros((len(ids), width))
+    np.add.at(sums, (prompt, place), values[held])
+    np.add.at(number, (prompt, place), 1.0)
+    return np.where(number > 0, sums / np.maximum(number, 1.0), np.nan)
 
 
 def _nth(codes: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -71,16 +80,31 @@ def _nth(codes: NDArray[np.intp]) -> NDArray[np.intp]:
     return place
 
 
+def shared_noise(part: pd.DataFrame) -> bool:
+    """Whether a seed of these rows is the same noise for every prompt; so in results of version 0.1."""
+    return "seed" in part and ("noise" not in part or bool((part["noise"] != "own").all()))
+
+
 def over_prompts(part: pd.DataFrame, column: str = "effect", **options: Any) -> Interval:
     """The interval (options: those of `bootstrap.interval`) of a column in which 0 means that nothing changed.
 
-    Values that are all within 1e-4 of 0 are rounding: they get no interval, `n/a (no effect)`.
+    Effects lie within [0, 1], differences and other columns within [-1, 1], unless `bounds` say else.
     """
+    bounds = options.pop("bounds", (0.0, 1.0) if column == "effect" else (-1.0, 1.0))
+    return interval(nested(part, column), shared=shared_noise(part), bounds=bounds, **options)
+
+
+def rests_on(part: pd.DataFrame, column: str = "effect") -> float:
+    """The effective number of prompts behind a column (`bootstrap.effective_number`), 0 without a valid value."""
     cells = nested(part, column)
-    found = interval(cells, **options)
-    if found.n_prompts > 1 and bool((np.abs(cells[np.isfinite(cells)]) <= NO_EFFECT).all()):
-        return without_limits(found, "no effect")
-    return found
+    return effective_number(np.nanmean(cells, axis=1)) if cells.size else 0.0
+
+
+def no_effect(values: Any) -> bool:
+    """Whether there are values and all are within 1e-4 of 0: rounding, not an effect."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return bool(known.size) and bool((np.abs(known) <= NO_EFFECT).all())
 
 
 def over_seeds(part: pd.DataFrame, column: str = "effect", confidence: float = 0.95) -> Interval:
@@ -113,22 +137,21 @@ def flipped(found: Interval) -> Interval:
 def matched(part: pd.DataFrame, columns: str = "layer", value: str = "effect") -> pd.DataFrame:
     """Images (prompt_id, seed) that have a valid value for each of `columns`; columns without any are left out.
 
-    Index: prompt_id, seed. Columns: layers in depth order, else sorted.
+    Index: prompt_id, seed, sorted. Columns: layers in depth order, else sorted.
     """
     wide = part.pivot_table(index=["prompt_id", "seed"], columns=columns, values=value, aggfunc="mean", sort=False)
     if columns == "layer":
         wide = wide.reindex(columns=[layer for layer in layers_in_order(part) if layer in wide])
     else:
         wide = wide.sort_index(axis=1)
-    return wide.dropna()
+    return wide.dropna().sort_index()
 
 
 def cube(wide: pd.DataFrame) -> Floats:
-    """`matched` as columns x prompts x seeds, a prompt's seeds first, then NaN. (L, P, S)"""
-    prompts = wide.index.get_level_values("prompt_id")
-    number, ids = pd.factorize(prompts)
-    place = _nth(number)
-    cells = np.full((wide.shape[1], len(ids), int(place.max()) + 1 if len(place) else 0), np.nan)
+    """`matched` as columns x prompts x seeds, NaN where an image is missing. (L, P, S)"""
+    number, ids = pd.factorize(wide.index.get_level_values("prompt_id"), sort=True)
+    place, seeds = pd.factorize(wide.index.get_level_values("seed"), sort=True)
+    cells = np.full((wide.shape[1], len(ids), len(seeds)), np.nan)
     cells[:, number, place] = wide.to_numpy(dtype=np.float64).T
     return cells
 

@@ -9,7 +9,7 @@ import pandas as pd
 from lesion.analysis.cells import MEASURES, counts, flipped, groups, lesioned_rows, over_prompts, over_seeds
 from lesion.analysis.settings import layers_in_order
 
-FIGURES = ("mean", "low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images")
+FIGURES = ("mean", "low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images", "n_effective")
 LEFT_OUT = ("n_invalid", "n_failed", "n_unscored")
 
 
@@ -18,7 +18,7 @@ def layer_estimates(frame: pd.DataFrame, metric: str | None = None, **options: A
 
     Columns: those of the setting; measure (importance: 1 - similarity under leave_one_out; sufficiency: similarity
     under only_one); layer; mean (over seeds, then prompts); low, high, method, sd_prompts, sd_seeds, n_prompts,
-    n_images (`bootstrap.Interval`); n_invalid, n_failed, n_unscored (rows left out).
+    n_images, n_effective (`bootstrap.Interval`); n_invalid, n_failed, n_unscored (rows left out).
     options: those of `bootstrap.interval`. ValueError for a metric that is no similarity to the baseline.
     """
     return measured(*lesioned_rows(frame, metric), [], **options)

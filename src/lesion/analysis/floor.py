@@ -18,12 +18,23 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from lesion.analysis.bootstrap import Floats, Interval, interval
-from lesion.analysis.cells import counts, groups, lesioned_rows, nested, over_prompts, without_limits
+from lesion.analysis.bootstrap import Floats, Interval, effective_number, few, interval
+from lesion.analysis.cells import (
+    counts,
+    flipped,
+    groups,
+    lesioned_rows,
+    nested,
+    no_effect,
+    over_prompts,
+    shared_noise,
+    without_limits,
+)
 from lesion.analysis.importance import LEAVE_ONE_OUT
 from lesion.analysis.settings import layers_in_order
 
 PAIR = ("prompt_id_a", "seed_a", "prompt_id_b", "seed_b", "similarity")
+FEW = "few affected prompts"  # a ratio has no bounds that would give limits
 FLOORS = ("other_seeds", "other_prompts")
 
 
@@ -58,6 +69,24 @@ def floor_by_prompt(pairs: pd.DataFrame) -> pd.DataFrame:
     return table.astype("float64")
 
 
+def seed_floors(pairs: pd.DataFrame) -> pd.Series:
+    """What each image's seed makes of the floor of other seeds of its prompt; index prompt_id, seed.
+
+    Jackknife pseudo-values of the mean over pairs of seeds: their mean over a prompt's seeds is its floor, and their
+    spread is the error of it. Prompts with fewer than three seeds are not in it.
+    """
+    both = _both_ways(pairs)
+    both = both[both["prompt_id_a"] == both["prompt_id_b"]]
+    by_seed = both.groupby(["prompt_id_a", "seed_a"], sort=False)["similarity"].agg(["mean", "size"])
+    per_prompt = both.groupby("prompt_id_a", sort=False)["similarity"].mean()
+    prompts = by_seed.index.get_level_values(0)
+    seeds = by_seed.groupby(level=0, sort=False)["size"].transform("size")
+    found = (2 * (seeds - 1) * by_seed["mean"] - seeds * per_prompt.reindex(prompts).to_numpy()) / (seeds - 2)
+    # The formula is that of complete pairs.
+    found = found[(seeds > 2) & (by_seed["size"] == seeds - 1)]
+    return pd.Series(found.rename_axis(["prompt_id", "seed"]), dtype="float64")
+
+
 def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95, method: str = "bootstrap-t") -> pd.DataFrame:
     """Two rows, floor = other_seeds, other_prompts: mean over prompts, low, high, method, n_prompts, n_pairs.
 
@@ -67,7 +96,7 @@ def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95, method: str = "bo
     """
     both, by_prompt = _both_ways(pairs), floor_by_prompt(pairs)
     same = both["prompt_id_a"] == both["prompt_id_b"]
-    seeds = interval(by_prompt[["other_seeds"]].to_numpy(), method, confidence)
+    seeds = flipped(interval(1.0 - by_prompt[["other_seeds"]].to_numpy(), method, confidence, bounds=(0.0, 1.0)))
     found = {"other_seeds": (seeds, same), "other_prompts": (_of_other_prompts(both[~same], confidence), ~same)}
     records = []
     for name, (one, kept) in found.items():
@@ -178,11 +207,17 @@ def _normalised(
     ratio = effect / headroom if headroom > 1e-9 else np.nan
     linear = group.assign(linear=ratio + (group["effect"] - ratio * group["headroom"]) / headroom)
     # The jackknife's limits replace those of this interval: no need to resample for them.
-    found = interval(nested(linear, "linear"), **(options if gone is None else {**options, "method": "t"}))
+    found = interval(
+        nested(linear, "linear"),
+        shared=gone is None and shared_noise(group),
+        **(options if gone is None else {**options, "method": "t"}),
+    )
     if gone is not None and found.n_prompts:
         found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95))
-    if over_prompts(group, **options).reason == "no effect":
+    if no_effect(group["effect"]):
         found = without_limits(found, "no effect")
+    elif few(effective_number(means["effect"]), len(means)):
+        found = without_limits(found, FEW)
     limits = {"": ratio, "_low": found.low, "_high": found.high, "_method": found.method}
     return {name: 1.0 - headroom, **{f"normalised_{name}{suffix}": value for suffix, value in limits.items()}}
 

@@ -20,10 +20,15 @@ from lesion.analysis.cells import (
     lesioned_rows,
     matched,
     names_of,
+    nested,
+    no_effect,
     over_prompts,
+    rests_on,
+    shared_noise,
 )
 from lesion.analysis.estimates import FIGURES, LEFT_OUT, layer_estimates
 from lesion.analysis.importance import LEAVE_ONE_OUT
+from lesion.analysis.paired import p_against_zero
 from lesion.analysis.settings import layers_in_order
 
 PAIRS, CUMULATIVE = "pairs", "cumulative"
@@ -44,9 +49,10 @@ def pair_interactions(frame: pd.DataFrame, metric: str | None = None, **options:
     Effects have a ceiling, so two large ones give a negative value of their own.
     Columns: the setting's; layer_a, layer_b (in depth order); both (mean effect of the pair), expected (sum of the
     singles), over the images that have all three; interaction, low, high, method, sd_prompts, sd_seeds, n_prompts,
-    n_images; n_invalid, n_failed, n_unscored of the pair's own rows; n_left_out (valid ones that lack a single).
-    Needs rows of selection `pairs` (two layers each) and `leave_one_out` in the same setting. options: those of
-    `bootstrap.interval`. ValueError when `lesioned` is missing or does not name two layers.
+    n_images, n_effective; p (of interaction against 0, `paired.p_against_zero`); n_invalid, n_failed, n_unscored of the
+    pair's own rows; n_left_out (valid ones that lack a single). Needs rows of selection `pairs` (two layers each) and
+    `leave_one_out` in the same setting. options: those of `bootstrap.interval`. ValueError when `lesioned` is missing
+    or does not name two layers.
     """
     part, keys = lesioned_rows(frame, metric)
     records = []
@@ -63,15 +69,18 @@ def pair_interactions(frame: pd.DataFrame, metric: str | None = None, **options:
         for names, group in groups(pairs.assign(_a=known.str[0], _b=known.str[1]), ["_a", "_b"]):
             a, b = names["_a"], names["_b"]
             alone = [_looked_up(single, layer, group) for layer in (a, b)]
-            group = group.assign(expected=alone[0] + alone[1])
+            group = group.assign(expected=alone[0] + alone[1], alone_a=alone[0], alone_b=alone[1])
             group["interaction"] = group["effect"] - group["expected"]
             complete = group.dropna(subset=["interaction"])
-            found = over_prompts(complete, "interaction", **options)
+            bounds = (-2.0, 1.0)
+            number = min(rests_on(complete, side) for side in ("effect", "alone_a", "alone_b"))
+            found = over_prompts(complete, "interaction", bounds=bounds, effective=number, **options)
+            p = p_against_zero(nested(complete, "interaction"), shared_noise(complete), number, bounds)
             means = complete.groupby("prompt_id")[["effect", "expected"]].mean().mean()
             record = {**setting, "layer_a": a, "layer_b": b, "both": means["effect"], "expected": means["expected"]}
             left_out = int(group["effect"].notna().sum()) - len(complete)
-            records.append({**record, **found.columns("interaction"), **counts(group), "n_left_out": left_out})
-    figures = ["interaction", *FIGURES[1:], *LEFT_OUT, "n_left_out"]
+            records.append({**record, **found.columns("interaction"), "p": p, **counts(group), "n_left_out": left_out})
+    figures = ["interaction", *FIGURES[1:], "p", *LEFT_OUT, "n_left_out"]
     return pd.DataFrame(records, columns=[*keys, "layer_a", "layer_b", "both", "expected", *figures])
 
 
@@ -101,7 +110,8 @@ def areas(part: pd.DataFrame, x: str, top: float) -> pd.DataFrame:
     values = wide.to_numpy(dtype=np.float64)
     if not len(points) or points[0] > 0:
         points, values = np.insert(points, 0, 0.0), np.insert(values, 0, 0.0, axis=1)
-    return wide.index.to_frame(index=False).assign(area=np.trapezoid(values, points, axis=1) / top)
+    found = wide.index.to_frame(index=False).assign(area=np.trapezoid(values, points, axis=1) / top)
+    return found.assign(noise=part["noise"].iloc[0]) if "noise" in part and len(part) else found
 
 
 def cumulative_curves(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
@@ -147,7 +157,11 @@ def cumulative_areas(frame: pd.DataFrame, metric: str | None = None, **options: 
     for setting, whole in groups(part, [*keys, "order"]):
         largest = int(whole["n_lesioned"].max())
         found = areas(whole, "n_lesioned", largest)
-        record = {**setting, "n_layers": largest, **over_prompts(found, "area", **options).columns("area")}
+        record = {
+            **setting,
+            "n_layers": largest,
+            **over_prompts(found, "area", bounds=(0.0, 1.0), **options).columns("area"),
+        }
         records.append({**record, "n_left_out": images(whole) - len(found)})
     names = ["order", "n_layers", "area", *FIGURES[1:], "n_left_out"]
     return pd.DataFrame(records, columns=[*keys, *names])
@@ -173,13 +187,13 @@ def dose_response(frame: pd.DataFrame, metric: str | None = None, **options: Any
             if group["strength"].nunique() < 2:
                 continue
             wide, top = _whole_curves(group, "strength"), float(group["strength"].max())
-            found = over_prompts(areas(group, "strength", top), "area", **options)
+            found = over_prompts(areas(group, "strength", top), "area", bounds=(0.0, 1.0), **options)
             full = wide.iloc[:, -1].groupby("prompt_id").mean().mean() if len(wide) else np.nan
             steps = np.diff(wide.to_numpy(dtype=np.float64), axis=1, prepend=0.0)
             rising = (steps >= -1e-6).all(axis=1).mean() if len(wide) else np.nan
             record = {**setting, "layer": layer, "strengths": group["strength"].nunique(), "top": top, "full": full}
             record |= found.columns("area")
-            record |= {"bend": np.nan if found.reason == "no effect" or not full else found.mean / full}
+            record |= {"bend": np.nan if no_effect(wide) or not full else found.mean / full}
             records.append({**record, "rising": rising, "n_left_out": images(group) - len(wide)})
     names = ["layer", "strengths", "top", "full", "area", *FIGURES[1:], "bend", "rising", "n_left_out"]
     return pd.DataFrame(records, columns=[*keys, *names])

@@ -12,24 +12,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.bootstrap import REPLICATES, Floats, draws, prompt_means, seed_counts
-from lesion.analysis.cells import MEASURES, cube, groups, images, lesioned_rows, matched, prompt_averages
-from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT, ONLY_ONE
-from lesion.analysis.paired import holm, t_test
+from lesion.analysis.bootstrap import REPLICATES, Floats, draws
+from lesion.analysis.cells import MEASURES, cube, groups, images, lesioned_rows, matched, prompt_averages, shared_noise
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
+from lesion.analysis.paired import comparisons, without_noise
 
 
-def replicated(cells: Floats, replicates: int = REPLICATES, seed: int = 0) -> Floats:
-    """Means of every layer under the same resampled prompts and seeds. cells: (L, P, S); result: (L, B)"""
-    if not cells.shape[1]:
-        return np.empty((len(cells), 0))
-    drawn = draws(seed_counts(cells[0]), replicates, seed)
-    return np.stack([prompt_means(layer, drawn).mean(axis=1) for layer in cells])
+def replicated(cells: Floats, shared: bool = False, replicates: int = REPLICATES, seed: int = 0) -> Floats:
+    """Means of every layer (L, P, S) under the same resampled prompts; result: (L, B)
 
-
-def _without_noise(cells: Floats) -> Floats:
-    """Layers without effect at exactly 0, so that they tie: their order would be that of rounding errors."""
-    silent = np.nanmax(np.abs(cells), axis=(1, 2), initial=0.0, keepdims=True) <= NO_EFFECT
-    return np.where(silent, 0.0 * cells, cells)
+    shared: seeds, the same noise for every prompt, are resampled too, independently (Owen, "The pigeonhole bootstrap",
+    Ann. Appl. Stat. 1, 2007); not where images are missing.
+    """
+    layers, prompts, seeds = cells.shape
+    if not prompts:
+        return np.empty((layers, 0))
+    drawn = draws(prompts, replicates, seed) / prompts
+    if not shared or seeds < 2 or not np.isfinite(cells).all():
+        found: Floats = prompt_averages(cells) @ drawn.T
+        return found
+    of_seeds = draws(seeds, replicates, seed + 1) / seeds
+    by_seed = np.tensordot(drawn, cells, axes=(1, 1))  # (B, L, S)
+    found = np.einsum("bls,bs->lb", by_seed, of_seeds)
+    return found
 
 
 def _ranks(means: Floats, method: str) -> Floats:
@@ -47,32 +52,45 @@ def ranks(
     confidence: float = 0.95,
     replicates: int = REPLICATES,
     seed: int = 0,
+    compared: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Rank of every layer by importance, one row a setting and layer in depth order.
 
     Columns: the setting's; layer; importance (over the shared images); rank (1 = most important, ties share the better
     rank); rank_low, rank_high; top_K for each of `top`; n_prompts; n_left_out.
-    rank_low - 1 layers are significantly more important, n - rank_high less: paired t tests over prompts of one layer
-    with each other, Holm-corrected, which covers the true rank at least `confidence` of the time even where layers tie
-    (Mogstad, Romano, Shaikh & Wilhelm, Rev. Econ. Stud. 91, 2024); resampled ranks do not (Xie, Singh & Zhang, JASA
-    104, 2009). top_K: share of bootstrap replicates in which the layer is among the first K, ties by their mean rank.
-    With one prompt all of these are missing.
+    rank_low - 1 layers are significantly more important, n - rank_high less, by `paired.comparisons` of every two
+    layers, Holm-corrected over all of them: so the true ranks of all layers lie within their limits together at least
+    `confidence` of the time even where layers tie (Mogstad, Romano, Shaikh & Wilhelm, Rev. Econ. Stud. 91, 2024, who
+    resample for that); resampled ranks do not (Xie, Singh & Zhang, JASA 104, 2009). compared: such comparisons ready
+    made, where p_holm is corrected for more than these. top_K: share of bootstrap replicates in which the layer is
+    among the first K, ties by their mean rank. With one prompt all of these are missing.
     """
+    if compared is None:
+        compared = comparisons(frame, metric)
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
     shares = [f"top_{k}" for k in top]
     tables = []
     for setting, whole in groups(part, keys):
         wide = matched(whole)
-        cells = _without_noise(cube(wide))
+        cells = without_noise(cube(wide))
         if not cells.size:
             continue
         by_prompt = prompt_averages(cells)
         means = by_prompt.mean(axis=1)
         table = pd.DataFrame({"layer": list(wide.columns), "importance": means}).assign(**setting)
         table["rank"] = _ranks(means, "min")
-        table["rank_low"], table["rank_high"] = _rank_limits(by_prompt, 1 - confidence)
-        star = _ranks(replicated(cells, replicates, seed), "average") if by_prompt.shape[1] > 1 else None
+        known = by_prompt.shape[1] > 1
+        apart = _of(compared, setting)
+        apart = apart[apart["p_holm"] <= 1 - confidence]
+        above, below = (table["layer"].map(apart[side].value_counts()).fillna(0) for side in ("other", "layer"))
+        table["rank_low"] = (1 + above) if known else np.nan
+        table["rank_high"] = (len(table) - below) if known else np.nan
+        star = (
+            _ranks(replicated(cells, shared_noise(whole), replicates, seed), "average")
+            if by_prompt.shape[1] > 1
+            else None
+        )
         for k, name in zip(top, shares, strict=True):
             table[name] = np.nan if star is None else (star <= k).mean(axis=1)
         table["n_prompts"], table["n_left_out"] = by_prompt.shape[1], images(whole) - len(wide)
@@ -81,17 +99,11 @@ def ranks(
     return pd.concat(tables, ignore_index=True)[names] if tables else pd.DataFrame(columns=names)
 
 
-def _rank_limits(by_prompt: Floats, alpha: float) -> tuple[Floats, Floats]:
-    layers, prompts = by_prompt.shape
-    if prompts < 2:
-        return np.full(layers, np.nan), np.full(layers, np.nan)
-    low, high = np.ones(layers), np.full(layers, float(layers))
-    for layer in range(layers):
-        t, p = t_test(by_prompt - by_prompt[layer])
-        apart = holm(p) <= alpha
-        low[layer] += (apart & (t > 0)).sum()
-        high[layer] -= (apart & (t < 0)).sum()
-    return low, high
+def _of(compared: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
+    """The rows of one setting."""
+    for name, value in setting.items():
+        compared = compared[compared[name].isna() if pd.isna(value) else compared[name] == value]
+    return compared
 
 
 def top_stability(
@@ -112,11 +124,11 @@ def top_stability(
     records = []
     for setting, whole in groups(part, keys):
         wide = matched(whole)
-        cells = _without_noise(cube(wide))
+        cells = without_noise(cube(wide))
         if not cells.size:
             continue
         order = np.argsort(-prompt_averages(cells).mean(axis=1), kind="stable")
-        star = _ranks(replicated(cells, replicates, seed), "average")
+        star = _ranks(replicated(cells, shared_noise(whole), replicates, seed), "average")
         for k in (k for k in top if k <= len(order)):
             shared = (star[order[:k]] <= k).mean(axis=0)
             known = cells.shape[1] > 1

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.bootstrap import Interval, interval
-from lesion.analysis.cells import nested, over_prompts, without_limits
+from lesion.analysis.bootstrap import Floats, Interval, effective_number, interval
+from lesion.analysis.cells import nested, over_prompts, shared_noise, without_limits
 from lesion.analysis.estimates import FIGURES
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
+from lesion.analysis.paired import p_against_zero
 from lesion.analysis.settings import BASELINE, in_order, layers_in_order, rows, settings
 from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import LESION
 
 PREFIX = "read_"
+RIGHT = "all_read"  # 1 where an image shows everything that its prompt asks for and that is read, else 0
 
 
 def reading_columns(frame: pd.DataFrame) -> list[str]:
@@ -35,17 +37,19 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
 
     Columns: the setting's; aspect; layer; baseline, lesioned (accuracy, 0 to 1: share of images that show what is
     asked, means over seeds, then prompts, of the same images); drop (their difference), low, high, method, sd_prompts,
-    sd_seeds, n_prompts, n_images (`bootstrap.Interval`, over prompts that ask for the aspect); n_invalid, n_failed,
-    n_unscored (ok, asked, but without both values). An aspect that no prompt asks for has no row.
-    Without limits: `n/a (no effect)` where no image changed from right to wrong or back, and what `interval` cannot
-    say (one prompt). Where no baseline shows the aspect there is nothing to lose: drop NaN, `n/a (baseline is never
-    right)`. options: those of `bootstrap.interval`.
+    sd_seeds, n_prompts, n_images, n_effective (`bootstrap.Interval`, over prompts that ask for the aspect); p (of drop
+    against 0, `paired.p_against_zero`); n_invalid, n_failed, n_unscored (ok, asked, but without both values). An aspect
+    that no prompt asks for has no row. Without limits: what `interval` cannot say (one prompt). Where no baseline shows
+    the aspect there is nothing to lose: drop NaN, `n/a (baseline is never right)`. options: those of
+    `bootstrap.interval`.
     """
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection):
-        found = {**_accuracies(group), **_within(_interval(group, **options), -1.0, 1.0).columns("drop")}
+        one = _interval(group, **options)
+        p = float("nan") if one.reason else p_against_zero(nested(group, "_drop"), shared_noise(group), one.n_effective)
+        found = {**_accuracies(group), **one.columns("drop"), "p": p}
         records.append({**named, **found, **left_out(group, "_drop")})
-    figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "n_invalid", "n_failed", "n_unscored"]
+    figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "p", "n_invalid", "n_failed", "n_unscored"]
     return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
 
 
@@ -55,44 +59,71 @@ def prompt_columns(frame: pd.DataFrame) -> list[str]:
     return [name for name in names if metric_class(name).direction == "prompt"]
 
 
-def adherence_lost(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options: Any) -> pd.DataFrame:
+def with_right(frame: pd.DataFrame) -> pd.DataFrame:
+    """The results with the column RIGHT, where aspects are read; NaN for prompts that ask for none of them."""
+    aspects = frame[reading_columns(frame)].astype("float64")
+    return frame.assign(**{RIGHT: aspects.min(axis=1)}) if aspects.shape[1] else frame
+
+
+def adherence_lost(
+    frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, metrics: Sequence[str] | None = None, **options: Any
+) -> pd.DataFrame:
     """How much less an image shows of its prompt under a lesion: an image can change and lose nothing.
 
-    One row a setting, metric (`prompt_columns`) and layer, in depth order. Columns: the setting's; metric; layer;
-    baseline, lesioned (means over seeds, then prompts, of the same images); lost (baseline minus lesioned, below 0
-    where the lesioned images fit their prompts better), low, high, method, sd_prompts, sd_seeds, n_prompts, n_images
-    (`bootstrap.Interval`, paired, over prompts); verdict: `loses` or `gains` where the interval leaves out 0, `not
-    settled` where it does not, `no interval` where it has no limits; n_invalid, n_failed, n_unscored. options: those of
-    `bootstrap.interval`.
+    One row a setting, metric (`prompt_columns`, or those of `metrics`) and layer, in depth order. Columns: the
+    setting's; metric; layer; baseline, lesioned (means over seeds, then prompts, of the same images); lost (baseline
+    minus lesioned, below 0 where the lesioned images fit their prompts better), low, high, method, sd_prompts,
+    sd_seeds, n_prompts, n_images, n_effective (`bootstrap.Interval`, paired, over prompts); p (of lost against 0,
+    `paired.p_against_zero`); verdict: `loses` or `gains` where the interval leaves out 0, `not settled` where it does
+    not, `no interval` where it has no limits; n_invalid, n_failed, n_unscored. options: those of `bootstrap.interval`.
     """
     records: list[dict[str, Any]] = []
-    for named, group in _asked(frame, selection, prompt_columns(frame)):
-        found = over_prompts(group, "_drop", **options)
+    for named, group in _asked(frame, selection, prompt_columns(frame) if metrics is None else metrics):
+        name = named.pop("aspect")
+        bounds = _differences(name)
+        found = over_prompts(group, "_drop", bounds=bounds, **options)
         verdict = "loses" if found.low > 0 else "gains" if found.high < 0 else "not settled"
         verdict = verdict if found.low == found.low else "no interval"
-        record = {**named, **_accuracies(group), **found.columns("lost"), "verdict": verdict}
-        name = record.pop("aspect")
-        records.append({**record, "metric": name, **left_out(group, "_drop")})
-    figures = ["baseline", "lesioned", "lost", *FIGURES[1:], "verdict", "n_invalid", "n_failed", "n_unscored"]
+        p = p_against_zero(nested(group, "_drop"), shared_noise(group), found.n_effective, bounds)
+        record = {**named, "metric": name, **_accuracies(group), **found.columns("lost"), "p": p, "verdict": verdict}
+        records.append({**record, **left_out(group, "_drop")})
+    figures = ["baseline", "lesioned", "lost", *FIGURES[1:], "p", "verdict", "n_invalid", "n_failed", "n_unscored"]
     return pd.DataFrame(records, columns=[*_keys(frame), "metric", "layer", *figures])
+
+
+def _differences(metric: str) -> tuple[float, float]:
+    """Between what differences of a metric lie."""
+    least, most = (0.0, 1.0) if metric == RIGHT else metric_class(metric).range
+    return least - most, most - least
 
 
 def reading_shares(frame: pd.DataFrame, selection: str = ONLY_ONE, **options: Any) -> pd.DataFrame:
     """What an image still shows under `selection`: for only_one, what a layer alone brings through.
 
     One row a setting, aspect and layer as in `reading_drops`; share (of images that show what is asked, 0 to 1, means
-    over seeds, then prompts), low, high, method, sd_prompts, sd_seeds, n_prompts, n_images (`bootstrap.Interval`);
-    control (the share with every layer lesioned, NaN without selection `all`); n_invalid, n_failed, n_unscored.
+    over seeds, then prompts), low, high, method, sd_prompts, sd_seeds, n_prompts, n_images, n_effective
+    (`bootstrap.Interval`); control (the share with every layer lesioned, NaN without selection `all`), p (of share
+    against control, paired: `paired.p_against_zero`); n_invalid, n_failed, n_unscored.
     """
-    blind = {
-        (*named.values(),): _mean(group, "_after") for named, group in _asked(frame, "all")
-    }  # by the setting, the aspect and no layer
+    blind = {  # by setting, aspect and no layer: what is shown, by image
+        (*named.values(),): (_mean(group, "_after"), group.drop_duplicates(IMAGE).set_index(IMAGE)["_after"])
+        for named, group in _asked(frame, "all")
+    }
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection):
-        found = _within(interval(nested(group, "_after"), **options), 0.0, 1.0).columns("share")
-        control = blind.get((*{**named, "layer": ""}.values(),), float("nan"))
-        records.append({**named, **found, "control": control, **left_out(group, "_after")})
-    figures = ["share", *FIGURES[1:], "control", "n_invalid", "n_failed", "n_unscored"]
+        cells, shared = nested(group, "_after"), shared_noise(group)
+        sides = [effective_number(side.mean(axis=1)) for side in _filled(cells)]
+        found = interval(cells, shared=shared, bounds=(0.0, 1.0), effective=min(sides, default=0.0), **options)
+        record = {**named, **found.columns("share"), "control": float("nan"), "p": float("nan")}
+        control = blind.get((*{**named, "layer": ""}.values(),))
+        if control is not None:
+            record["control"], beside = control
+            more = group["_after"] - beside.reindex(pd.MultiIndex.from_frame(group[IMAGE])).to_numpy()
+            apart = nested(group.assign(_more=more), "_more")
+            effective = effective_number(np.nanmean(apart, axis=1)) if apart.size else 0.0
+            record["p"] = p_against_zero(apart, shared, effective)
+        records.append({**record, **left_out(group, "_after")})
+    figures = ["share", *FIGURES[1:], "control", "p", "n_invalid", "n_failed", "n_unscored"]
     return pd.DataFrame(records, columns=[*_keys(frame), "aspect", "layer", *figures])
 
 
@@ -112,8 +143,9 @@ def _asked(
     for setting in settings(frame):
         part, columns = rows(frame, setting), setting.columns()
         lesioned = part[part["selection"] == selection]
-        few = ["prompt_id", "seed", "layer", "layer_index", "status", *aspects]  # they are taken apart
-        lesioned = lesioned[few].assign(layer=lesioned["layer"].fillna(""))
+        names = ["prompt_id", "seed", "layer", "layer_index", "status", *aspects]  # they are taken apart
+        names += ["noise"] if "noise" in frame else []
+        lesioned = lesioned[names].assign(layer=lesioned["layer"].fillna(""))
         plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
         plain = plain.set_index(["prompt_id", "seed"])
         image = pd.MultiIndex.from_frame(lesioned[["prompt_id", "seed"]])
@@ -130,10 +162,15 @@ def _asked(
                 yield {**named, "layer": layer}, groups[layer]
 
 
-def _within(found: Interval, least: float, most: float) -> Interval:
-    """Limits beyond what a share can be are cut."""
-    low, high = (min(max(limit, least), most) if limit == limit else limit for limit in (found.low, found.high))
-    return replace(found, low=low, high=high)
+IMAGE = ["prompt_id", "seed"]
+
+
+def _filled(cells: Floats) -> list[Floats]:
+    """Shares and what they lack of 1, each prompt's mean where an image is missing; nothing for no cells."""
+    if not cells.size:
+        return []
+    means = np.nanmean(cells, axis=1, keepdims=True)
+    return [means, 1.0 - means]
 
 
 def _mean(group: pd.DataFrame, column: str) -> float:

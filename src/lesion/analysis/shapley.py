@@ -8,14 +8,19 @@ of lesioning all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.cells import groups, lesioned_rows, names_of, over_prompts
+from lesion.analysis.bootstrap import Interval
+from lesion.analysis.cells import groups, lesioned_rows, names_of, over_prompts, without_limits
+from lesion.analysis.crossed import widening
+from lesion.analysis.estimates import FIGURES
 
 COALITIONS = "coalitions"
+FEWEST_ORDERS = 8  # of fewer, the spread says too little of the sampling
 
 
 def contributions(part: pd.DataFrame) -> tuple[pd.DataFrame, int]:
@@ -53,9 +58,10 @@ def shapley_values(frame: pd.DataFrame, metric: str | None = None, **options: An
     setting's; layer; shapley (mean over orders of each prompt and seed, then seeds, then prompts); se: standard error
     of the sampling of orders, from the spread over orders of their means over prompts, NaN for one order (it holds if
     orders are drawn independently; where prompts have orders of their own, give these different numbers of
-    `permutation`, and se is that of all of them); low, high, method, sd_prompts, sd_seeds, n_prompts, n_images: over
-    prompts (`bootstrap.interval`), the orders given; n_orders; n_left_out (chains with an image that is not valid).
-    ValueError when a column is missing or sets do not make chains.
+    `permutation`, and se is that of all of them); low, high, method, sd_prompts, sd_seeds, n_prompts, n_images,
+    n_effective: over prompts (`bootstrap.interval`), moved out for the sampling of orders that prompts share, of which
+    it takes 8; n_orders; n_left_out (chains with an image that is not valid). ValueError when a column is missing or
+    sets do not make chains.
     """
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == COALITIONS]
@@ -63,21 +69,42 @@ def shapley_values(frame: pd.DataFrame, metric: str | None = None, **options: An
         raise ValueError(f"rows of selection {COALITIONS} lack the columns {', '.join(missing)}")
     if len(part) and "order" in part:
         part = part.assign(permutation=part["order"].fillna("") + " " + part["permutation"].astype(str))
-    figures = ["low", "high", "method", "sd_prompts", "sd_seeds", "n_prompts", "n_images", "n_orders", "n_left_out"]
+    figures = [*FIGURES[1:], "n_orders", "n_left_out"]
     tables = []
     for setting, whole in groups(part, keys):
         found, left_out = contributions(whole)
         records = []
         for names, group in groups(found, ["layer"]):
             by_image = group.groupby(["prompt_id", "seed"], sort=False)["worth"].mean().reset_index()
-            one = over_prompts(by_image, "worth", **options).columns("shapley")
-            by_order = group.groupby(["permutation", "prompt_id"])["worth"].mean().groupby("permutation").mean()
+            if "noise" in whole:
+                by_image["noise"] = whole["noise"].iloc[0]
+            by_order = group.groupby(["permutation", "prompt_id"])["worth"].mean()
+            own = (
+                len(by_order) == by_order.index.get_level_values("permutation").nunique()
+            )  # each prompt has its orders
+            by_order = by_order.groupby("permutation").mean()
             error = float(by_order.std(ddof=1) / np.sqrt(len(by_order))) if len(by_order) > 1 else np.nan
-            record = {**setting, **names, **one, "se": error}
+            found_ = over_prompts(by_image, "worth", **options)
+            if not found_.reason and not own:
+                found_ = _with_orders(found_, error, len(by_order), options.get("confidence", 0.95))
+            record = {**setting, **names, **found_.columns("shapley"), "se": error}
             records.append({**record, "n_orders": len(by_order), "n_left_out": left_out})
         table = pd.DataFrame(records, columns=[*keys, "layer", "shapley", "se", *figures])
         tables.append(table.sort_values("shapley", ascending=False, kind="stable"))
     return pd.concat(tables, ignore_index=True) if tables else _empty(keys, figures)
+
+
+def _with_orders(found: Interval, error: float, orders: int, confidence: float) -> Interval:
+    """Limits that hold for other orders too: as seeds that all prompts share, they are a second source of error."""
+    if orders < FEWEST_ORDERS:
+        return without_limits(found, f"fewer than {FEWEST_ORDERS} orders")
+    of_prompts = found.sd_prompts / float(np.sqrt(found.n_prompts))
+    more = widening(of_prompts, found.n_prompts, error**2, orders, confidence)
+    low, high = (
+        found.mean - np.hypot(found.mean - found.low, more),
+        found.mean + np.hypot(found.high - found.mean, more),
+    )
+    return replace(found, low=max(float(low), -1.0), high=min(float(high), 1.0), used=f"{found.used}+orders")
 
 
 def _empty(keys: list[str], figures: list[str]) -> pd.DataFrame:

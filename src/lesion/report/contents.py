@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from lesion.analysis.aspects import aspect_table
+from lesion.analysis.bootstrap import ENOUGH, SMALL
 from lesion.analysis.cells import reasons
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
-from lesion.analysis.reading import reading_table
+from lesion.analysis.reading import RIGHT, reading_table
 from lesion.analysis.settings import Setting
 from lesion.report.findings import NO_FLOOR, Findings
 from lesion.report.tables import Cell, Column, Table, caption, missing
 from lesion.report.text import clean, number
 
+CORRECTED = "Holm-corrected over all tests of this report"
 STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001"
 NO_EFFECT_TEXT = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
 METHOD_WORDS = {
-    "bootstrap-t": "hierarchical bootstrap-t",
-    "bca": "hierarchical BCa bootstrap",
+    "bootstrap-t": "bootstrap-t over prompts",
+    "bca": "BCa bootstrap over prompts",
     "t": "Student's t over prompts",
     "jackknife": "delete-one-prompt jackknife",
+    "bounded": "Gaffke's limits of bounded values where few prompts hold the mean",
 }
+WIDENED_WORDS = {"seeds": "widened for seeds that all prompts share", "orders": "for the orders drawn"}
 COUNTS = [
     Column("n_images", "images", "count"),
     Column("n_invalid", "invalid", "count", spare=True),
@@ -35,7 +40,10 @@ COUNTS = [
 def interval_words(table: pd.DataFrame, columns: Iterable[str]) -> str:
     """How the limits were found, by the columns of methods, and of those that there are none of the reasons."""
     used = pd.concat([table[name] for name in columns if name in table] or [pd.Series(dtype=object)]).astype(str)
-    found = [words for method, words in METHOD_WORDS.items() if (used == method).any()]
+    parts = used[~used.str.startswith("n/a")].str.split("+")
+    named = set(parts.explode().dropna())
+    found = [words for method, words in METHOD_WORDS.items() if method in named]
+    found += [words for what, words in WIDENED_WORDS.items() if what in named]
     why = reasons(used).unique()
     words = f" Intervals: {', '.join(found)}." if found else ""
     return words + (f" n/a: {', '.join(why)}." if len(why) else "")
@@ -50,17 +58,24 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     table["effect_text"] = table["effect"].map(NO_EFFECT_TEXT)
     words = (
         "Importance (1 - similarity, leave-one-out) and sufficiency (similarity, only-one) of each layer, in depth "
-        "order: means over seeds, then prompts, with 95 % intervals; ranks with 95 % intervals, each layer's own. "
+        "order: means over seeds, then prompts, with 95 % intervals; ranks with 95 % limits that hold for all layers "
+        "together. "
     )
     words += ranks_words(table)
     if has_floor:
         words += (
             f"vs: importance divided by what another seed changes (similarity {_mean(table, 'other_seeds')})"
-            f" or another prompt ({_mean(table, 'other_prompts')}). p: paired t test of importance against that of "
-            f"another seed, Holm-corrected over layers; * above, † below it with p < 0.05, two 0.01, three 0.001. "
+            f" or another prompt ({_mean(table, 'other_prompts')}). p: paired test of importance against that of "
+            f"another seed, {CORRECTED}; * above, † below it with p < 0.05, two 0.01, three 0.001. "
         )
     else:
         words += f"Importance vs another seed or prompt and p are n/a: {NO_FLOOR}. "
+    fits = table["adherence_lost"].notna().any()
+    if fits:
+        words += (
+            f"Lost: how much less images fit their prompts ({fit_words(found, setting)[0]}), paired; below 0 they fit "
+            f"better; * above, † below 0 with p < 0.05, {CORRECTED}, two 0.01, three 0.001. "
+        )
     words += "Bold: largest."
     counted = _images(table)
     if len(counted) > 1:
@@ -73,6 +88,7 @@ def layers(found: Findings, setting: Setting) -> Table | None:
         _measure("normalised_other_seeds", "vs another seed", "p_floor", "beyond_floor", spare=True, kind="ratio"),
         _measure("normalised_other_prompts", "vs another prompt", spare=True, kind="ratio"),
         Column("p_floor", "p", "p", spare=True),
+        *([_measure("adherence_lost", "lost", "p_adherence", "adherence_lost", spare=True)] if fits else []),
         _measure("sufficiency", "sufficiency", spare=True),
         *counted,
         *[one for one in COUNTS[1:] if one.name != "n_unscored" or table["n_unscored"].any()],
@@ -234,17 +250,62 @@ def _by_aspect(values: dict[str, pd.DataFrame]) -> tuple[list[Column], list[list
     return [Column("layer", "layer", "code"), *(Column(name, f"{name} ({sizes[name]})") for name in names)], rows
 
 
+def fit_words(found: Findings, setting: Setting) -> list[str]:
+    """The metrics of `Findings.adherence`, as text names them."""
+    names = found.of("adherence", setting)["metric"].unique()
+    return ["all that is asked and read is right" if name == RIGHT else clean(name) for name in names]
+
+
+def adherence(found: Findings, setting: Setting) -> Table | None:
+    """How much less images fit their prompts, beside how much they change."""
+    table = found.of("adherence", setting)
+    if table.empty:
+        return None
+    whole = found.summary(setting)
+    columns = [
+        Column("layer", "layer", "code"),
+        Column("rank", "rank", "count", up=True),
+        _measure("importance", "importance"),
+    ]
+    for (name, part), head in zip(table.groupby("metric", sort=False), fit_words(found, setting), strict=True):
+        part = part.set_index("layer").reindex(whole["layer"])
+        for end, source in (("", "lost"), ("_low", "low"), ("_high", "high"), ("_p", "p_holm")):
+            whole[f"{name}{end}"] = part[source].to_numpy(dtype=float)
+        columns.append(_measure(str(name), head, f"{name}_p", str(name)))
+    words = (
+        "How much less images fit their prompts without the layer (baseline minus lesioned, paired over the same "
+        "images; below 0: they fit better), beside how much they change; 95 % intervals; * above, † below 0 with "
+        f"p < 0.05, {CORRECTED}, two 0.01, three 0.001. " + fit_against_change(found, setting)
+    )
+    words += interval_words(table, ["method"])
+    words = caption(found.rows(setting), setting, words, found.metric)
+    return Table.of(f"adherence--{setting.slug}", "Change and adherence", words, columns, whole, table, count="depth")
+
+
+def fit_against_change(found: Findings, setting: Setting) -> str:
+    """Whether layers that change images most lose most of the prompt, in a sentence; "" for fewer than three layers."""
+    whole, said = found.summary(setting).set_index("layer"), []
+    for (_, part), name in zip(
+        found.of("adherence", setting).groupby("metric", sort=False), fit_words(found, setting), strict=True
+    ):
+        both = part.set_index("layer")[["lost"]].join(whole["importance"]).dropna().round(6)
+        if len(both) > 2 and both["lost"].nunique() > 1 and both["importance"].nunique() > 1:
+            rank = both["lost"].corr(both["importance"], method="spearman")
+            said.append(f"{number(float(rank), 2)} ({name})")
+    return f"Rank correlation over layers of what is lost with importance: {', '.join(said)}." if said else ""
+
+
 def interaction_words(found: Findings, setting: Setting) -> str:
     """The test of layers by aspects in one sentence."""
     test = found.of("interaction", setting)
     if test.empty:
         return "Layers by aspects: n/a."
     one = test.iloc[0]
-    if missing(one["p"]):
+    if missing(one["p_holm"]):
         return f"Layers by aspects: {one['method']}."
     return (
-        f"Layers by aspects: R2 = {number(float(one['r2']))}, p = {number(float(one['p']))} "
-        f"(permutation of the tags over {one['n_prompts']} prompts)."
+        f"Layers by aspects: R2 = {number(float(one['r2']))}, p = {number(float(one['p_holm']))} "
+        f"(permutation of the tags over {one['n_prompts']} prompts; {CORRECTED})."
     )
 
 
@@ -254,8 +315,8 @@ def order(found: Findings, setting: Setting) -> Table | None:
     if table.empty:
         return None
     words = (
-        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired t test over prompts, "
-        f"Holm-corrected; {STARS}." + interval_words(table, ["method"])
+        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired test over prompts, "
+        f"{CORRECTED}; {STARS}." + interval_words(table, ["method"])
     )
     columns = [
         Column("rank", "rank", "count"),
@@ -329,8 +390,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
         return None
     words = (
         f"Shapley values of layers: share of the effect of losing all, from {table['n_orders'].max()} sampled orders; "
-        "se: of the sampling of orders; 95 % interval over prompts, the orders given."
-        + interval_words(table, ["method"])
+        "se: of the sampling of orders; 95 % interval over prompts and orders." + interval_words(table, ["method"])
     )
     columns = [
         Column("layer", "layer", "code"),
@@ -343,10 +403,61 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
     return Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table)
 
 
+def affected(found: Findings, setting: Setting) -> Table | None:
+    """How many prompts a layer affects at all."""
+    table = found.of("affected", setting)
+    if table.empty:
+        return None
+    table["few"] = np.where(table["n_effective"] < ENOUGH, "few", "")
+    words = (
+        "Prompts of which leaving the layer out changes an image by more than 0.0001, their share with exact 95 % "
+        "limits (Clopper-Pearson; one-sided where it is 0 or 1), and mean importance among them. Rests on: effective "
+        f"number of prompts, (sum m)^2 / sum m^2 of what their importance m is beyond {SMALL}; few: below {ENOUGH:g}, "
+        "where the sample says little of prompts that are not in it."
+    )
+    columns = [
+        Column("layer", "layer", "code"),
+        Column("n_affected", "affected", "count"),
+        Column("n_prompts", "prompts", "count"),
+        Column("affected", "share", "number", "affected_low", "affected_high"),
+        Column("mean_affected", "importance, if affected"),
+        Column("n_effective", "rests on"),
+        Column("few", "", "text"),
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    raw = table.drop(columns="few")
+    return Table.of(f"affected--{setting.slug}", "How many prompts a layer affects", words, columns, table, raw)
+
+
+def variance(found: Findings, setting: Setting) -> Table | None:
+    """Prompts, shared seeds and the rest as sources of variance."""
+    table = found.of("variance", setting)
+    if table.empty:
+        return None
+    words = (
+        "Where effects vary: standard deviations of the parts of prompts, of seeds (the same noise for every prompt) "
+        f"and of the rest, from the mean squares; F test of seeds, {CORRECTED}; {STARS}."
+    )
+    columns = [
+        Column("layer", "layer", "code"),
+        Column("measure", "measure", "text"),
+        Column("sd_prompts", "prompts"),
+        Column("sd_seeds", "seeds", marks="p_holm"),
+        Column("sd_rest", "rest"),
+        Column("f_seeds", "F of seeds"),
+        Column("p_holm", "p", "p"),
+        Column("n_prompts", "n, prompts", "count"),
+        Column("n_seeds", "n, seeds", "count"),
+    ]
+    words = caption(found.rows(setting), setting, words, found.metric)
+    return Table.of(f"variance--{setting.slug}", "Prompts, seeds and the rest", words, columns, table)
+
+
 def of_setting(found: Findings, setting: Setting) -> list[Table]:
     """Every table there is of one setting, the layer table first where there is one."""
-    first = [layers(found, setting), compact(found, setting), *prompts(found, setting)]
-    rest = [what(found, setting) for what in (aspects, reading, alone, order, pairs, cumulative, shapley)]
+    first = [layers(found, setting), compact(found, setting), adherence(found, setting)]
+    first += [*prompts(found, setting), affected(found, setting)]
+    rest = [what(found, setting) for what in (aspects, reading, alone, order, pairs, cumulative, shapley, variance)]
     return [table for table in [*first, *rest] if table is not None]
 
 

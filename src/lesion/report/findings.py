@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lesion.analysis.affected import affected_prompts
 from lesion.analysis.agreement import BETWEEN, correlations
 from lesion.analysis.aspects import aspect_estimates, aspect_interaction
 from lesion.analysis.bootstrap import METHODS
@@ -23,11 +24,21 @@ from lesion.analysis.interactions import (
     pair_interactions,
 )
 from lesion.analysis.order import kendalls_w, ranks, top_stability
-from lesion.analysis.paired import against_floor, neighbours
-from lesion.analysis.reading import reading_columns, reading_drops, reading_shares
+from lesion.analysis.paired import against_floor, comparisons, holm, neighbours
+from lesion.analysis.reading import (
+    PREFIX,
+    RIGHT,
+    adherence_lost,
+    prompt_columns,
+    reading_columns,
+    reading_drops,
+    reading_shares,
+    with_right,
+)
 from lesion.analysis.settings import Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
 from lesion.analysis.side_by_side import paired_differences
+from lesion.analysis.variance import variance_components
 from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import GENERATION, LESION
 
@@ -59,10 +70,14 @@ class Findings:
     tested: pd.DataFrame = field(default_factory=_none)
     normalised: pd.DataFrame = field(default_factory=_none)
     floors: pd.DataFrame = field(default_factory=_none)
+    affected: pd.DataFrame = field(default_factory=_none)
+    variance: pd.DataFrame = field(default_factory=_none)
+    comparisons: pd.DataFrame = field(default_factory=_none)
     aspects: pd.DataFrame = field(default_factory=_none)
     interaction: pd.DataFrame = field(default_factory=_none)
     reading: pd.DataFrame = field(default_factory=_none)
     alone: pd.DataFrame = field(default_factory=_none)
+    adherence: pd.DataFrame = field(default_factory=_none)
     agreement: pd.DataFrame = field(default_factory=_none)
     differences: pd.DataFrame = field(default_factory=_none)
     interactions: pd.DataFrame = field(default_factory=_none)
@@ -88,8 +103,9 @@ class Findings:
         rank_high, top_1, top_3 (over the images valid for every layer); n_rank_prompts, n_left_out: prompts of these,
         and pairs of prompt and seed that are not among them (the same in every row); other_seeds,
         normalised_other_seeds, _low, _high, _method and the same of other_prompts; beyond_floor (importance less 1 -
-        floor), p_floor (Holm-corrected over layers); n_importance, n_sufficiency (images); where the frame has it,
-        stopped: why rounds of a budget ended for the layer. NaN where there is nothing to say.
+        floor), p_floor (corrected over the report); those of `affected_prompts`; adherence_lost, _low, _high,
+        p_adherence (corrected, by the first metric of `adherence`); n_importance, n_sufficiency (images); where the
+        frame has it, stopped: why rounds of a budget ended for the layer. NaN where there is nothing to say.
         """
         if setting not in self._summaries:
             self._summaries[setting] = self._summary(setting)
@@ -116,6 +132,10 @@ class Findings:
         _take(table, self.of("normalised", setting), {name: name for name in named})
         tests = {"difference": "beyond_floor", "p_holm": "p_floor"}
         _take(table, self.of("tested", setting), tests)
+        _take(table, self.of("affected", setting), {name: name for name in _TOUCHED})
+        lost = self.of("adherence", setting)
+        lost = lost[lost["metric"] == lost["metric"].iloc[0]] if len(lost) else lost
+        _take(table, lost, _LOST)
         if "stopped" in rows:
             table["stopped"] = _stopped(rows).reindex(table.index).fillna("")
         return table.astype(dict.fromkeys(_RANK[:3], "Int64")).reset_index(drop=True)
@@ -126,6 +146,16 @@ class Findings:
         return float(blind["similarity"].iloc[0]) if len(blind) else float("nan")
 
 
+_TOUCHED = (
+    *("n_affected", "affected", "affected_low", "affected_high", "mean_affected", "n_effective"),
+    *("images_affected", "n_prompts"),
+)
+_LOST = {
+    "lost": "adherence_lost",
+    "low": "adherence_lost_low",
+    "high": "adherence_lost_high",
+    "p_holm": "p_adherence",
+}
 _ENDS = ("", "_low", "_high", "_method")
 
 
@@ -165,6 +195,10 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if reading_columns(frame):
         found.reading = reading_drops(frame, **how)
         found.alone = reading_shares(frame, **how)
+    fits = [name for name in prompt_columns(frame) if not name.startswith(PREFIX)]
+    fits += [RIGHT] if reading_columns(frame) else []
+    if fits:
+        found.adherence = adherence_lost(with_right(frame), metrics=fits, **how)
     frame = _slim(frame, metric)
     has = frame["selection"].value_counts()
 
@@ -176,7 +210,9 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
 
     work("layers", layer_estimates, frame, **how)
     found.layers = _bounded(found.layers, metric)
-    work("ranks", ranks, frame)
+    work("affected", affected_prompts, frame)
+    work("variance", variance_components, frame)
+    work("comparisons", comparisons, frame)
     work("stability", top_stability, frame)
     work("concordance", kendalls_w, frame)
     work("neighbours", neighbours, frame, **how)
@@ -199,7 +235,32 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         work("doses", dose_response, frame, **how)
     if has.get("coalitions", 0):
         work("shapley", shapley_values, frame, **how)
+    _correct(found)
+    work("ranks", ranks, frame, compared=found.comparisons)
     return found
+
+
+CLAIMS = (
+    *("comparisons", "tested", "adherence", "reading", "alone", "interactions", "interaction", "concordance"),
+    "variance",
+)
+
+
+def _correct(found: Findings) -> None:
+    """One correction over every test that a report makes, of all its settings and tables: column p_holm.
+
+    Rank limits follow from the comparisons, and neighbouring ranks are some of them.
+    """
+    tables = [table for name in CLAIMS if "p" in (table := getattr(found, name))]
+    values = [table["p"].to_numpy(dtype=np.float64, na_value=np.nan) for table in tables]
+    together = holm(np.concatenate(values)) if values else np.empty(0)
+    for table, part in zip(tables, np.split(together, np.cumsum([len(one) for one in values])[:-1]), strict=True):
+        table["p_holm"] = part
+    if len(found.neighbours):
+        plain = found.neighbours.drop(columns="p_holm").rename(columns={"next_layer": "other"})
+        keys = [name for name in found.comparisons if name in plain and name not in ("difference", "p", "n_prompts")]
+        table = plain.merge(found.comparisons[[*keys, "p_holm"]], on=keys, how="left")
+        found.neighbours = table.rename(columns={"other": "next_layer"})
 
 
 def _bounded(table: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -7,10 +7,18 @@ from typing import Any
 
 import pandas as pd
 
-from lesion.analysis.cells import reasons
+from lesion.analysis.bootstrap import BOUNDED
+from lesion.analysis.cells import reasons, shared_noise
 from lesion.analysis.importance import NO_EFFECT
-from lesion.analysis.settings import Setting, settings
-from lesion.report.contents import area_words, interaction_words, ranks_words
+from lesion.analysis.settings import BASELINE, Setting, settings
+from lesion.report.contents import (
+    CORRECTED,
+    area_words,
+    fit_against_change,
+    fit_words,
+    interaction_words,
+    ranks_words,
+)
 from lesion.report.findings import NO_FLOOR, Findings, certain
 from lesion.report.tables import missing
 from lesion.report.text import clean, number
@@ -107,7 +115,7 @@ def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
         + (f"{_listed(bad)}, left out of every mean." if bad else "none invalid or failed.")
     )
     if len(table):
-        said["layers"] += _importance(found, table)
+        said["layers"] += [*_importance(found, table), *_seeds(found, setting)]
         said["noise"] += _noise(found, table)
         said["alone"] += _sufficiency(found, setting, table)
     control = found.control(setting)
@@ -117,7 +125,7 @@ def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
             f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')})."
         )
     said["prompts"] += _prompts(found, setting)
-    said["aspects"] += [*_aspects(found, setting), *_read(found, setting)]
+    said["aspects"] += [*_fits(found, setting), *_aspects(found, setting), *_read(found, setting)]
     said["together"] += _together(found, setting)
     said["missing"] += _unsaid(table)
     return said
@@ -190,7 +198,7 @@ def _broken(found: Findings, setting: Setting, table: pd.DataFrame) -> _Said:
     drops = found.of("reading", setting)
     if drops.empty:
         return [], []
-    sure = drops[(drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0))]
+    sure = drops[drops["p_holm"].map(certain) & (drops["drop"] > 0)]
     if sure.empty:
         return [], ["No single layer's absence can be shown to break what the prompt asks for, read from pixels."]
     worst = sure.loc[sure.groupby("aspect", sort=False)["drop"].idxmax()].sort_values("drop", ascending=False)
@@ -255,15 +263,44 @@ def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
             out.append(f"{firsts[0]} is first also by its rank interval (1 to {maybe['rank_high'].iloc[0]}).")
         if said := ranks_words(table).strip():
             out.append(said)
-        unsure = effective[effective["importance_low"].notna() & (effective["importance_low"] <= 0)]
-        if len(unsure):
-            names = _listed([clean(name) for name in unsure["layer"]], MOST)
-            out.append(f"The interval of importance includes 0 for {names}.")
-    none = [clean(name) for name in table.loc[table["effect"] == "none", "layer"]]
-    if none:
-        verb = "has" if len(none) == 1 else "have"
-        out.append(f"{_listed(none)} {verb} no measurable effect (every similarity within {NO_EFFECT:g} of 1).")
+        rare = effective[effective["importance_method"].astype(str).str.startswith(BOUNDED)]
+        if len(rare):
+            names = _listed([f"{clean(one.layer)} ({_touched(one)})" for one in rare.itertuples()], MOST)
+            out.append(
+                f"The means of {_count(len(rare), 'layer')} rest on few prompts, so that limits allow for prompts "
+                f"that were not asked: {names}."
+            )
+    silent = table[table["effect"] == "none"]
+    if len(silent):
+        verb = "has" if len(silent) == 1 else "have"
+        allowed = silent["affected_high"].max()
+        more = "" if missing(allowed) else f"; up to {100 * allowed:.1f} % of prompts may still be affected (95 %)"
+        names = _listed([clean(name) for name in silent["layer"]])
+        out.append(f"{names} {verb} no measurable effect (every similarity within {NO_EFFECT:g} of 1){more}.")
     return out
+
+
+def _touched(one: Any) -> str:
+    return f"{int(one.n_affected)} of {_count(int(one.n_prompts), 'prompt')} affected"
+
+
+def _seeds(found: Findings, setting: Setting) -> list[str]:
+    """What shared noise means for the intervals; nothing where every prompt has its own."""
+    part = found.rows(setting)
+    part = part[part["selection"] != BASELINE]
+    if not len(part) or not shared_noise(part):
+        return []
+    if part["seed"].nunique() == 1:
+        return ["All prompts share the noise of one seed: intervals and tests say nothing on other seeds."]
+    table = found.of("variance", setting)
+    table = table[table["p"].notna()] if len(table) else table
+    if table.empty:
+        return []
+    sure = int(table["p_holm"].map(certain).sum())
+    return [
+        f"All prompts share the noise of {_count(part['seed'].nunique(), 'seed')}, for which intervals are widened; "
+        f"the seeds differ for {sure} of {len(table)} means of layers (F tests, {CORRECTED}, 5 %)."
+    ]
 
 
 def _noise(found: Findings, table: pd.DataFrame) -> list[str]:
@@ -293,7 +330,7 @@ def _noise(found: Findings, table: pd.DataFrame) -> list[str]:
                 layers = group.sort_values("importance", ascending=False)["layer"]
                 said.append(f"{_count(len(group), 'layer')} {verb} ({_listed([clean(name) for name in layers], MOST)})")
         said = [text.replace("1 layer change ", "1 layer changes ", 1) for text in said]
-        out.append(f"Against another seed (paired t tests over prompts, Holm-corrected, 5 %): {'; '.join(said)}.")
+        out.append(f"Against another seed (paired tests over prompts, {CORRECTED}, 5 %): {'; '.join(said)}.")
     elif not missing(seeds):
         out.append("Whether layers differ from another seed could not be tested: it takes two prompts that differ.")
     return out
@@ -337,7 +374,7 @@ def _prompts(found: Findings, setting: Setting) -> list[str]:
         if not missing(one["W"]):
             out.append(
                 f"Prompts agree on the order by {one['measure']} with Kendall's W = {number(float(one['W']), 2)} "
-                f"({_p(one['p'])}, {one['n_prompts']} prompts)."
+                f"({_p(one['p_holm'])}, {one['n_prompts']} prompts)."
             )
     for one in found.of("stability", setting).to_dict("records"):
         if one["k"] > 1 and not missing(one["overlap"]):
@@ -352,7 +389,7 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
     test, table = found.of("interaction", setting), found.of("aspects", setting)
     if test.empty:
         return []
-    p = test["p"].iloc[0]
+    p = test["p_holm"].iloc[0]
     if missing(p):
         out = [f"Whether layers matter differently for different aspects cannot be said: {test['method'].iloc[0]}."]
     else:
@@ -369,25 +406,64 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
     return out
 
 
+def _fits(found: Findings, setting: Setting) -> list[str]:
+    """Which layers' absence costs adherence, which mends it, and which only changes images."""
+    table = found.of("adherence", setting)
+    if table.empty:
+        return []
+    changed = set(found.summary(setting).query("effect == 'yes'")["layer"])
+    out = []
+    for (_, part), name in zip(table.groupby("metric", sort=False), fit_words(found, setting), strict=True):
+        sure, lost = part["p_holm"].map(certain), part["lost"]
+        said = [
+            f"{len(some)} {verb} ({_listed([clean(one) for one in some], MOST)})"
+            for verb, some in (
+                ("cost adherence", part[sure & (lost > 0)].sort_values("lost", ascending=False)["layer"]),
+                ("mend it", part[sure & (lost < 0)].sort_values("lost")["layer"]),
+            )
+            if len(some)
+        ]
+        rest = int((~sure & part["layer"].isin(changed)).sum())
+        said += [f"{rest} change images and cannot be shown to do either"] if rest else []
+        if said:
+            out.append(f"Of layers left out, by {name}: {'; '.join(said)} ({CORRECTED}, 5 %).")
+    return [*out, *filter(None, [fit_against_change(found, setting)])]
+
+
 def _read(found: Findings, setting: Setting) -> list[str]:
     """What lesions break and what layers bring through, as read from pixels."""
     out = []
     drops = found.of("reading", setting)
     if len(drops):
-        broken = drops[(drops["low"] > 0) | ((drops["method"] == "n/a (constant)") & (drops["drop"] > 0))]
+        broken = drops[drops["p_holm"].map(certain) & (drops["drop"] > 0)]
         if len(broken):
             worst = broken.loc[broken.groupby("aspect", sort=False)["drop"].idxmax()].to_dict("records")
             named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['drop']))})" for one in worst]
-            out.append(f"Read from pixels, these layers' absence breaks most: {_listed(named, 12)}.")
+            out.append(
+                "Read from pixels, of the layers whose absence can be shown to break something, the first: "
+                f"{_listed(named, 12)}."
+            )
         spared = [clean(name) for name in drops["aspect"].unique() if name not in set(broken["aspect"])]
         if spared:
             out.append(f"No single layer's absence can be shown to break {_listed(spared, 12)}.")
     shares = found.of("alone", setting)
-    shares = shares[(shares["share"] > 0) & ~(shares["share"] <= shares["control"])] if len(shares) else shares
-    if len(shares):
-        best = shares.loc[shares.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
+    if len(shares) and shares["control"].notna().any():
+        through = shares[shares["p_holm"].map(certain) & (shares["share"] > shares["control"])]
+        if len(through):
+            best = through.loc[through.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
+            named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
+            out.append(
+                "Of the layers that can be shown to bring more through alone than none does, the first: "
+                f"{_listed(named, 12)}."
+            )
+        rest = [clean(name) for name in shares["aspect"].unique() if name not in set(through["aspect"])]
+        if rest:
+            out.append(f"No layer alone can be shown to bring {_listed(rest, 12)} through.")
+    elif len(shares) and (shares["share"] > 0).any():
+        some = shares[shares["share"] > 0]
+        best = some.loc[some.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
         named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
-        out.append(f"Alone, these layers bring most through: {_listed(named, 12)}.")
+        out.append(f"Largest shares that a layer alone brings through, without a control: {_listed(named, 12)}.")
     return out
 
 
@@ -402,12 +478,12 @@ def _together(found: Findings, setting: Setting) -> list[str]:
     pairs = found.of("interactions", setting)
     pairs = pairs[pairs["interaction"].notna()] if len(pairs) else pairs
     if len(pairs):
-        apart = pairs[(pairs["low"] > 0) | (pairs["high"] < 0)]
+        apart = pairs[pairs["p_holm"].map(certain)]
         largest = pairs.iloc[int(pairs["interaction"].abs().to_numpy().argmax())]
         out.append(
-            f"Of {_count(len(pairs), 'pair')} of layers {len(apart)} have an interaction whose 95 % interval excludes "
-            f"0; the largest is {number(float(largest['interaction']))} for {clean(largest['layer_a'])} and "
-            f"{clean(largest['layer_b'])}."
+            f"Of {_count(len(pairs), 'pair')} of layers {len(apart)} have an interaction that differs from 0 (paired "
+            f"tests, {CORRECTED}, 5 %); the largest is {number(float(largest['interaction']))} for "
+            f"{clean(largest['layer_a'])} and {clean(largest['layer_b'])}."
         )
     areas = area_words(found, setting)
     if areas:

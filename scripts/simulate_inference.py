@@ -1,0 +1,277 @@
+"""How often nominal 95 % statements hold where the truth is planted or known. No model, no image.
+
+    python scripts/simulate_inference.py                   every table below, about half an hour
+    python scripts/simulate_inference.py seeds --times 400
+
+- `seeds`: means over prompts and seeds that share their noise (crossed) or do not (nested), with the standard
+  deviations of prompts, seeds and rest that the study of docs/study.md has.
+- `sparse`: importance where few prompts are affected; prompts of that study drawn anew with replacement (its 49 are the
+  population), and planted distributions.
+- `ranks`: rank intervals of all layers of that study together, its prompts drawn anew.
+- `claims`: how often a report claims anything (family-wise) where nothing is true.
+- `shapley`: Shapley limits where orders are drawn anew, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lesion.analysis import shapley
+from lesion.analysis.bootstrap import interval
+from lesion.analysis.cells import cube, lesioned_rows, matched
+from lesion.analysis.importance import LEAVE_ONE_OUT
+from lesion.analysis.order import ranks
+from lesion.analysis.paired import against_floor, holm
+from lesion.analysis.reading import reading_drops
+
+STUDY = Path(__file__).resolve().parent.parent / "docs" / "study" / "results.parquet"
+REPLICATES = 1999  # a report takes 9,999
+Row = dict[str, Any]
+
+
+def percent(hits: float, times: int) -> str:
+    return f"{100 * hits / times:.1f}"
+
+
+def error(times: int) -> str:
+    """95 % of so many data sets lie within this of 95 %, if that is the truth."""
+    return f"{100 * 1.96 * np.sqrt(0.05 * 0.95 / times):.1f}"
+
+
+def effects() -> np.ndarray:
+    """Importance in the kept study by replacement and layer, prompt, seed: (32, 49, 4)."""
+    part, _ = lesioned_rows(pd.read_parquet(STUDY))
+    part = part[part["selection"] == LEAVE_ONE_OUT]
+    return np.concatenate([cube(matched(whole)) for _, whole in part.groupby("replacement", sort=False)])
+
+
+def seeds(times: int) -> Iterator[Row]:
+    """Prompts and seeds with the components of up_blocks.2.attentions.2 under zero, and without an effect of seeds."""
+    for name, (of_prompts, of_seeds, of_rest) in {
+        "sufficiency": (0.109, 0.092, 0.243),
+        "importance": (0.157, 0.016, 0.082),
+        "no seed effect": (0.15, 0.0, 0.15),
+    }.items():
+        for prompts, number in ((12, 2), (12, 4), (49, 2), (49, 3), (49, 4), (200, 4), (49, 8)):
+            rng, kinds = np.random.default_rng([prompts, number]), ("taken as nested", "shared", "own")
+            covered, widths = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0.0)
+            for _ in range(times):
+                shared, own = rng.normal(0, of_seeds, number), rng.normal(0, of_seeds, (prompts, number))
+                rest = rng.normal(0, of_prompts, (prompts, 1)) + rng.normal(0, of_rest, (prompts, number))
+                for kind, noise in (("taken as nested", shared), ("shared", shared), ("own", own)):
+                    found = interval(rest + noise, shared=kind == "shared", replicates=REPLICATES)
+                    covered[kind] += found.low <= 0 <= found.high
+                    widths[kind] += (found.high - found.low) / times
+            row = {"components of": name, "prompts x seeds": f"{prompts} x {number}"}
+            row |= {f"{kind}, %": percent(covered[kind], times) for kind in kinds} | {"+-": error(times)}
+            yield row | {f"{kind}, width": f"{widths[kind]:.3f}" for kind in kinds}
+
+
+def _planted() -> dict[str, Callable[[np.random.Generator, int], np.ndarray]]:
+    """Effects of prompts (n,), and how they are called."""
+
+    def touched(share: float, rng: np.random.Generator, n: int) -> np.ndarray:
+        return np.where(rng.random(n) < share, rng.beta(1.5, 6, n), 0.0)
+
+    return {
+        "log-normal": lambda rng, n: np.minimum(rng.lognormal(-4, 1.2, n), 1.0),
+        "70 % untouched": lambda rng, n: touched(0.3, rng, n),
+        "92 % untouched": lambda rng, n: touched(0.08, rng, n),
+        "98 % untouched": lambda rng, n: touched(0.02, rng, n),
+    }
+
+
+def sparse(times: int) -> Iterator[Row]:
+    """One seed a prompt: what seeds do is the first table."""
+    population = effects().mean(axis=2)
+    touched = population[population.max(axis=1) > 1e-4]
+    for prompts in (8, 12, 24, 49):
+        rng = np.random.default_rng(prompts)
+        hits = np.zeros((2, len(touched)))
+        for _ in range(max(times // 10, 1)):  # of 30 layers each
+            drawn = rng.integers(touched.shape[1], size=prompts)
+            for number, layer in enumerate(touched):
+                for kind, bounds in enumerate((None, (0.0, 1.0))):
+                    found = interval(layer[drawn][:, None], bounds=bounds, replicates=REPLICATES)
+                    hits[kind, number] += found.low <= layer.mean() <= found.high
+        shares = 100 * hits / max(times // 10, 1)
+        yield {
+            "effects": f"{len(touched)} layers of the study",
+            "prompts": prompts,
+            "sample alone, %": f"{shares[0].mean():.1f}",
+            "as reported, %": f"{shares[1].mean():.1f}",
+            "worst layer, %": f"{shares[1].min():.1f}",
+        }
+    for name, draw in _planted().items():
+        truth = float(draw(np.random.default_rng(0), 4_000_000).mean())
+        for prompts in (8, 12, 24, 49, 100, 200):
+            rng, kept = np.random.default_rng(prompts), np.zeros(2)
+            for _ in range(times):
+                values = draw(rng, prompts)[:, None]
+                for kind, bounds in enumerate((None, (0.0, 1.0))):
+                    found = interval(values, bounds=bounds, replicates=REPLICATES)
+                    kept[kind] += found.low <= truth <= found.high
+            shares = 100 * kept / times
+            yield {
+                "effects": name,
+                "prompts": prompts,
+                "sample alone, %": f"{shares[0]:.1f}",
+                "as reported, %": f"{shares[1]:.1f}",
+                "worst layer, %": "",
+            }
+
+
+def _frame(cells: np.ndarray, noise: str = "own") -> pd.DataFrame:
+    """Results of leave_one_out with these effects (layers, prompts, seeds), and of their baselines."""
+    _, prompts, number = cells.shape
+    layer, prompt, seed = (one.ravel() for one in np.indices(cells.shape))
+    lesioned = pd.DataFrame({"layer_index": layer, "prompt_id": prompt, "seed": seed, "effect": cells.ravel()})
+    plain = pd.DataFrame({"prompt_id": np.repeat(range(prompts), number), "seed": np.tile(range(number), prompts)})
+    plain = plain.assign(layer_index=-1, effect=0.0)
+    frame = pd.concat([plain, lesioned], ignore_index=True)
+    is_plain = frame["layer_index"] < 0
+    frame["layer"] = ("layer " + frame["layer_index"].astype(str)).mask(is_plain, "")
+    frame["prompt_id"] = "p" + frame["prompt_id"].astype(str)
+    frame["clip_similarity"] = 1.0 - frame.pop("effect")
+    fixed = {"model": "m", "kind": "cross_attention", "window_start": 0.0, "window_end": 1.0, "branch": "both"}
+    frame = frame.assign(**fixed, status="ok", noise=noise)
+    frame["selection"] = np.where(is_plain, "none", LEAVE_ONE_OUT)
+    return frame.assign(replacement=np.where(is_plain, "", "zero"), strength=np.where(is_plain, 0.0, 1.0))
+
+
+def _held(table: pd.DataFrame, truth: np.ndarray) -> np.ndarray:
+    """Whether each layer's rank limits hold its true rank; any of the ranks that it shares will do."""
+    means = np.round(truth, 6)
+    best = (means[None, :] > means[:, None]).sum(axis=1) + 1
+    worst = (means[None, :] >= means[:, None]).sum(axis=1)
+    table = table.set_index("layer").loc[[f"layer {number}" for number in range(len(truth))]]
+    found: np.ndarray = (table["rank_low"].to_numpy() <= worst) & (table["rank_high"].to_numpy() >= best)
+    return found
+
+
+def rank_intervals(times: int) -> Iterator[Row]:
+    """Prompts of the study drawn anew; and 4 dense layers with equal means among 12 sparse ones with equal means."""
+    of_study = effects()[:16].mean(axis=2)
+    population = np.random.default_rng(1)
+    dense = population.gamma(4, 0.02, (4, 2000))
+    rare = np.where(population.random((12, 2000)) < 0.08, population.gamma(2, 0.05, (12, 2000)), 0.0)
+    mixed = np.clip(np.concatenate([dense, rare]), 0, 1)
+    mixed[:4] *= 0.08 / mixed[:4].mean(axis=1, keepdims=True)
+    mixed[4:] *= 0.01 / mixed[4:].mean(axis=1, keepdims=True)
+    for name, layers in (("16 layers of the study", of_study), ("4 dense, 12 sparse", mixed)):
+        for prompts in (12, 49):
+            rng, held = np.random.default_rng(prompts), []
+            for _ in range(max(times // 4, 1)):
+                drawn = rng.integers(layers.shape[1], size=prompts)
+                table = ranks(_frame(layers[:, drawn, None]), replicates=99)
+                held.append(_held(table, layers.mean(axis=1)))
+            each = np.array(held)
+            yield {
+                "layers": name,
+                "prompts": prompts,
+                "all together, %": percent(each.all(axis=1).sum(), len(each)),
+                "worst layer, %": percent(each.mean(axis=0).min() * len(each), len(each)),
+                "studies": len(each),
+            }
+
+
+def claims(times: int) -> Iterator[Row]:
+    """A study in which nothing is true, in two ways."""
+    times = max(times // 4, 1)
+    # Ten layers of which each affects a tenth of the prompts, by as much on average as another seed changes them all.
+    rng, once, plain = np.random.default_rng(2), 0, 0
+    for _ in range(times):
+        sizes = np.where(rng.random((10, 49)) < 0.1, rng.beta(2, 6, (10, 49)), 0.0)
+        floor = 0.1 * 0.25  # the true mean of each
+        pairs = pd.DataFrame({"prompt_id_a": [f"p{n}" for n in range(49)]})
+        pairs = pairs.assign(prompt_id_b=pairs["prompt_id_a"], seed_a=0, seed_b=1)
+        pairs["similarity"] = 1 - floor * rng.gamma(20, 1 / 20, 49)
+        table = against_floor(_frame(sizes[..., None]), pairs)
+        once += bool((table["p_holm"] <= 0.05).any())
+        means, spread = sizes - (1 - pairs["similarity"].to_numpy()), np.sqrt(49)
+        t = means.mean(axis=1) / (means.std(axis=1, ddof=1) / spread)
+        plain += bool((np.abs(t) > 3.0).any())  # p < 0.005: a t test, Bonferroni over ten
+    yield {
+        "nothing is true of": "more or less than another seed, 10 layers",
+        "studies with a claim, %": percent(once, times),
+        "by Student's t alone, %": percent(plain, times),
+        "studies": times,
+    }
+    # Sixteen layers that change what seven aspects show as often for the better as for the worse, in a tenth of images.
+    rng, once, plain = np.random.default_rng(3), 0, 0
+    for _ in range(times):
+        frame = _frame(np.full((16, 49, 2), 0.1) + rng.normal(0, 0.01, (16, 49, 2)))
+        for aspect in range(7):
+            right = rng.random(49 * 2) < 0.5
+            flips = rng.random((16, 49 * 2)) < 0.1
+            frame[f"read_a{aspect}"] = np.concatenate([right, (right[None] ^ flips).ravel()]).astype(float)
+        drops = reading_drops(frame, method="t")
+        once += bool((holm(drops["p"]) <= 0.05).any())  # a report corrects over its other tests, too
+        reach = 2.01 * drops["sd_prompts"] / 7
+        plain += bool((drops["drop"].abs() > reach).any())
+    yield {
+        "nothing is true of": "what a layer's absence breaks, 16 layers x 7 aspects",
+        "studies with a claim, %": percent(once, times),
+        "by Student's t alone, %": f"{percent(plain, times)} (an interval excludes 0)",
+        "studies": times,
+    }
+
+
+def shapley_values(times: int) -> Iterator[Row]:
+    """A game of five layers: its single worths, and a bonus for some pairs; prompts scale it, orders are shared."""
+    layers, single = tuple("abcde"), dict(zip("abcde", (0.05, 0.1, 0.02, 0.2, 0.08), strict=True))
+    bonus = {frozenset("ad"): 0.2, frozenset("be"): -0.1, frozenset("cd"): 0.15}
+    truth = {one: single[one] + sum(worth / 2 for pair, worth in bonus.items() if one in pair) for one in layers}
+
+    def worth(names: tuple[str, ...]) -> float:
+        return sum(single[one] for one in names) + sum(value for pair, value in bonus.items() if pair <= set(names))
+
+    times = max(times // 4, 1)
+    for prompts, orders in ((12, 8), (12, 16), (49, 8), (49, 24)):
+        rng, hits, plain = np.random.default_rng([prompts, orders]), 0, 0
+        for _ in range(times):
+            scale, rows = rng.normal(1, 0.3, prompts), []
+            for number in range(orders):
+                order = tuple(rng.permutation(layers))
+                for k in range(1, 6):
+                    rows.append({"permutation": number, "lesioned": "+".join(order[:k]), "worth": worth(order[:k])})
+            chain = pd.DataFrame(rows)
+            frame = pd.concat([chain.assign(prompt_id=f"p{n}", worth=chain["worth"] * s) for n, s in enumerate(scale)])
+            fixed = {"model": "m", "kind": "k", "replacement": "zero", "window_start": 0.0, "window_end": 1.0}
+            fixed |= {"branch": "both", "strength": 1.0, "selection": "coalitions", "status": "ok", "seed": 0}
+            frame = frame.assign(**fixed, noise="own", layer="", layer_index=-1, clip_similarity=1 - frame["worth"])
+            table = shapley.shapley_values(frame.reset_index(drop=True)).set_index("layer")
+            for one in layers:
+                hits += table.loc[one, "low"] <= truth[one] <= table.loc[one, "high"]
+                reach = 1.96 * table.loc[one, "sd_prompts"] / np.sqrt(prompts)
+                plain += abs(table.loc[one, "shapley"] - truth[one]) <= reach
+        yield {
+            "prompts": prompts,
+            "orders": orders,
+            "prompts alone, %": percent(plain, 5 * times),
+            "as reported, %": percent(hits, 5 * times),
+            "studies": times,
+        }
+
+
+TABLES = {"seeds": seeds, "sparse": sparse, "ranks": rank_intervals, "claims": claims, "shapley": shapley_values}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="which (default all)")
+    parser.add_argument("--times", type=int, default=400, help="data sets of a case (default 400)")
+    given = parser.parse_args()
+    for name in given.tables or TABLES:
+        print(f"\n{name}\n")
+        print(pd.DataFrame(list(TABLES[name](given.times))).to_markdown(index=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
