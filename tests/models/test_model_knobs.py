@@ -248,6 +248,31 @@ def test_classes_of_diffusers_that_nobody_listed(cls, scale, tiny_folder):
     assert not np.array_equal(baseline, made(model, zero(*model.anatomy.paths)))
 
 
+def test_skipped_layers_of_clip_are_those_that_diffusers_skips(tiny_folder):
+    """transformers 5 has no `text_model`, of which diffusers' `clip_skip` asks for the last norm."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def encoded(text):
+        ids = pipe.tokenizer(
+            [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
+        with torch.no_grad():
+            return pipe.text_encoder(ids, output_hidden_states=True)
+
+    model = loaded(tiny_folder, arguments=(("clip_skip", "1"),))
+    for text, seed in SUBJECTS:
+        ours = generate(model, [Cell(model.identity, Prompt(text), seed, settings(steps=2), None)], {})
+        with torch.no_grad():
+            embeds = pipe.text_encoder.final_layer_norm(encoded(text).hidden_states[-2])
+        theirs = pipe(
+            prompt_embeds=embeds, negative_prompt_embeds=encoded("")[0], guidance_scale=3.0, height=16, width=16,
+            num_inference_steps=2, generator=[torch.Generator("cpu").manual_seed(seed)], output_type="np",
+        )  # fmt: skip
+        assert np.array_equal(ours, theirs.images)
+    assert not np.array_equal(made(model), made(loaded(tiny_folder)))
+
+
 def test_without_a_denoiser_one_line_says_what_there_is(tiny_folder, tmp_path, cli):
     folder = shutil.copytree(tiny_folder, tmp_path / "odd")
     index = json.loads((folder / "model_index.json").read_text())

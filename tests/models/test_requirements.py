@@ -45,8 +45,15 @@ def checked(folder, asked=(), **spec):
 WITH_MORE = ("StableDiffusionInpaintPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionControlNetPipeline",
              "StableDiffusionGLIGENPipeline", "StableDiffusionInstructPix2PixPipeline", "FluxFillPipeline",
              "StableDiffusionUpscalePipeline", "StableDiffusionAdapterPipeline", "FluxControlPipeline")  # fmt: skip
+OTHERWISE = ("StableDiffusionLDM3DPipeline", "StableUnCLIPPipeline", "StableDiffusionAttendAndExcitePipeline",
+             "StableDiffusionPanoramaPipeline", "AnimateDiffPipeline", "TextToVideoSDPipeline", "LTXPipeline",
+             "StableDiffusionPipelineSafe")  # fmt: skip
+SAG, PAG = "StableDiffusionSAGPipeline", "StableDiffusionPAGPipeline"
 REFUSED = [
     *((name, {"pipeline": name}, {}, f"model.id: {name} wants more than text") for name in WITH_MORE),
+    *((name, {"pipeline": name}, {}, f"model.id: {name} makes no single image, or runs its den") for name in OTHERWISE),
+    ("pag", {"pipeline": PAG}, {}, r"model.arguments: .* further rows, .*; allowed: {pag_scale: 0.0}; got None"),
+    ("sag", {"pipeline": SAG}, {"arguments": (("sag_scale", "0.75"),)}, "model.arguments: .*sag_scale: 0.0}; got 0.75"),
     ("inpainting", {"unet": {"in_channels": 9}}, {}, "model.id: the unet of .* reads 9 channels .* has 4"),
     ("labels", {"unet": {"num_class_embeds": 10}}, {}, "model.id: the unet of .* wants class labels"),
     ("projected", {"unet": {"class_embed_type": "projection"}}, {}, "model.id: .* wants class labels"),
@@ -54,7 +61,9 @@ REFUSED = [
     ("added", {"unet": BASE}, {}, r"model.id: the unet of .* wants a condition \(text_time\)"),
     ("length", {"tokenizer": {"model_max_length": None}}, {}, "model.id: .* no model_max_length; .* encoder, 77"),
     ("huge", {"tokenizer": {"model_max_length": 1e30}}, {}, "model.id: .* no model_max_length"),
-    ("longer", {"tokenizer": {"model_max_length": 512}}, {}, "model.id: .* model_max_length 512, .* reads 77"),
+    ("longer", {"tokenizer": {"model_max_length": 512}}, {}, "model.id: .* model_max_length 512, .* reads 3 to 77"),
+    ("shorter", {"tokenizer": {"model_max_length": 0}}, {}, "model.id: .* model_max_length 0, .* reads 3 to 77"),
+    ("true", {"tokenizer": {"model_max_length": True}}, {}, "model.id: .* no model_max_length"),
     ("steps", {}, {"asked": {"steps": 1001}}, "generation.steps: the model has 1000 timesteps; allowed: 1 to 1000"),
     ("few", {"scheduler": {"num_train_timesteps": 50}}, {"asked": {"steps": 51}}, "generation.steps: .* 1 to 50"),
     ("skip", {}, {"arguments": (("clip_skip", "13"),)}, "model.arguments: clip_skip must be null .* 0 to 12 .* got 13"),
@@ -74,6 +83,7 @@ def test_what_works_is_not_refused(tmp_path, tiny_folder, tiny_sdxl_folder):
     checked(sd(tmp_path / "sd"), {"steps": 1000}, arguments=(("clip_skip", "12"),))
     checked(sdxl(tmp_path / "sdxl"))
     checked(sd(tmp_path / "control", "StableDiffusionControlNetPipeline"), pipeline="StableDiffusionPipeline")
+    checked(sd(tmp_path / "pag", PAG), arguments=(("pag_scale", "0.0"),))
     checked(sd(tmp_path / "gligen", unet={"attention_type": "gated"}))
     checked(sd(tmp_path / "xl", "StableDiffusionXLImg2ImgPipeline"), {"task": "img2img", "noising": 0.5})
     own = "test_model_knobs.OwnPipeline"

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import hydra.core.utils
 import pandas as pd
 import pytest
 
@@ -19,6 +21,7 @@ from lesion.run import maker as making
 from lesion.run import publish
 from lesion.store import tables
 from lesion.store.scores import Scores
+from lesion.tracking import none
 from test_resume import flip
 
 
@@ -138,6 +141,30 @@ def test_a_full_disk_under_the_run_folder_is_a_refusal(cli, disk, monkeypatch, o
     code, _, err = cli("selection=none", f"hydra.run.dir={disk(options)}/run")
     assert code == 2 and "Traceback" not in err and last(err).startswith("lesion: hydra.run.dir: ")
     assert "cannot be written to: No space left on device" in last(err)
+
+
+def test_a_tracker_that_fills_the_disk_leaves_room_for_the_results(cli, disk, monkeypatch):
+    folder = disk("size=200k") / "run"
+
+    def fill(self, job):
+        with suppress(OSError), (job.folder / "log").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    monkeypatch.setattr(none.NoTracker, "start", fill)
+    _, out, err = cli("selection=none", f"hydra.run.dir={folder}")
+    assert "Traceback" not in out + err
+    assert len(tables.read(folder / "results.parquet")) == 2
+
+
+def test_a_disk_that_is_full_before_a_later_job_is_one_line(cli, monkeypatch):
+    save = hydra.core.utils._save_config
+    monkeypatch.setattr(
+        hydra.core.utils, "_save_config", lambda *args: full() if args[2].parent.name == "1" else save(*args)
+    )
+    code, _, err = cli("-m", "selection=none", "seeds=0,1")
+    assert code == 1 and last(err) == "lesion: hydra.run.dir: cannot be written to: No space left on device"
+    assert len(cli.frames()) == 1
 
 
 def test_the_table_is_written_before_what_may_not_fit(cli, monkeypatch):

@@ -311,8 +311,9 @@ def _main() -> None:
         sys.exit(141)
     except Exception as error:
         for one in (error, error.__cause__):
-            if not _started and isinstance(one, OSError) and one.errno in FULL:  # Hydra's own files do not fit
-                sys.exit(_refuse(RequestError("hydra.run.dir", f"cannot be written to: {one.strerror}")))
+            if isinstance(one, OSError) and one.errno in FULL:  # Hydra's own files do not fit
+                code = _refuse(RequestError("hydra.run.dir", f"cannot be written to: {one.strerror}"))
+                sys.exit(1 if _started else code)
         if not _started and isinstance(error, OF_HYDRA) and is_from(error, "hydra", "omegaconf"):
             why = str(error) or type(error).__name__
             sys.exit(_refuse(RequestError("command line", f"cannot be read: {why}")))  # such as KEY.x=1 of a list

@@ -93,6 +93,8 @@ def _load(source: Source, device: str) -> Model:
     pipe = _pipeline(source, getattr(torch, resolve_dtype(spec.dtype, device)))
     if spec.loras:  # before any hook, gate or compiled block
         loras.put_on(pipe, spec.loras, source.adapters)
+    if dict(spec.arguments).get("clip_skip", "null") != "null":
+        _name_text_models(pipe)
     denoiser = getattr(pipe, source.denoiser)
     if spec.channels_last:
         for part in (denoiser, pipe.vae):
@@ -169,6 +171,16 @@ def _loaded(source: Source, dtype: torch.dtype) -> Any:
         pipe.scheduler = schedulers.make(spec.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _name_text_models(pipe: Any) -> None:
+    """Let CLIP's text models be found as `text_model`, where diffusers' `clip_skip` looks for their last norm.
+
+    transformers 5 has no such part any more: the encoder itself is what it was.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, transformers.CLIPTextModel) and not hasattr(part, "text_model"):
+            vars(part)["text_model"] = part  # past torch, which would count it among its own parts
 
 
 def _enable(pipe: Any, name: str) -> None:

@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 
+from lesion import tasks
 from lesion.errors import RequestError
+from lesion.models.calling import call_arguments
 from lesion.models.source import Source
 from lesion.study.settings import Settings
 
@@ -15,7 +17,11 @@ _WITH_MORE = {
     "txt2img": "Control|Adapter|GLIGEN|Inpaint|Img2Img|Pix2Pix|Depth|Upscale|Fill|Variation|Redux|Edit|Example",
     "img2img": "Control|Adapter",
 }
-_LONGEST = 10**6  # tokens; a tokenizer whose config names no length has one of 10^30
+# Those whose calls give no image, want their own words of what to do, or run the denoiser on several views or branches.
+_OTHERWISE = "LDM3D|UnCLIP|AttendAndExcite|Panorama|PipelineSafe|Paradigms|I2VGen|AnimateDiff|Video|PIAPipeline"
+# Guidance that runs the denoiser on further rows or more often, by what switches it off.
+_FURTHER = {"PAG": "pag_scale", "SAG": "sag_scale"}
+_SHORTEST, _LONGEST = 3, 10**6  # tokens: begin, a word and end; a tokenizer whose config names no length has 10^30
 
 
 def check(source: Source, settings: Settings) -> None:
@@ -34,12 +40,31 @@ def check(source: Source, settings: Settings) -> None:
             f"{source.pipeline} wants more than text (a picture, a mask or boxes); name the class for text alone as "
             "model.pipeline, if its parts serve",
         )
+    _check_calls(source, settings.task)
     _check_denoiser(source)
     _check_guidance(source, settings.guidance)
     if source.pipeline == "StableDiffusionXLPipeline":
         _check_sdxl(source)
     _check_tokenizers(source)
     _check_clip_skip(source)
+
+
+def _check_calls(source: Source, task: str) -> None:
+    """Refuse classes that make no image, or run the denoiser in ways whose rows belong to no branch."""
+    if re.search(_OTHERWISE, source.pipeline) or "num_frames" in call_arguments(source.pipeline, tasks.of(task)):
+        raise RequestError(
+            "model.id",
+            f"{source.pipeline} makes no single image, or runs its denoiser in a way of its own; name a plain class as "
+            "model.pipeline, if its parts serve",
+        )
+    for word, scale in _FURTHER.items():
+        given = json.loads(dict(source.spec.arguments).get(scale, "null"))
+        if word in source.pipeline and (given is None or given != 0):
+            raise RequestError(
+                "model.arguments",
+                f"{source.pipeline} runs its denoiser on further rows, which belong to no branch of guidance; "
+                f"allowed: {{{scale}: 0.0}}; got {given!r}",
+            )
 
 
 def _check_denoiser(source: Source) -> None:
@@ -104,17 +129,17 @@ def _check_tokenizers(source: Source) -> None:
     for name in _clips(source, "tokenizer"):
         length = source.config(name, "tokenizer_config.json").get("model_max_length")
         holds = source.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings")
-        if not isinstance(length, int | float) or length > _LONGEST:
+        if not isinstance(length, int | float) or isinstance(length, bool) or length > _LONGEST:
             raise RequestError(
                 "model.id",
                 f"{name}/tokenizer_config.json of {source.spec.id!r} has no model_max_length; give it that of its "
                 f"text encoder{f', {holds}' if isinstance(holds, int) else ''}",
             )
-        if isinstance(holds, int) and length > holds:
+        if length < _SHORTEST or (isinstance(holds, int) and length > holds):
             raise RequestError(
                 "model.id",
                 f"{name}/tokenizer_config.json of {source.spec.id!r} has model_max_length {length}, its text encoder "
-                f"reads {holds}",
+                f"reads {f'{_SHORTEST} to {holds}' if isinstance(holds, int) else f'at least {_SHORTEST}'}",
             )
 
 

@@ -234,10 +234,10 @@ def complete(
     if counts.missing:
         log.info("loading: the scorer %s", request.scorer.name)
         _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
+    room = reserved(context.folder, counts.rows)
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
     publisher = Publisher(store, context.folder, steered=study.settings.steering is not None)
-    room = reserved(context.folder, counts.rows)
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
