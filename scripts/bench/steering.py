@@ -20,7 +20,14 @@ from lesion.study.grid import Cell
 from lesion.study.steering import Layout
 from lesion.surgery.attention import text_attention
 
-LAYERS = {"embedded": "up_blocks.3.*", "sd15": "up_blocks.1.*", "sdxl": "up_blocks.0.*"}  # beside the middle block
+# The published layers: the middle block and the first up block with attention. Of the embedded model also those of
+# experiment=layout, whose gradients need nearly the whole denoiser.
+PUBLISHED = {
+    "embedded": ("mid_block.*", "up_blocks.1.*"),
+    "sd15": ("mid_block.*", "up_blocks.1.*"),
+    "sdxl": ("mid_block.*", "up_blocks.0.*"),
+}
+FINE = {"embedded": ("up_blocks.3.*",)}
 
 
 class Keeping(AttnProcessor):
@@ -107,50 +114,63 @@ def _loss(maps: Sequence[Any], boxes: Sequence[Boxed], form: str) -> torch.Tenso
 
 
 def steering(this: Setup, options: Options) -> tuple[str, list[Row]]:
-    """Batches of steered images against as many unsteered ones, and against single images of the plain loop."""
-    own = [word for word in this.overrides(this.batch) if not word.startswith(("prompts", "seeds"))]
-    layers = f"[mid_block.*,{LAYERS[this.model]}]" if this.model != "embedded" else f"[{LAYERS[this.model]}]"
-    own += ["prompts=boxes", f"prompts.sample={min(this.batch, 72)}", "seeds=[0]", "selection=none"]
-    steered = [
-        "steering=layout",
-        f"steering.layers={layers}",
-        "steering.step_size=noise_share",
-        "steering.mask=covered",
-    ]
-    _, study, model = loaded([*own, *steered])
+    """A batch of steered images against the same unsteered, and against the same one at a time in the plain loop."""
+    scenes = min(this.batch, this.loop, 72)
+    own = [word for word in this.overrides(scenes) if not word.startswith(("prompts", "seeds"))]
+    own += ["prompts=boxes", f"prompts.sample={scenes}", "seeds=[0]", "selection=none"]
+    rows: list[Row] = []
+    for layers in filter(None, (FINE.get(this.model), PUBLISHED[this.model])):
+        found, apart, layout = _sides(this, options, own, layers)
+        by = f"steered by {', '.join(f'`{layer}`' for layer in layers)}"
+        what = {"steered": by, "plain loop": f"the same in a plain loop, {by}"}
+        rows += [Row(side, f"seconds an image, {what.get(side, side)}", found[side], " s") for side in found]
+        rows.append(Row("cost", f"{by} / unsteered, seconds", ratios(found["steered"], found["unsteered"]), "x"))
+        faster = ratios(found["plain loop"], found["steered"])
+        rows.append(aimed("steering", this.model, "steering", f"plain loop / batch, {by}", faster))
+        rows.append(Row("same images", "largest mean difference of pixels of loop and batch, 0 to 1", [apart]))
+    note = (
+        f"{scenes} scenes of prompts=boxes, steered in a batch (at most {layout.iterations} moves in each of the first "
+        f"{layout.steps} steps; threshold {layout.threshold:g}); the same unsteered in a batch; and the same steered "
+        "in a plain loop of the published kind: one image at a time, attention processors swapped, the whole denoiser "
+        f"called for each gradient. Nothing is scored or written. {this.said().rpartition(',')[0]}."
+    )
+    return note, rows
+
+
+def _sides(
+    this: Setup, options: Options, own: Sequence[str], layers: Sequence[str]
+) -> tuple[dict[str, list[float]], float, Layout]:
+    """Seconds an image of each side, how far the images of batch and loop are apart, and what steers."""
+    _, study, model = loaded(
+        [
+            *own,
+            "steering=layout",
+            f"steering.layers=[{','.join(layers)}]",
+            "steering.step_size=noise_share",
+            "steering.mask=covered",
+        ]
+    )
     _, unsteered, _ = loaded(own)
     cells, others = list(study.cells()), list(unsteered.cells())
-    layout, few = study.settings.steering, cells[: min(this.loop, 4)]
+    layout = study.settings.steering
     assert layout is not None
     pipe = plain(this)
     pipe.scheduler = model.pipe.scheduler.from_config(model.pipe.scheduler.config)
     made: list[list[np.ndarray]] = []
 
     def looped() -> float:
-        seconds, images = plain_steering(pipe, few, layout)
+        seconds, images = plain_steering(pipe, cells, layout)
         made.append(images)
         return seconds
 
-    generate(model, cells[:1], {})
-    plain_steering(pipe, few[:1], layout)
-    ours = generate(model, few, {})
+    plain_steering(pipe, cells[:1], layout)
+    ours = generate(model, cells, {})
+    generate(model, others, {})
     sides = {
-        "steered": lambda: generating(model, cells, this.batch, {}) / len(cells),
-        "unsteered": lambda: generating(model, others, this.batch, {}) / len(others),
+        "steered": lambda: generating(model, cells, len(cells), {}) / len(cells),
+        "unsteered": lambda: generating(model, others, len(others), {}) / len(others),
         "plain loop": looped,
     }
     found = alternate(options.repeats, sides)
     apart = max(float(np.abs(one - other).mean()) for one, other in zip(ours, made[-1], strict=True))
-    rows = [Row(name, "seconds an image", values, " s") for name, values in found.items()]
-    rows.append(Row("cost", "steered / unsteered, seconds", ratios(found["steered"], found["unsteered"]), "x"))
-    what = "plain loop / steered, seconds an image"
-    rows.append(aimed("steering", this.model, "steering", what, ratios(found["plain loop"], found["steered"])))
-    rows.append(Row("same images", "largest mean difference of pixels of loop and batch, 0 to 1", [apart]))
-    note = (
-        f"{len(cells)} scenes of prompts=boxes, steered by {', '.join(layout.layers)} (at most {layout.iterations} "
-        f"moves in each of the first {layout.steps} steps; threshold {layout.threshold:g}) in batches, against the "
-        f"same unsteered, and against {len(few)} of them in a plain loop of the published kind: one image at a time, "
-        "attention processors swapped, the whole denoiser called for each gradient. Nothing is scored or written. "
-        f"{this.said()}."
-    )
-    return note, rows
+    return found, apart, layout

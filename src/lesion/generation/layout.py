@@ -274,6 +274,8 @@ class Steering(Client):
                     maps = [map_[shown] for map_ in maps]
                 masks = [self._masks(map_)[rows] for map_ in maps]
                 losses = layout_losses(maps, masks, self._tokens(maps[0])[rows], weights)
+                if bool((losses < self.layout.threshold).all()):  # none of them moves
+                    return losses.detach(), torch.zeros_like(latents if shown is None else latents[shown])
                 (gradient,) = torch.autograd.grad(losses.sum(), latents)
             finally:
                 self._maps = self._wanted = None
