@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hydra._internal.hydra import Hydra
+from omegaconf import omegaconf
 
 import pipelines
 from lesion import models
@@ -33,6 +37,22 @@ def what_lives_is_not_collected() -> None:
     """A model that is forgotten collects garbage: half of a small test's time, if that visits every imported module."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_of_configs_are_read_once() -> Iterator[None]:
+    """Hydra reads the same two dozen YAML files for each command, with a parser in Python."""
+    original, known = omegaconf.yaml, {}
+
+    def load(stream: Any, Loader: Any) -> Any:
+        text = stream if isinstance(stream, str) else stream.read()
+        if text not in known:
+            known[text] = original.load(text, Loader)
+        return known[text]  # OmegaConf copies it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omegaconf, "yaml", SimpleNamespace(**{**vars(original), "load": load}))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +108,22 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def drawn() -> None:
+def drafts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of few pixels, and empty PDFs, which take most of a report's time: for tests that look at other things.
+
+    tests/report/test_figures.py has both as they are.
+    """
+    if request.node.get_closest_marker("printed"):
+        return
+    from lesion.report import figures
+
+    style = figures._style
+    monkeypatch.setattr(figures, "_style", lambda: style() | {"savefig.dpi": 60})
+    monkeypatch.setattr(figures.FigureCanvasPdf, "print_pdf", lambda self, path, **options: Path(path).touch())
+
+
+@pytest.fixture
+def drawn(drafts: None) -> None:
     """For tests that look at the report: the jobs of `cli` draw it. Without this fixture they have `no_report`."""
 
 
@@ -110,6 +145,8 @@ class Cli:
         flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them first
         rest = [argument for argument in arguments if argument not in flags]
         self.monkeypatch.setattr("sys.argv", ["lesion", *flags, *base, *rest])
+        if not any("hydra.mode" in argument for argument in rest):  # else Hydra composes all once more to find it
+            self.monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
         self.capfd.readouterr()
         try:
             cli.main()

@@ -38,8 +38,8 @@ def job(monkeypatch):
 )
 def test_the_check_on_a_login_node_asks_for_no_device(job, device, found):
     job.device, job.model.offload = device, "model"
-    task, request, _ = study._surveyed(job, alone=False)
-    assert request.device == task.device == found
+    checked = study._surveyed(job, alone=False)
+    assert checked.request.device == checked.config.device == found
     with read_write(job):
         job.hydra.launcher._target_ = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
     with pytest.raises(RequestError, match=r"^device|^model.offload"):  # which makes them here

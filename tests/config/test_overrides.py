@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from lesion.config.compose import compose, overrides_of
@@ -26,11 +27,16 @@ def test_a_file_of_prompts_may_have_any_name(tmp_path, monkeypatch):
         (tmp_path / name).write_text("prompt\na cat\n") if "." in name else (tmp_path / name).mkdir()
     (tmp_path / "a b" / "one.txt").write_text("a cat")
     for name in NAMES:
-        for given in ([f"prompts={name}"], [f"prompts={tmp_path / name}"], overrides_of({"prompts": name})):
-            config = compose(given)
-            with open_dict(config):
-                del config["hydra"]
-            assert [prompt.text for prompt in parse(config).prompts] == ["a cat"], given
+        config = compose([f"prompts={name}"])
+        with open_dict(config):
+            del config["hydra"]
+        assert [prompt.text for prompt in parse(config).prompts] == ["a cat"], name
+        for given, path in (
+            ([f"prompts={tmp_path / name}"], str(tmp_path / name)),
+            (overrides_of({"prompts": name}), name),
+        ):
+            *_, last = OverridesParser.create().parse_overrides(prepared(given))
+            assert (last.key_or_group, last.value()) == ("prompts.path", path)
     calibration = compose(["prompts@calibration.prompts=a,b.csv"]).calibration.prompts
     assert calibration.path == "a,b.csv"
     assert prepared(["prompts=-"]) == ["prompts=file", "prompts.path='-'"]

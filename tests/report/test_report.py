@@ -28,6 +28,7 @@ from lesion.report.merging import Refused, apart, check, merge, read
 from lesion.report.tables import Column, Table, to_latex
 from lesion.report.text import clean, latex, markdown
 
+pytestmark = pytest.mark.usefixtures("drafts")
 LAYERS = [
     "down_blocks.0.attentions.0",
     "mid_block.attentions.0",
@@ -187,6 +188,7 @@ def one_font(tmp_path, monkeypatch):
     fonts._having.cache_clear()
 
 
+@pytest.mark.printed
 def test_letters_that_dejavu_lacks_are_drawn_in_a_font_that_has_them_or_named(one_font, tmp_path, caplog, recwarn):
     canvas = Image.new("L", (400, 40), 255)
     face = font(20)

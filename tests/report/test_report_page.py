@@ -33,6 +33,7 @@ from lesion.store import tensors
 from lesion.store.maps import beside_image
 from test_report import LAYERS, spoil, study
 
+pytestmark = pytest.mark.usefixtures("drafts")
 HOSTILE = {
     "script": "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=1>",
     "comment": "<!-- <script> -->]]> {{ 7*7 }} {% raw %}",

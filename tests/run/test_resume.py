@@ -101,6 +101,7 @@ def test_killed_again_and_again_it_ends_with_the_results_of_an_undisturbed_run(c
     pd.testing.assert_frame_equal(resumed, pd.read_parquet(cli.newest() / "results.parquet"), atol=1e-6)
 
 
+@pytest.mark.slow  # two starts; test_claims.py has each moment at which two may meet
 @pytest.mark.timeout(300)
 def test_two_processes_share_a_study_and_make_nothing_twice(cli, process, tmp_path):
     wanted = ["seeds=[0,1,2]", "generation.batch_size=2"]

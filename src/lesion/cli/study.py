@@ -6,7 +6,6 @@ interrupted (SIGINT); 143 told to end (SIGTERM).
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import signal
@@ -14,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from lesion.models.devices import ELSEWHERE, HERE, Place
 
 if TYPE_CHECKING:
     from lesion.config.parsing import Request
+    from lesion.models.source import Source
     from lesion.study.grid import Study
 
 # Our files of launchers stand before those of the plugins, which Hydra warns of, also in the processes of jobs.
@@ -64,8 +65,12 @@ def job(config: DictConfig) -> None:
         config=plain(config),
     )
     launched = multirun and _launched(details)
-    request = parse(config, Path(details.runtime.cwd), Place(job=details.job.num if launched else None))
-    surveyed = survey(request)
+    checked = _checked.pop() if _checked else None
+    if checked is not None and not multirun and checked.config == config:
+        request, surveyed = checked.request, checked.surveyed
+    else:
+        request = parse(config, Path(details.runtime.cwd), Place(job=details.job.num if launched else None))
+        surveyed = survey(request)
     if not request.dry_run:
         folder.claim(context.folder, folder.asked(context.config, surveyed[1]), "hydra.run.dir")
     _started.append(context.folder)
@@ -73,6 +78,16 @@ def job(config: DictConfig) -> None:
     run(request, context, surveyed)
 
 
+@dataclass
+class Checked:
+    """A job's config as it will get it, and what it asks for."""
+
+    config: DictConfig
+    request: Request
+    surveyed: tuple[Source, Study]
+
+
+_checked: list[Checked] = []  # the job of this run, as `CheckFirst` found it right, so that it need not do so again
 _started: list[Path] = []  # folders of the jobs of this process that began: from then on what is there is written
 
 
@@ -177,21 +192,20 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
             yield loader.load_sweep_config(config, list(job_overrides))
 
 
-def _surveyed(job: DictConfig, alone: bool) -> tuple[DictConfig, Request, Study]:
-    """A job's config as it will get it, and what it asks for. Raises RequestError where that is wrong.
+def _surveyed(job: DictConfig, alone: bool) -> Checked:
+    """Check one job. Raises RequestError where what it asks for is wrong.
 
     alone: whether it is the only one.
     """
     from lesion.config.parsing import parse
     from lesion.run.job import survey
 
-    task = copy.deepcopy(job)
-    with read_write(task), open_dict(task):
-        del task["hydra"]
+    task = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+    OmegaConf.set_struct(task, True)
     with_hydras(task, job.hydra)
     with_own_keys(task, job.hydra.runtime.choices.model, alone)
     request = parse(task, place=HERE if alone or not _launched(job.hydra) else ELSEWHERE)
-    return task, request, survey(request)[1]
+    return Checked(task, request, survey(request))
 
 
 def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
@@ -208,9 +222,10 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         if mode == "sweep":
             with read_write(given), open_dict(given):
                 given.hydra.job.num, given.hydra.job.id = number, f"job_id_for_{number}"
-        task, request, study = _surveyed(given, alone=mode == "run")
+        checked = _surveyed(given, alone=mode == "run")
+        request = checked.request
         own = place / given.hydra.sweep.subdir if mode == "sweep" else place
-        asked = folder.asked(plain(task), study)
+        asked = folder.asked(plain(checked.config), checked.surveyed[1])
         if wanted.setdefault(own, asked) != asked:
             raise RequestError("hydra.sweep.subdir", f"several jobs would write to {str(own)!r}; give each its own")
         if not timed:
@@ -218,6 +233,8 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         if request.dry_run:
             wanted.pop(own)
         made += not request.dry_run
+        if mode == "run":
+            _checked[:] = [checked]
         choices.add(given.hydra.runtime.choices.model)
     if mode == "sweep" and _basic(config):
         for name in map(str, config.get("models") or {}):
@@ -286,6 +303,7 @@ def main() -> None:
 def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
+    _checked.clear()
     register(conf_dir())
     if "--version" in sys.argv[1:]:
         print(f"lesion {lesion.__version__}")

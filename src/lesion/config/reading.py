@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,21 @@ def first_read(config: DictConfig, start: Path | None = None) -> dict[str, Any]:
     start: the folder that relative paths are relative to; None: the one in which the process is. Raises RequestError
     for a key that there is not, one that is taken out or without a value, and text or a number that no table can hold.
     """
-    _check_keys(config, OmegaConf.structured(LesionConf), "")
+    _check_keys(config, _schema(), "")
     for key in sorted(OmegaConf.missing_keys(config)):
         raise RequestError(key, "has no value; give one")
     data: Any = OmegaConf.to_container(config, resolve=True)
-    _read_truths(data, OmegaConf.structured(LesionConf), "")
+    _read_truths(data, _schema(), "")
     for key, value in _leaves(data, ""):
         _check_value(key, value)
     return _absolute(data, start or Path.cwd())
+
+
+@cache
+def _schema() -> DictConfig:
+    schema: DictConfig = OmegaConf.structured(LesionConf)
+    OmegaConf.set_readonly(schema, True)
+    return schema
 
 
 def _check_keys(config: DictConfig, schema: DictConfig, above: str) -> None:
