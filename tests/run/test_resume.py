@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,7 +163,8 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
     cell, making = SimpleNamespace(key="c0ffee", settings="asked"), SimpleNamespace(images=0)
     study = SimpleNamespace(settings="asked")
     publisher = SimpleNamespace(publish=published.append)
-    made = runner._when_made(request, study, results, publisher, making)
+    work = SimpleNamespace(request=request, study=study, scores=results, publisher=publisher)
+    made = runner._when_made(work, making)
     made(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
     assert published == [cell] and making.images == 1
@@ -173,7 +175,7 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
     decide = runner._when_made
     gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True, decoder=""))
-    monkeypatch.setattr(runner, "_when_made", lambda request, *rest: decide(gpu, *rest))
+    monkeypatch.setattr(runner, "_when_made", lambda work, making: decide(replace(work, request=gpu), making))
     assert cli("selection=none")[0] == 0
     (frame,) = cli.frames()
     assert frame.clip_similarity.tolist() == [1.0, 1.0]

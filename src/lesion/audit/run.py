@@ -207,7 +207,7 @@ class RunAudit:
         given = self._given()
         request, source, study = self._asked()
         self._link_maps(request, source, given.frame)
-        found = remembered(request, source, study, self.store, self.folder)
+        found = remembered(request, (source, study), self.folder)
         anew = found["results"].reset_index(drop=True)
         check.looked = len(anew)
         failed = given.frame["status"].astype(str) == "failed"

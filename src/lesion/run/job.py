@@ -206,6 +206,83 @@ class Outcome:
     stopped: Exception | None = None
 
 
+@dataclass
+class Work:
+    """A study between its request and its tables.
+
+    study: of a study in rounds the part of this round, else all of it.
+    """
+
+    request: Request
+    source: models.Source
+    study: Study
+    rounds: Rounds | None
+    store: Store
+    maps: Maps | None
+    scores: ScoreQueue
+    publisher: Publisher
+
+    @classmethod
+    def of(cls, request: Request, surveyed: tuple[models.Source, Study], folder: Path | None) -> Work:
+        """surveyed: what `survey` said of the request. folder: of the run, whose pictures are named."""
+        from lesion.run.publish import Publisher
+        from lesion.run.score_queue import ScoreQueue
+
+        source, study = surveyed
+        store, rounds = Store(request.store), _rounds(study, request.budget)
+        study = rounds.part if rounds else study
+        scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
+        maps = maps_of(request, source)
+        publisher = Publisher(store, folder, study.settings.steering is not None, maps)
+        return cls(request, source, study, rounds, store, maps, scores, publisher)
+
+    @property
+    def number(self) -> int:
+        """Of the round."""
+        return self.rounds.number if self.rounds else 1
+
+    def tally(self) -> Tally:
+        """What of this round is in the store."""
+        return tally(self.study, known(self.store, self.maps))
+
+    def next_round(self) -> bool:
+        """Go on to what the scores of the rounds so far leave unsure. False where there is no more to do."""
+        if not self.rounds or not self.rounds.look(self.scores.value, self.scores.spec.importance):
+            return False
+        self.study = self.rounds.part
+        return True
+
+    def tables(self, failures: Mapping[str, str], lenient: bool = False) -> dict[str, pd.DataFrame]:
+        """The tables of the run folder, by name, of all rounds.
+
+        failures: why images are not there, by key. lenient: leave out what cannot be had but the results themselves.
+        """
+        from lesion.analysis.maps import with_measures
+        from lesion.run import table
+
+        study = self.rounds.whole if self.rounds else self.study
+        paths = layers.layer_paths(self.source, self.request.layers.by, self.request.layers.kind)
+        frame = table.results(study, self.scores, paths, failures, self.publisher)
+        tables = {}
+        with suppress(Exception) if lenient else nullcontext():
+            tables["floor"] = table.floor(study, self.scores)
+        if self.maps:
+            with suppress(Exception) if lenient else nullcontext():
+                tables["maps"] = measured(study, self.store, self.maps, failures)
+                frame = with_measures(frame, tables["maps"])
+        if self.rounds:
+            frame, tables["budget"] = self.rounds.marked(frame), self.rounds.table()
+        return {"results": frame, **tables}
+
+    def pictured(self, frame: pd.DataFrame) -> list[Cell]:
+        """The cells whose images a run folder shows. frame: the table of results."""
+        study = self.rounds.whole if self.rounds else self.study
+        cells = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
+        if study.unsteered:
+            cells += [cell for cell in study.unsteered.cells() if self.store.has(cell.key)]
+        return cells
+
+
 def complete(
     request: Request, context: JobContext, surveyed: tuple[models.Source, Study], report: bool = True
 ) -> Outcome:
@@ -216,69 +293,47 @@ def complete(
 
     Raises RequestError before anything is made, StudyFailed where the results themselves cannot be written.
     """
-    source, study = surveyed
-    store = Store(request.store)
-    from lesion.analysis.maps import with_measures
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
-    from lesion.run.publish import Publisher
-    from lesion.run.score_queue import ScoreQueue
 
+    source, _ = surveyed
     for note in (*request.notes, *source.notes):
         log.info(visible(note))
-    rounds = _rounds(study, request.budget)
-    study = rounds.part if rounds else study
-    maps = maps_of(request, source)
-    counts = tally(study, known(store, maps))
-    scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
-    log.info("study of %s: %d images, %d of them to make", study.model.name, counts.unique, counts.missing)
+    work = Work.of(request, surveyed, context.folder)
+    counts = work.tally()
+    log.info("study of %s: %d images, %d of them to make", work.study.model.name, counts.unique, counts.missing)
     if counts.missing:
         log.info("loading: the scorer %s", request.scorer.name)
-        _ = scores.scorer  # a scorer that cannot be loaded is refused before anything is made
+        _ = work.scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     room = reserved(context.folder, counts.rows)
     tracker = make_tracker(request.tracker["name"], request.tracker)
     tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
-    publisher = Publisher(store, context.folder, steered=study.settings.steering is not None)
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
     making = environment.Making()
     try:
         try:
-            failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher, making)
-            while rounds and _some_made(study, failures) and rounds.look(scores.value, scores.spec.importance):
-                study = rounds.part
-                log.info("round %d: %d images more", rounds.number, len(study))
-                counts = tally(study, known(store, maps_of(request, source)))
-                failures |= _complete(request, source, study, store, maps, scores, counts, tracker, publisher, making)
+            failures |= _complete(work, tracker, making)
+            while _some_made(work.study, failures) and work.next_round():
+                log.info("round %d: %d images more", work.number, len(work.study))
+                failures |= _complete(work, tracker, making)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
             stopped = error
             with suppress(Exception):
-                scores.complete(study, failures)
-        study = rounds.whole if rounds else study
-        paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
-        frame = table.results(study, scores, paths, failures, publisher)
+                work.scores.complete(work.study, failures)
+        beside = work.tables(failures, lenient=stopped is not None)
+        frame = beside.pop("results")
         if several := table.mixed(frame):
             log.warning(
                 "the images of this study were made by several cards or versions, which round differently; compare "
                 "effects with the noise floor: %s",
                 several,
             )
-        pictured = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
-        pictured += [cell for cell in study.unsteered.cells() if store.has(cell.key)] if study.unsteered else []
-        publisher.maps = maps
-        beside = {}
-        with suppress(Exception) if stopped else nullcontext():
-            beside["floor"] = table.floor(study, scores)
-        if maps:
-            with suppress(Exception) if stopped else nullcontext():
-                beside["maps"] = measured(study, store, maps, failures)
-                frame = with_measures(frame, beside["maps"])
-        if rounds:
-            frame, beside["budget"] = rounds.marked(frame), rounds.table()
-        publish = partial(_publish, publisher, pictured)
-        places = [publisher.place(cell) for cell in pictured]
+        pictured = work.pictured(frame)
+        publish = partial(_publish, work.publisher, pictured)
+        places = [work.publisher.place(cell) for cell in pictured]
         room.close()
         written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
@@ -306,40 +361,22 @@ def complete(
 
 def results(request: Request) -> pd.DataFrame:
     """The table of a study as the store has it: loads no model and makes no image; scores what has no score yet."""
-    source, study = survey(request)
-    return remembered(request, source, study, Store(request.store))["results"]
+    return remembered(request, survey(request))["results"]
 
 
 def remembered(
-    request: Request, source: models.Source, study: Study, store: Store, folder: Path | None = None
+    request: Request, surveyed: tuple[models.Source, Study], folder: Path | None = None
 ) -> dict[str, pd.DataFrame]:
-    """The tables of a study as a store has it, by name: `results`, `maps` where it captures them, with a run
-    folder `floor`.
+    """The tables of a study as the store has it, by name: `results`, `floor`, `maps` where it captures them, `budget`
+    where it has one.
 
     Loads no model and makes no image; scores what has no score yet. folder: of the run, whose pictures are named.
     """
-    from lesion.analysis.maps import with_measures
-    from lesion.run import table
-    from lesion.run.publish import Publisher
-    from lesion.run.score_queue import ScoreQueue
-
-    rounds = _rounds(study, request.budget)
-    scores = ScoreQueue(study.context, store, request.scorer, request.device)
-    absent = scores.complete(rounds.part if rounds else study, {})
-    while rounds and not absent and rounds.look(scores.value, scores.spec.importance):
-        absent |= scores.complete(rounds.part, {})
-    study = rounds.whole if rounds else study
-    failures = dict.fromkeys(absent, "not made yet")
-    paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
-    frame = table.results(study, scores, paths, failures, Publisher(store, folder))
-    tables = {}
-    if maps := maps_of(request, source):
-        tables["maps"] = measured(study, store, maps, failures)
-        frame = with_measures(frame, tables["maps"])
-    tables["results"] = rounds.marked(frame) if rounds else frame
-    if folder is not None:
-        tables["floor"] = table.floor(study, scores)
-    return tables
+    work = Work.of(request, surveyed, folder)
+    absent = work.scores.complete(work.study, {})
+    while not absent and work.next_round():
+        absent |= work.scores.complete(work.study, {})
+    return work.tables(dict.fromkeys(absent, "not made yet"))
 
 
 def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
@@ -396,37 +433,23 @@ def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
     ]
 
 
-def _complete(
-    request: Request,
-    source: models.Source,
-    study: Study,
-    store: Store,
-    maps: Maps | None,
-    scores: ScoreQueue,
-    counts: Tally,
-    tracker: Tracker,
-    publisher: Publisher,
-    making: environment.Making,
-) -> dict[str, str]:
+def _complete(work: Work, tracker: Tracker, making: environment.Making) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
+    counts, folder = work.tally(), _shown(work.store.folder)
     failures: dict[str, str] = {}
     damaged: set[str] = set()
     remade: set[str] = set()
     while True:
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
-            log.info(
-                "%d images to make, %d already in the store %s", missing, counts.unique - missing, _shown(store.folder)
-            )
-            failures |= _generate(
-                request, source, study, store, maps, scores, missing, failures, tracker, publisher, making
-            )
+            log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, folder)
+            failures |= _generate(work, missing, failures, tracker, making)
         else:
-            log.info("all %d images are in the store %s", counts.unique, _shown(store.folder))
+            log.info("all %d images are in the store %s", counts.unique, folder)
         log.info("scoring: what has no score yet")
-        damaged = scores.complete(study, failures)
-        if maps:
-            damaged |= _without_maps(study, maps, failures)
+        damaged = work.scores.complete(work.study, failures)
+        if work.maps:
+            damaged |= _without_maps(work.study, work.maps, failures)
         failures |= dict.fromkeys(damaged & remade, "what is stored of it is damaged, also after it was made anew")
         damaged -= remade  # those of a subject may show only once its baseline is whole again
         if not damaged:
@@ -445,31 +468,21 @@ def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
 
 
 def _generate(
-    request: Request,
-    source: models.Source,
-    study: Study,
-    store: Store,
-    maps: Maps | None,
-    scores: ScoreQueue,
-    missing: int,
-    failures: Mapping[str, str],
-    tracker: Tracker,
-    publisher: Publisher,
-    making: environment.Making,
+    work: Work, missing: int, failures: Mapping[str, str], tracker: Tracker, making: environment.Making
 ) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
     from lesion.generation.generate import make_deterministic
     from lesion.run.maker import Maker
     from lesion.surgery.anatomy import examine
 
+    request, source, study = work.request, work.source, work.study
     log.info("loading: the model %s on %s", study.model.name, request.device)
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
     layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
-    log.info(
-        "generating: %d images; they appear in %s as they are made", missing, _shown(publisher.folder or store.folder)
-    )
+    shown = _shown(work.publisher.folder or work.store.folder)
+    log.info("generating: %d images; they appear in %s as they are made", missing, shown)
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
@@ -482,32 +495,27 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
-        maker = Maker(request, model, study, store, _when_made(request, study, scores, publisher, making), maps)
+        maker = Maker(request, model, study, work.store, _when_made(work, making), work.maps)
         maker.failures.update(failures)
         maker.run(progress)
     making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]
-    scores.refresh()
+    work.scores.refresh()
     return maker.failures
 
 
-def _when_made(
-    request: Request,
-    study: Study,
-    scores: ScoreQueue,
-    publisher: Publisher,
-    making: environment.Making,
-) -> Made:
+def _when_made(work: Work, making: environment.Making) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and what has a row is scored.
 
     Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
     the whole process, so pixels made meanwhile would depend on when it does.
     """
-    later = (request.model.tf32 or request.model.decoder == "tf32") and request.device.startswith("cuda")
+    model, study, scores = work.request.model, work.study, work.scores
+    later = (model.tf32 or model.decoder == "tf32") and work.request.device.startswith("cuda")
 
     def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
         making.images += 1
         with suppress(OSError):  # at the end all are put in place, and what cannot be is said
-            publisher.publish(cell)
+            work.publisher.publish(cell)
         if later or cell.settings != study.settings:
             scores.note(cell.key, picture)
         else:

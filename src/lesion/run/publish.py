@@ -17,11 +17,11 @@ class Publisher:
 
     folder: the run folder; without one, pictures stay where they are.
     steered: whether the study steers; images that are not are then those of `Study.unsteered`.
+    maps: the store of the attention maps that go beside the pictures.
     """
 
-    def __init__(self, store: Store, folder: Path | None, steered: bool = False):
-        self.store, self.folder, self.steered = store, folder, steered
-        self.maps: Maps | None = None  # attention maps that go beside the pictures
+    def __init__(self, store: Store, folder: Path | None, steered: bool = False, maps: Maps | None = None):
+        self.store, self.folder, self.steered, self.maps = store, folder, steered, maps
         self._made: set[Path] = set()  # folders of prompts
 
     def place(self, cell: Cell) -> str:
