@@ -129,6 +129,8 @@ def test_whole_folders_pass_with_shards_and_variants_too(copy, tiny_folder):
     sharded(dict.fromkeys(names, "a.safetensors"))(copy)
     renamed(f"vae/{WEIGHTS}", "diffusion_pytorch_model.fp16.safetensors")(copy)
     check_files(resolve(tiny_spec(copy, variant="fp16")))
+    with pytest.raises(RequestError, match=r"model.variant: .* has no weights of a variant 'fp16'; allowed: null"):
+        check_files(resolve(tiny_spec(tiny_folder, variant="fp16")))
 
 
 def test_a_broken_adapter_or_folder_leaves_no_trace(cli, copy, tmp_path):

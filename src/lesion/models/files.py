@@ -41,8 +41,9 @@ def read_mapping(path: Path, key: str) -> dict[str, Any]:
 def check_components(folder: Path, components: Mapping[str, tuple[str, str]], variant: str | None, key: str) -> None:
     """Raises RequestError unless every component has its folder, a config and whole weights.
 
-    components: name -> (library, class). variant: of the weights, where a component has it.
+    components: name -> (library, class). variant: of the weights, where a component has it; one must.
     """
+    used: set[str | None] = set()
     for name, (library, cls) in components.items():
         place = folder / name
         if not place.is_dir():
@@ -50,13 +51,18 @@ def check_components(folder: Path, components: Mapping[str, tuple[str, str]], va
         for path in sorted(place.glob("*config.json")):
             read_mapping(path, key)
         if not _WITHOUT_WEIGHTS.search(cls):
-            check_weights(place, library, variant, key)
+            used.add(check_weights(place, library, variant, key))
         elif not any(place.iterdir()):
             raise RequestError(key, f"{str(place)!r} is empty; it is to hold {cls}")
+    if variant and used and variant not in used:
+        raise RequestError("model.variant", f"{str(folder)!r} has no weights of a variant {variant!r}; allowed: null")
 
 
-def check_weights(place: Path, library: str, variant: str | None, key: str) -> None:
-    """Raises RequestError unless a folder has a config and the weights of a model, of diffusers or of transformers."""
+def check_weights(place: Path, library: str, variant: str | None, key: str) -> str | None:
+    """The variant of the weights that are used, None for the plain ones.
+
+    Raises RequestError unless a folder has a config and the weights of a model, of diffusers or of transformers.
+    """
     if not (place / "config.json").is_file():
         raise RequestError(key, f"{str(place)!r} has no config.json")
     stems = {"diffusers": ["diffusion_pytorch_model"], "transformers": ["model"]}.get(
@@ -69,10 +75,10 @@ def check_weights(place: Path, library: str, variant: str | None, key: str) -> N
             if index.is_file():
                 for shard in _shards(index, key):
                     check_safetensors(shard, key)
-                return
+                return name
             if whole.is_file():
                 check_safetensors(whole, key)
-                return
+                return name
     usual = f"{stems[0]}.safetensors"
     names = sorted(path.name for path in place.iterdir() if path.is_file())
     pattern = rf"(?:{'|'.join(stems)})(?:\.safetensors\.index)?\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"
