@@ -11,7 +11,7 @@ from scipy import stats
 
 import lesion
 from lesion.analysis.estimates import layer_estimates
-from lesion.analysis.side_by_side import paired_differences, relative_depth
+from lesion.analysis.side_by_side import over_replacements, paired_differences, relative_depth
 from lesion.audit import merged
 from lesion.cli.report import report
 from lesion.errors import RequestError
@@ -112,6 +112,23 @@ def test_replacements_of_one_model_and_windows_apart():
     single = frame[frame["replacement"] != "mean"]
     assert beside.side_by_side(estimated(single)) == [] and beside.tables(estimated(single)) == []
     assert relative_depth(single[single["layer"] == LAYERS[1]])["depth"].tolist() == [0.0]
+
+
+def test_importance_is_a_range_over_replacements():
+    frame, _ = planted(prompts=5)
+    found = estimated(frame)
+    table = over_replacements(found.layers).set_index(["measure", "layer"])
+    for layer in LAYERS[:3]:
+        of = found.layers[(found.layers["measure"] == "importance") & (found.layers["layer"] == layer)]
+        of = of.set_index("replacement")
+        row = table.loc["importance", layer]
+        assert row["replacements"] == len(of) > 1
+        assert (row["lowest_by"], row["highest_by"]) == (of["mean"].idxmin(), of["mean"].idxmax())
+        assert row[["lowest", "highest"]].tolist() == [of["mean"].min(), of["mean"].max()]
+        assert row["low"] <= of["low"].min() and row["high"] >= of["high"].max()
+    (made,) = (one for one in crossing.over_settings(found) if one.stem == "range")
+    assert len(made.raw) == len(table)
+    assert over_replacements(found.layers[found.layers["replacement"] == "zero"]).empty
 
 
 def test_figures_by_layer_by_depth_and_of_many_models():

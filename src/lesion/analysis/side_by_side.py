@@ -59,6 +59,30 @@ def _differences(whole: pd.DataFrame, between: str, one: Any, other: Any, **opti
     return found
 
 
+def over_replacements(layers: pd.DataFrame) -> pd.DataFrame:
+    """What a layer is worth whatever takes its place: the range over replacements of `layer_estimates`.
+
+    One row a setting without its replacement, measure and layer that several replacements have. Columns: the setting's;
+    measure; layer; lowest, highest (means) and lowest_by, highest_by (the replacement of each); low, high: the
+    outermost limits of all, so that they hold each replacement's true mean as surely as its own interval does, NaN
+    where one has none; replacements (how many).
+    """
+    names = ["lowest", "lowest_by", "highest", "highest_by", "low", "high", "replacements"]
+    if layers.empty:
+        return pd.DataFrame(columns=["measure", "layer", *names])
+    keys = [str(key) for key in layers.columns[: list(layers.columns).index("measure")] if key != "replacement"]
+    records = []
+    for of, part in groups(layers[layers["mean"].notna()], [*keys, "measure", "layer"]):
+        if part["replacement"].nunique() > 1:
+            ordered = part.sort_values("mean", kind="stable")
+            least, most = ordered.iloc[0], ordered.iloc[-1]
+            found = {"lowest": least["mean"], "lowest_by": least["replacement"]}
+            found |= {"highest": most["mean"], "highest_by": most["replacement"]}
+            found |= {"low": part["low"].min(skipna=False), "high": part["high"].max(skipna=False)}
+            records.append({**of, **found, "replacements": part["replacement"].nunique()})
+    return pd.DataFrame(records, columns=[*keys, "measure", "layer", *names])
+
+
 def relative_depth(frame: pd.DataFrame) -> pd.DataFrame:
     """Where the layers of each model and kind lie: 0 for the first that is lesioned, 1 for the last, evenly between.
 

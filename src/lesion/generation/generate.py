@@ -211,7 +211,7 @@ def _generate(
 ) -> Tensor:
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.noise_seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
-    sources = [_source(lesion, interventions) for lesion in lesions]
+    sources = [_source(cell, interventions) for cell in cells]
     together = any(sources)
     if together:  # beside every image one of the source prompt, un-lesioned, with the same noise
         prompts += [
@@ -244,11 +244,11 @@ def _generate(
     return images
 
 
-def _source(lesion: Lesion | None, interventions: Mapping[str, Intervention]) -> str | None:
-    """The prompt of the image that this lesion's replacement wants beside its own, if it wants one."""
-    if lesion is None or lesion.strength == 0:
+def _source(cell: Cell, interventions: Mapping[str, Intervention]) -> str | None:
+    """The prompt of the image that this cell's replacement wants beside its own, if it wants one."""
+    if cell.lesion is None or cell.lesion.strength == 0:
         return None
-    return interventions[replacement_key(lesion)].source_prompt
+    return interventions[replacement_key(cell.lesion)].source_of(cell.prompt.text, cell.seed)
 
 
 def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[State], int] | None:

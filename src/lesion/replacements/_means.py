@@ -31,9 +31,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Tensor]:
+def calibrated(
+    bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequence[int], updates: int = 0
+) -> dict[str, Tensor]:
     """Means of every site, (calls, 2, channels) float32, unconditional branch first (NaN there without guidance).
 
+    updates: steps from the means towards the constants that change the denoiser least, see `_optimal`; 0: the means.
     By `Site.part`: a block with a text stream has means of each stream; a head's last channel is the 1 of its bias.
     Kept as safetensors with their provenance in the bench's folder, and read back if they are there. The provenance
     is compared with what is asked, so means of another calibration under this name are noticed, also of version 0.1.
@@ -50,6 +53,8 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
         "seeds": list(seeds),
         "statistic": "mean over calibration images and feature-map positions, accumulated in float64",
     }
+    if updates:
+        provenance["statistic"] = f"constants that change the denoiser least, {updates} updates from the mean"
     if any(prompt.digest for prompt in prompts):
         provenance["inits"] = [prompt.digest for prompt in prompts]
     if identity.device != "cpu":  # as in a cell's key: left out at their defaults
@@ -66,8 +71,15 @@ def calibrated(bench: Bench, name: str, prompts: Sequence[Prompt], seeds: Sequen
     kept = tensorfiles.read(path, lambda carried: _key(json.loads(carried["provenance"])) == key)
     if kept is not None:
         return kept[0]
-    log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
-    found = measure(bench, list(itertools.product(prompts, seeds)))
+    if updates:
+        from lesion.replacements._optimal import optimised
+
+        means = calibrated(bench, name, prompts, seeds)
+        log.info("optimising constants on %r: %d updates of every layer", name, updates)
+        found = optimised(bench, list(itertools.product(prompts, seeds)), means, updates)
+    else:
+        log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
+        found = measure(bench, list(itertools.product(prompts, seeds)))
     try:
         tensorfiles.write(path, found, {"provenance": json.dumps(provenance)})
     except OSError as error:
@@ -84,16 +96,21 @@ def _key(provenance: Mapping[str, Any]) -> str:
 
 def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, Tensor]:
     """One pass over the (prompt, seed) pairs in batches."""
+    calibration = Calibration(bench.model.anatomy)
+    watched(bench, subjects, calibration)
+    return calibration.means()
+
+
+def watched(bench: Bench, subjects: Sequence[tuple[Prompt, int]], client: Client) -> None:
+    """Make the images of (prompt, seed) pairs in batches, un-lesioned, with this client looking on."""
     model = bench.model
-    calibration = Calibration(model.anatomy)
     for start in range(0, len(subjects), bench.batch_size):
         batch = subjects[start : start + bench.batch_size]
-        clients = [*under_lesions(model, [None] * len(batch), {}), calibration]
+        clients = [*under_lesions(model, [None] * len(batch), {}), client]
         # Compiled code would not run the hooks.
         with torch.compiler.set_stance("force_eager") if model.gates else nullcontext():
             noise = generators([seed for _, seed in batch])
             call(model, [prompt for prompt, _ in batch], noise, bench.settings, clients)
-    return calibration.means()
 
 
 class Calibration(Client):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lesion.errors import RequestError
 from lesion.study.inits import with_inits
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from lesion.replacements import Bench
 
 
-def _calibration(options: Mapping[str, Any]) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
+def calibration_of(
+    options: Mapping[str, Any], replacement: str = "mean"
+) -> tuple[str, tuple[Prompt, ...], tuple[int, ...]]:
+    """Name, prompts and seeds of the calibration set. Raises RequestError for options that are none."""
     key = "calibration"
     if unknown := set(options) - {"calibration", "init"}:
-        raise RequestError("replacement.mean", f"unknown option {min(unknown)!r}; allowed: calibration")
+        raise RequestError(f"replacement.{replacement}", f"unknown option {min(unknown)!r}; allowed: calibration")
     given = options.get("calibration")
     if not isinstance(given, Mapping) or not {"prompts", "seeds"} >= set(given):
         raise RequestError(key, "needs `prompts` and `seeds`, and nothing else")
@@ -43,14 +46,21 @@ class Mean(Intervention):
     means: for each site a tensor (calls, 2, channels): unconditional branch first.
     """
 
-    kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block", "text_stream")
+    kinds: ClassVar[tuple[str, ...] | None] = (
+        "cross_attention",
+        "self_attention",
+        "joint_attention",
+        "feed_forward",
+        "block",
+        "text_stream",
+    )
 
     def __init__(self, means: Mapping[str, Tensor]):
         self.means = dict(means)
 
     @classmethod
     def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        _, prompts, seeds = _calibration(options)
+        _, prompts, seeds = calibration_of(options)
         texts = json.dumps([prompt.text for prompt in prompts] + [prompt.digest for prompt in prompts if prompt.digest])
         return {"calibration": {"prompts": hashlib.sha256(texts.encode()).hexdigest(), "seeds": list(seeds)}}
 
@@ -58,7 +68,7 @@ class Mean(Intervention):
     def build(cls, options: Mapping[str, Any], bench: Bench) -> Self:
         from lesion.replacements._means import calibrated
 
-        name, prompts, seeds = _calibration(options)
+        name, prompts, seeds = calibration_of(options)
         return cls(calibrated(bench, name, prompts, seeds))
 
     def fill(self, site: str, call: int, branches: Tensor, output: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lesion.analysis.cells import groups
 from lesion.analysis.interactions import by_window
+from lesion.analysis.side_by_side import over_replacements
 from lesion.report import beside
 from lesion.report.contents import interval_words
 from lesion.report.findings import Findings
@@ -117,6 +118,31 @@ def floor(found: Findings) -> Table | None:
     return Table.of("floor", "Noise floor", words, columns, shown, table, len(differ) + 1)
 
 
+def replacements(found: Findings) -> Table | None:
+    """What a layer is worth whatever takes its place."""
+    table = over_replacements(found.layers)
+    if table.empty:
+        return None
+    differ, alike = telling(table)
+    what = (
+        "Layers as a range over replacements: smallest and largest mean, by what, and limits that hold each "
+        "replacement's mean with 95 %."
+    )
+    columns = [
+        *differ,
+        Column("measure", "measure", "text"),
+        Column("layer", "layer", "code"),
+        Column("lowest", "smallest"),
+        Column("lowest_by", "by", "text"),
+        Column("highest", "largest"),
+        Column("highest_by", "by", "text", spare=True),
+        Column("low", "from"),
+        Column("high", "to"),
+    ]
+    words = over_words(found.frame, what, alike, found.metric)
+    return Table.of("range", "Layers over replacements", words, columns, table, lead=len(differ) + 2)
+
+
 def doses(found: Findings) -> Table | None:
     """Effect against strength."""
     table = found.doses
@@ -195,5 +221,5 @@ def window_maps(found: Findings) -> list[tuple[str, list[tuple[dict[str, Any], p
 
 def over_settings(found: Findings) -> Sequence[Table]:
     """Every table there is over settings."""
-    tables = [what(found) for what in (floor, agreement, concordance, stability, doses)]
+    tables = [what(found) for what in (floor, replacements, agreement, concordance, stability, doses)]
     return [*beside.tables(found), *(table for table in tables if table is not None), *windows(found)]

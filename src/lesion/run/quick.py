@@ -19,7 +19,9 @@ from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, tex
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 
-UNFIT = {"mean": "needs a calibration", "resample": "makes other images beside the user's"}
+_OTHERS = "makes other images beside the user's"
+_CALIBRATED = "needs a calibration"
+UNFIT = {"mean": _CALIBRATED, "optimal": _CALIBRATED, "resample": _OTHERS, "resample_pairs": _OTHERS}
 
 
 @contextmanager
@@ -41,7 +43,8 @@ def lesioned(
 
     pipe: a diffusers pipeline with a UNet or a transformer, not compiled.
     layers: module paths as `lesion-inspect` lists them, with * and ?, or re:REGEX; one or a list.
-    replacement: a name of `lesion.replacements`, but for `mean` and `resample`, which need a study.
+    replacement: a name of `lesion.replacements`, but for `mean`, `optimal`, `resample` and `resample_pairs`, which need
+        a study.
     by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`; kind None: the first
         that the model has.
     window: [start, end) as fractions of the denoising steps.

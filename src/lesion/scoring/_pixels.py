@@ -13,7 +13,7 @@ from lesion.scoring._metric import Shot
 if TYPE_CHECKING:
     import torch
 
-PIXELS = 4 << 20  # of a batch: SSIM takes some 280 bytes a pixel, and shares the card with generation
+PIXELS = 2 << 20  # of a batch: SSIM takes some 560 bytes a pixel, and shares the card with generation
 
 
 def batches(shots: Sequence[Shot], size: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:

@@ -3,10 +3,12 @@
     SSIM(x, y) = mean over pixels and channels of
                  (2 mx my + c1)(2 sxy + c2) / ((mx^2 + my^2 + c1)(sx^2 + sy^2 + c2)),  c1 = 0.01^2, c2 = 0.03^2
 
-with means m, variances s^2 and covariance sxy under a Gaussian window (sigma 1.5, 11 x 11, mirrored at the edges), on
-RGB values in [0, 1] (Wang, Bovik, Sheikh and Simoncelli 2004; computed by torchmetrics). In float32, good to 2e-4 where
-both images are flat and bright (the variances cancel there) and to 1e-5 otherwise: float64 takes ten times as long on a
-CPU. Images of at least 6 x 6 pixels.
+with means m, variances s^2 and covariance sxy under a Gaussian window (sigma 1.5, 11 x 11), on RGB values in [0, 1]
+(Wang, Bovik, Sheikh and Simoncelli 2004; computed by torchmetrics). The window is mirrored at the borders, where others
+drop the pixels that it does not fit around (scikit-image, the authors' code): values differ from theirs by what the
+outermost five pixels are worth. In float64, good to 1e-9. Scores kept from earlier versions stay as they are: in
+float32, in which those computed them, the variances cancel where both images are flat and bright, and values are off by
+up to 4.9e-4 there. Images of at least 6 x 6 pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Ssim(Metric):
         values = np.empty(len(shots))
         with exact(torch.device(self.device)):
             for rows, images, baselines in batches(shots, self.batch_size):
-                x, y = (pixels.to(self.device).float() / 255 for pixels in (images, baselines))
+                x, y = (pixels.to(self.device).double() / 255 for pixels in (images, baselines))
                 found = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
                 assert isinstance(found, torch.Tensor)
                 values[rows] = found.cpu().numpy()

@@ -70,6 +70,10 @@ class Intervention:
         """
         raise NotImplementedError
 
+    def source_of(self, prompt: str, seed: int) -> str | None:
+        """Return the `source_prompt` of the image of this prompt and seed."""
+        return self.source_prompt
+
     def text(self, site: str, branches: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return text features and an attention mask for a cross-attention site to read in the place of its own.
 
