@@ -219,6 +219,35 @@ def test_an_offline_run_holds_everything(
     assert ended.exit_code == 0
 
 
+def test_a_steered_study_with_maps_is_logged_with_heat_maps_boxes_and_measures(cli, drawn, monkeypatch) -> None:
+    for name in ("of_setting", "over_settings"):  # figures take most of the time
+        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
+    code, _, err = cli(
+        "prompts.items=[{text:'a red circle',boxes:[{words:'red circle',box:[0,0,0.5,0.5]}]}]",
+        *("steering=layout", "steering.step_size=noise_share", "steering.iterations=1", "capture=maps"),
+        *("layers.include=[mid_block.*]", "selection=leave_one_out", "generation.steps=2"),
+        *("tracker=wandb", "tracker.mode=offline", "tracker.system_metrics=false"),
+    )
+    assert code == 0, err
+    (frame,), folder = cli.frames(), cli.newest()
+    (log,) = the_logs(folder)
+    history = [merged(one.history.item) for one in records(log) if one.WhichOneof("record_type") == "history"]
+    logged = {key: value for point in history for key, value in point.items()}
+    pictures = [name for key, value in logged.items() if key.startswith("grids") for name in value["captions"]]
+    assert set(pictures) == {path.stem for path in folder.glob("grids/*.png")}
+    # The comparison has the boxes: tests/report/test_box_pictures.py.
+    assert {name.partition("--")[0] for name in pictures} >= {"comparison", "maps"}
+    assert {name.rpartition("--")[2] for name in pictures} >= {"00-a", "01-red", "02-circle", "lesioned"}
+    table, maps = (
+        json.loads((log.parent / "files" / logged[name]["path"]).read_text("utf-8"))
+        for name in ("results", "tables/maps")
+    )
+    for name in ("box_iou", "box_mass", "unsteered_distance", "attention_share", "attention_entropy_colour"):
+        values = [row[table["columns"].index(name)] for row in table["data"]]
+        assert values == pytest.approx(frame[name].tolist()) and np.isfinite(values).all()
+    assert "mid_block.attentions.0" in [row[maps["columns"].index("map_layer")] for row in maps["data"]]
+
+
 def test_table_images_are_staged_within_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setenv("WANDB_DATA_DIR", str(elsewhere))
