@@ -132,7 +132,8 @@ def steering(this: Setup, options: Options) -> tuple[str, list[Row]]:
         f"{scenes} scenes of prompts=boxes, steered in a batch (at most {layout.iterations} moves in each of the first "
         f"{layout.steps} steps; threshold {layout.threshold:g}); the same unsteered in a batch; and the same steered "
         "in a plain loop of the published kind: one image at a time, attention processors swapped, the whole denoiser "
-        f"called for each gradient. Nothing is scored or written. {this.said().rpartition(',')[0]}."
+        "called for each gradient. Nothing is scored or written. Where moves overshoot, as on maps of few cells, they "
+        f"amplify rounding until images differ: docs/layout.md. {this.said().rpartition(',')[0]}."
     )
     return note, rows
 
