@@ -17,7 +17,7 @@ from lesion.config.reading import first_read
 from lesion.errors import RequestError
 from lesion.models import ModelSpec, check_offload
 from lesion.models.defaults import filled
-from lesion.models.devices import HERE, Place, resolve_device
+from lesion.models.devices import HERE, Place, devices
 from lesion.scoring import BOXES, ScorerSpec
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
@@ -39,6 +39,7 @@ class Request:
     or cuda:N. derived: which settings the model said, and where, in words; "" if the request said all.
     capture: which attention maps are kept; None for none.
     notes: what was guessed or left out of the prompts, in sentences.
+    devices: of each process that makes images; the first is `device`, where this one scores them.
     """
 
     model: ModelSpec
@@ -59,6 +60,7 @@ class Request:
     capture: Capture | None = None
     shard: Shard = WHOLE
     notes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
 
     def described_replacements(self) -> tuple[Replacement, ...]:
         return tuple(replacements.describe(name, options) for name, options in self.replacements.items())
@@ -74,7 +76,8 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
     model = ModelSpec.of(data["model"], data["performance"])
     layers = Layers.of(data["layers"])
     _check_compiled(model, layers)
-    device = resolve_device(data["device"], place)
+    each = devices(data["device"], data["workers"], place)
+    device = each[0]
     check_offload(model.offload, device)
     task = tasks.asked(data["generation"])
     generation, derived = filled(data["generation"], lambda: model)
@@ -121,6 +124,7 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         store=Path(data["store"]["dir"]).expanduser(),
         check_store=data["store"]["check"],
         device=device,
+        devices=each,
         dry_run=data["dry_run"],
         derived=derived,
         capture=capture,

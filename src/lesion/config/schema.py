@@ -170,6 +170,7 @@ class LesionConf:
     shard: ShardConf = field(default_factory=ShardConf)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING
+    workers: int = MISSING
     dry_run: Truth = False
 
 

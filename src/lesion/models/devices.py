@@ -32,7 +32,27 @@ class Place:
     job: int | None = None
 
 
+MOST = 64  # workers a device
+
 HERE, ELSEWHERE = Place(), Place(here=False)
+
+
+def devices(asked: str, workers: int, place: Place = HERE) -> tuple[str, ...]:
+    """Return the device of each process that makes images: `workers` of them on one, or with `all` on each GPU.
+
+    Raises RequestError as `resolve_device` does, for `all` where there is no GPU, and for `workers` out of range.
+    """
+    if not 1 <= workers <= MOST:
+        raise RequestError("workers", f"must be a whole number from 1 to {MOST}; got {workers}")
+    if asked != "all":
+        return (resolve_device(asked, place),) * workers
+    if not place.here:
+        return ("cuda",) * workers
+    if not (there := cuda_devices()):
+        raise RequestError(
+            "device", "all: this machine has no GPU that CUDA finds; allowed: auto, cpu (with workers=N)"
+        )
+    return tuple(f"cuda:{number}" for number in range(there)) * workers
 
 
 def resolve_device(asked: str, place: Place = HERE) -> str:
@@ -43,7 +63,7 @@ def resolve_device(asked: str, place: Place = HERE) -> str:
     """
     kind, _, number = asked.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (":" in asked and (kind != "cuda" or not number.isdigit())):
-        raise RequestError("device", f"got {asked!r}; allowed: auto, cpu, cuda, cuda:N")
+        raise RequestError("device", f"got {asked!r}; allowed: auto, cpu, cuda, cuda:N, all")
     if kind == "cpu" or not place.here:
         return asked
     there = cuda_devices()

@@ -471,6 +471,45 @@ def _generate(
     work: Work, missing: int, failures: Mapping[str, str], tracker: Tracker, making: environment.Making
 ) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
+    began, done = time.monotonic(), 0
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=missing, unit="image", desc=f"{sweep}{work.study.model.name}", smoothing=0.05) as bar,
+    ):
+
+        def progress(more: int) -> None:
+            nonlocal done
+            done += more
+            bar.update(more)
+            tracker.progress(done, missing, done / (time.monotonic() - began))
+
+        shown = _shown(work.publisher.folder or work.store.folder)
+        log.info("generating: %d images; they appear in %s as they are made", missing, shown)
+        if len(work.request.devices) > 1:
+            from lesion.run import workers
+
+            found = workers.generate(work, failures, progress, making)
+        else:
+            found = make(work, failures, progress, making)
+    work.scores.refresh()
+    return found
+
+
+def make(
+    work: Work,
+    failures: Mapping[str, str],
+    progress: Callable[[int], None],
+    making: environment.Making,
+    each: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+    """Make in this process what the store lacks and no other process makes, but for earlier failures.
+
+    progress: `Maker.run` has it.
+    making: gets what is made here.
+    each: called after each image that is made here.
+
+    Returns the reason for each cell that could not be made.
+    """
     from lesion.generation.generate import make_deterministic
     from lesion.run.maker import Maker
     from lesion.surgery.anatomy import examine
@@ -481,29 +520,14 @@ def _generate(
     model = models.load(source, request.device)
     model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
     layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
-    shown = _shown(work.publisher.folder or work.store.folder)
-    log.info("generating: %d images; they appear in %s as they are made", missing, shown)
-    began, done = time.monotonic(), 0
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=missing, unit="image", desc=f"{sweep}{study.model.name}", smoothing=0.05) as bar,
-    ):
-
-        def progress(more: int) -> None:
-            nonlocal done
-            done += more
-            bar.update(more)
-            tracker.progress(done, missing, done / (time.monotonic() - began))
-
-        maker = Maker(request, model, study, work.store, _when_made(work, making), work.maps)
-        maker.failures.update(failures)
-        maker.run(progress)
+    maker = Maker(request, model, study, work.store, _when_made(work, making, each), work.maps)
+    maker.failures.update(failures)
+    maker.run(progress)
     making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]
-    work.scores.refresh()
     return maker.failures
 
 
-def _when_made(work: Work, making: environment.Making) -> Made:
+def _when_made(work: Work, making: environment.Making, each: Callable[[], None] = lambda: None) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and what has a row is scored.
 
     Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
@@ -520,6 +544,7 @@ def _when_made(work: Work, making: environment.Making) -> Made:
             scores.note(cell.key, picture)
         else:
             scores.made(cell, pixels, picture)
+        each()
 
     return made
 

@@ -76,6 +76,11 @@ class ScoreQueue:
         """Read what other processes have scored meanwhile, so that it is not scored again."""
         self.scores.load()
 
+    def flush(self) -> None:
+        """Score what waits, and write all down for other processes."""
+        self._score(self._queue.keys())
+        self._write()
+
     def complete(self, study: Study, failures: Mapping[str, str]) -> set[str]:
         """Score every image of the study that lacks one, and write it down.
 
@@ -108,8 +113,7 @@ class ScoreQueue:
                 with suppress(OSError):  # where it cannot be removed it is written over, or fails
                     self.store.discard(key)
                 damaged.add(key)
-        self._score(self._queue.keys())
-        self._flush()
+        self.flush()
         return damaged
 
     def picture(self, key: str) -> Picture | None:
@@ -143,7 +147,7 @@ class ScoreQueue:
             size = max(1, min(CHUNK, CHUNK_BYTES // (6 * settings.height * settings.width)))
             for start in range(0, len(lacking), size):
                 self._score_pairs(metric, lacking[start : start + size])
-            self._flush()
+            self._write()
         found = (self.scores.pair(metric, a.key, b.key) for a, b in pairs)
         return [float("nan") if value is None else value for value in found]
 
@@ -200,7 +204,7 @@ class ScoreQueue:
         if math.isfinite(picture.box_mass):
             self._masses[key] = picture.box_mass
 
-    def _flush(self) -> None:
+    def _write(self) -> None:
         """Write what is known to the store; where that cannot be, one warning: it serves this run all the same."""
         self._unwritten = 0
         try:
@@ -213,7 +217,7 @@ class ScoreQueue:
     def _written(self, records: int) -> None:
         self._unwritten += records
         if self._unwritten >= FLUSH:
-            self._flush()
+            self._write()
 
     def _lacking(self, cell: Cell) -> frozenset[str]:
         """The columns without a value. Raises Damaged, as `_read` does, of an unsteered image."""

@@ -1,0 +1,163 @@
+"""Several processes of this machine make the images of one study: one for each GPU, or a few on the CPU.
+
+They share it by the claims of the store, as processes that a user starts side by side do. Each makes whole batches, so
+that an image has the same company, and the same pixels, as in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any
+
+from lesion.config.parsing import Request
+from lesion.errors import RequestError, place_of
+from lesion.models import Source
+from lesion.run.environment import Making
+from lesion.study.grid import Study
+
+if TYPE_CHECKING:
+    from lesion.run.job import Work
+
+log = logging.getLogger(__name__)
+PATIENCE = 30.0  # seconds in which a worker that is told to end stores what it has made
+
+
+@dataclass
+class _Done:
+    """The last that a worker tells. error: what stopped it; None where it came to its end."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    making: Making = field(default_factory=Making)
+    error: Exception | None = None
+
+
+def generate(
+    work: Work, failures: Mapping[str, str], progress: Callable[[int], None], making: Making
+) -> dict[str, str]:
+    """Make what the store lacks, but for earlier failures, in one process for each of the request's devices.
+
+    progress: called with the number of further images. making: gets what the workers made.
+
+    Returns the reason for each cell that could not be made. A worker that dies is told of, and the others make its
+    part. Raises what stopped the first worker where none came to its end.
+    """
+    context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    running: dict[Connection, BaseProcess] = {}
+    ended: list[_Done] = []
+    request = replace(work.request, budget=None, check_store=False)
+    try:
+        for number, device in enumerate(work.request.devices):
+            here, there = context.Pipe(duplex=False)
+            own = replace(request, device=device, devices=(device,))
+            share = len(work.request.devices)
+            arguments = (there, own, work.source, work.study, work.publisher.folder, dict(failures), share)
+            process: BaseProcess = context.Process(
+                target=_work, args=arguments, name=f"worker {number} on {device}", daemon=True
+            )
+            process.start()
+            there.close()
+            running[here] = process
+        while running:
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection)
+                try:
+                    told = connection.recv()
+                except (EOFError, OSError):
+                    process = running.pop(connection)
+                    process.join()
+                    if process.exitcode:
+                        log.warning("%s died (exit code %s); the others make its part", process.name, process.exitcode)
+                    continue
+                if isinstance(told, int):
+                    progress(told)
+                elif isinstance(told, logging.LogRecord):
+                    told.msg = f"{running[connection].name}: {told.msg}"
+                    logging.getLogger(told.name).handle(told)
+                else:
+                    ended.append(told)
+                    if told.error:
+                        log.warning("%s stopped: %s", running[connection].name, told.error)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join(PATIENCE)
+            process.kill()
+    for one in ended:
+        making.images += one.making.images
+        making.batch_sizes += [size for size in one.making.batch_sizes if size not in making.batch_sizes]
+    if all(one.error for one in ended):
+        raise next((one.error for one in ended if one.error), RuntimeError("all workers died"))
+    found = {key: reason for one in ended for key, reason in one.failures.items()}
+    return {key: reason for key, reason in found.items() if key in failures or not work.store.has(key)}
+
+
+def _work(
+    parent: Connection,
+    request: Request,
+    source: Source,
+    study: Study,
+    folder: Any,
+    failures: dict[str, str],
+    share: int,
+) -> None:
+    """What a worker does. share: how many there are, among which the CPU's threads are divided."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the parent gets too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # claims are given back
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    lock = threading.Lock()
+
+    def tell(what: object) -> None:
+        with lock, suppress(OSError):
+            parent.send(what)
+
+    handler = _Telling(tell)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    import torch
+
+    from lesion.run.job import Work, make
+
+    if request.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    done = _Done()
+    try:
+        work = Work.of(request, (source, study), folder)
+        try:
+            done.failures = make(work, failures, lambda more: None, done.making, lambda: tell(1))
+        finally:
+            work.scores.flush()
+    except RequestError as error:
+        done.error = error
+    except Exception as error:  # a model can raise anything
+        done.error = RuntimeError(place_of(error))
+    tell(done)
+    parent.close()
+
+
+class _Telling(QueueHandler):
+    """Sends records to the parent."""
+
+    def __init__(self, tell: Callable[[object], None]):
+        super().__init__(queue=None)  # type: ignore[arg-type]
+        self.tell = tell
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.tell(record)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
