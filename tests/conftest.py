@@ -127,6 +127,9 @@ def drawn(drafts: None) -> None:
     """For tests that look at the report: the jobs of `cli` draw it. Without this fixture they have `no_report`."""
 
 
+get_mode = Hydra.get_mode
+
+
 class Cli:
     """Runs the console script `lesion` in this process, in a folder of its own."""
 
@@ -145,8 +148,8 @@ class Cli:
         flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them first
         rest = [argument for argument in arguments if argument not in flags]
         self.monkeypatch.setattr("sys.argv", ["lesion", *flags, *base, *rest])
-        if not any("hydra.mode" in argument for argument in rest):  # else Hydra composes all once more to find it
-            self.monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        sets_mode = any("shards" in argument for argument in rest)  # else to find it costs composing twice
+        self.monkeypatch.setattr(Hydra, "get_mode", get_mode if sets_mode else lambda *_, **__: None)
         self.capfd.readouterr()
         try:
             cli.main()

@@ -38,7 +38,7 @@ def maker(tmp_path):
     study = SimpleNamespace(
         model=IDENTITY, settings=settings(batch_size=8), prompts=(Prompt("a"),), windows=(), lesions=lambda: [lesion]
     )
-    return Maker(request, SimpleNamespace(identity=IDENTITY), study, Store(tmp_path), lambda *args: None)
+    return Maker(request, SimpleNamespace(identity=IDENTITY, unseen={}), study, Store(tmp_path), lambda *args: None)
 
 
 class Crowded:
@@ -241,7 +241,7 @@ def test_large_images_are_scored_few_at_a_time():
         return [len(rows) for rows, *_ in batches([Shot("a", pixels, "b", pixels, "")] * number, most)]
 
     assert sizes(64, 40) == [32, 8]
-    assert sizes(1024, 9) == [4, 4, 1]
+    assert sizes(1024, 9) == [2, 2, 2, 2, 1]
     assert sizes(3000, 2) == [1, 1]
 
 

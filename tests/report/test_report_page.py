@@ -196,7 +196,8 @@ def test_hostile_text_stays_text(tmp_path):
     sources = [path.read_text() for path in written if path.suffix == ".tex"]
     assert any(r"\textbackslash{}input" in body for body in sources)
     for body in sources:
-        assert not re.search(r"\\(input|write18)", body) and not re.search(r"(?<!\\)[$#]", body)
+        code = re.sub(r"(?m)^%.*", "", body)  # the preamble that a table needs is said in a comment
+        assert not re.search(r"\\(input|write18)", body) and not re.search(r"(?<!\\)[$#]", code)
         assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == body.count(r"\bottomrule") >= 1
 
 

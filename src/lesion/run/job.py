@@ -483,20 +483,36 @@ def _generate(
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 
+        model = None if len(work.request.devices) > 1 else loaded(work)  # else each worker loads it
         shown = _shown(work.publisher.folder or work.store.folder)
         log.info("generating: %d images; they appear in %s as they are made", missing, shown)
-        if len(work.request.devices) > 1:
+        if model:
+            found = make(work, model, failures, progress, making)
+        else:
             from lesion.run import workers
 
             found = workers.generate(work, failures, progress, making)
-        else:
-            found = make(work, failures, progress, making)
     work.scores.refresh()
     return found
 
 
+def loaded(work: Work) -> models.Model:
+    """The model of a study on the request's device, with its layers as the study names them."""
+    from lesion.generation.generate import make_deterministic
+    from lesion.surgery.anatomy import examine
+
+    request, source = work.request, work.source
+    log.info("loading: the model %s on %s", work.study.model.name, request.device)
+    make_deterministic(tf32=source.spec.tf32)
+    model = models.load(source, request.device)
+    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
+    layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
+    return model
+
+
 def make(
     work: Work,
+    model: models.Model,
     failures: Mapping[str, str],
     progress: Callable[[int], None],
     making: environment.Making,
@@ -504,23 +520,16 @@ def make(
 ) -> dict[str, str]:
     """Make in this process what the store lacks and no other process makes, but for earlier failures.
 
+    model: from `loaded`.
     progress: `Maker.run` has it.
     making: gets what is made here.
     each: called after each image that is made here.
 
     Returns the reason for each cell that could not be made.
     """
-    from lesion.generation.generate import make_deterministic
     from lesion.run.maker import Maker
-    from lesion.surgery.anatomy import examine
 
-    request, source, study = work.request, work.source, work.study
-    log.info("loading: the model %s on %s", study.model.name, request.device)
-    make_deterministic(tf32=source.spec.tf32)
-    model = models.load(source, request.device)
-    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
-    layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
-    maker = Maker(request, model, study, work.store, _when_made(work, making, each), work.maps)
+    maker = Maker(work.request, model, work.study, work.store, _when_made(work, making, each), work.maps)
     maker.failures.update(failures)
     maker.run(progress)
     making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]

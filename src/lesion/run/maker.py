@@ -283,7 +283,7 @@ class Maker:
         if self.maps and self.store.has(cell.key):  # made earlier, without maps: it is the same image
             return pixels, None
         made: dict[str, Any] = {**self.made_with}
-        if (cut := self.model.unseen[cell.prompt.text][0]) is not None:
+        if (cut := self.model.unseen.get(cell.prompt.text, (None, ()))[0]) is not None:
             made[TRUNCATED] = cut
         return pixels, self.store.put(cell, pixels, reason, self.masses.pop(cell.key, math.nan), made)
 

@@ -126,7 +126,7 @@ def _work(
     logging.getLogger().addHandler(handler)
     import torch
 
-    from lesion.run.job import Work, make
+    from lesion.run.job import Work, loaded, make
 
     if request.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // share))
@@ -134,7 +134,7 @@ def _work(
     try:
         work = Work.of(request, (source, study), folder)
         try:
-            done.failures = make(work, failures, lambda more: None, done.making, lambda: tell(1))
+            done.failures = make(work, loaded(work), failures, lambda more: None, done.making, lambda: tell(1))
         finally:
             work.scores.flush()
     except RequestError as error:
