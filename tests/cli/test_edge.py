@@ -30,6 +30,8 @@ from lesion.study import layer_patterns
         ("+calibration.sead=3", ["calibration.sead", "seeds"]),
         ("~seeds", ["seeds: ", "needed"]),
         ("~store", ["store: ", "needed"]),
+        ("~model", ["model: is taken out; it is needed; allowed: embedded"]),
+        ("prompts=a red, blue one", ["""as a prompt: prompts=inline 'prompts.items=["a red, blue one"]'"""]),
         ("replacement.zero=3", ["replacement.zero: ", "mapping"]),
         ("window.x=3", ["command line: ", "'x'"]),
         ("scorer=true", ["scorer: ", "got True", "embedded"]),

@@ -155,9 +155,11 @@ def test_places_that_cannot_be_folders_are_refused_in_one_line(cli):
     (before / "r1").mkdir()
     (before / "r1" / "images").touch()
     (before / "r2" / "results.parquet").mkdir(parents=True)
+    (before / "r3" / "lesion.log").mkdir(parents=True)
+    (before / "r4" / ".hydra" / "config.yaml").mkdir(parents=True)
     long = "a" * 300
     store = SimpleNamespace(dry_run=False, store=None)
-    for place in ["/dev/null", "file", "file/x", "dangling", "loop", long, "r1", "r2"]:
+    for place in ["/dev/null", "file", "file/x", "dangling", "loop", long, "r1", "r2", "r3", "r4"]:
         with pytest.raises(RequestError, match=r"^hydra.run.dir: .*(cannot be|in the way of)"):
             claim(before / place, {"seeds": 0}, "hydra.run.dir")
     for place in ["/proc/x", "/dev/null/x", "file", "dangling", "loop", f"{long}/x"]:
@@ -166,7 +168,7 @@ def test_places_that_cannot_be_folders_are_refused_in_one_line(cli):
             job._check_store(store, None, None)
     code, out, err = cli(*ONE, f"hydra.run.dir={before}/r1")
     assert (code, out, err.count("\n")) == (2, "", 1) and "images' is in the way of a folder" in err, err
-    assert list(here.iterdir()) == [] and len(list(before.rglob("*"))) == 7
+    assert list(here.iterdir()) == [] and len(list(before.rglob("*"))) == 12
     here.rmdir()
     code, out, err = cli(*ONE)
     assert (code, out) == (2, "") and err == "lesion: command line: the folder in which it is run is gone; change it\n"

@@ -156,9 +156,9 @@ def _prompt_files(value: str, key: str) -> list[str]:
         raise RequestError(
             key, f"a sweep is over files or over sets, not both; sets: {others}; files: {', '.join(files)}"
         )
-    if not files and len(names) == 1 and re.search(r"\W", names[0]):
-        text = shlex.quote(f"prompts.items=[{quoted(names[0], Quote.double)}]")
-        raise RequestError(key, f"there is no set or file {names[0][:80]!r}; as a prompt: prompts=inline {text[:300]}")
+    if not files and any(re.search(r"\W", name) for name in names) and not known.intersection(names):
+        text = shlex.quote(f"prompts.items=[{quoted(value if len(names) > 1 else names[0], Quote.double)}]")
+        raise RequestError(key, f"there is no set or file {value[:80]!r}; as a prompt: prompts=inline {text[:300]}")
     return files
 
 
@@ -201,9 +201,13 @@ def _group(argument: str, override: Override) -> str:
     """
     key = str(override.key_or_group)
     folder = conf_dir() / key
-    if not re.fullmatch(r"\w+", key) or not folder.is_dir() or override.is_delete():
+    if not re.fullmatch(r"\w+", key) or not folder.is_dir():
         return argument
     allowed = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
+    if override.is_delete():
+        if key in OVERLAYS or not allowed:
+            return argument
+        raise RequestError(key, f"is taken out; it is needed; allowed: {allowed}")
     value = override.value()
     swept = isinstance(value, ChoiceSweep)
     if override.is_sweep_override() and not swept:

@@ -28,6 +28,7 @@ FILES = (
     "environment.json",
     "report.json",
 )
+HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
@@ -74,7 +75,7 @@ def check(folder: Path, request: Mapping[str, Any], key: str) -> None:
     """Raises RequestError naming `key` where the folder holds results of another request, or can be none."""
     try:
         record = _recorded(folder)
-        for name, directory in {**dict.fromkeys(MADE, True), **dict.fromkeys(FILES, False)}.items():
+        for name, directory in {**dict.fromkeys(MADE, True), **dict.fromkeys((*FILES, *HYDRAS), False)}.items():
             path = folder / name
             if os.path.lexists(path) and path.is_dir() != directory:
                 wanted = "a folder" if directory else "a file"

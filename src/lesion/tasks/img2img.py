@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -45,7 +46,9 @@ class ImageToImage(Task):
         return {"image": [_picture(one.image, one.digest, settings.width, settings.height) for one in prompts]}
 
     def counterpart(self, pipeline: str) -> Any:
-        from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, for what diffusers does at its import
+            from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
 
         found = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, pipeline, throw_error_if_not_exist=False)
         # Others, as FLUX.2's, look at a picture instead of setting out from it.
