@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from PIL import Image
 import lesion
 from lesion.tracking import Guarded, JobInfo, Tracker, make_tracker, tracker_names
 from lesion.tracking import wandb as wandb_room
+from wandb_logs import merged, records
 
 LAYERS = ["down_blocks.0.attentions.0", "up_blocks.1.attentions.2"]
 NASTY = [
@@ -84,41 +84,6 @@ def a_run_folder(folder: Path, rows_per_prompt: int = 3) -> pd.DataFrame:
     return frame
 
 
-def records(log: Path) -> list:
-    """The records of a finished run's log.
-
-    `run.finish()` may return some 10 ms before wandb's helper process has written the last block: wait for it.
-    """
-    deadline = time.monotonic() + 20
-    while not (found := parsed(log)) or found[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < deadline, f"no end of the run in {log}"
-        time.sleep(0.02)
-    return found
-
-
-def parsed(log: Path) -> list:
-    """The records of a `run-*.wandb` file: a 7-byte file header, then LevelDB log blocks of 32 KiB.
-
-    Source: the LevelDB log format (checksum 4, length 2, type 1; types full 1, first 2, middle 3, last 4).
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, position, parts, found = log.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if (rest := 32768 - position % 32768) < 7:
-            position += rest
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        if position + 7 + length > len(data):
-            break
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
-
-
 def our_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What a terminal would show: wandb's own logger does not propagate, though pytest listens to it."""
     return [record.getMessage() for record in caplog.records if record.name.split(".")[0] != "wandb"]
@@ -126,18 +91,6 @@ def our_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def the_logs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-
-
-def merged(items) -> dict:
-    """Protobuf items that carry JSON, as nested dicts."""
-    found: dict = {}
-    for item in items:
-        *parents, last = [item.key] if item.key else item.nested_key
-        inside = found
-        for parent in parents:
-            inside = inside.setdefault(parent, {})
-        inside[last] = json.loads(item.value_json)
-    return found
 
 
 def track(folder: Path, frame: pd.DataFrame, **options: object) -> None:
@@ -570,10 +523,21 @@ def test_what_runs_are_grouped_and_compared_by(tmp_path: Path) -> None:
         {"model": "m", "prompt_id": ["p", "p", "q", "q"], "seed": 0, "selection": ["none", "all", "all", "none"]}
     )
     assert module._baselines(frame) == [None, 0, 3, None]
-    first, second = (module.WandbTracker(module.Options()) for _ in range(2))
-    first.folder = second.folder = tmp_path
-    (one, resumed), again = first._run_id(), second._run_id()
-    assert not resumed and again == (one, True)
+    trackers = [module.WandbTracker(module.Options()) for _ in range(5)]
+    kept = tmp_path / "store" / "unfinished" / "study"
+    for number, tracker in enumerate(trackers):
+        tracker.folder = tmp_path / str(min(number, 3))  # the last has the folder of the one before
+    first, beside, resumed, after, again = trackers
+    one, old = first._run_id(kept)
+    assert not old and beside._run_id(kept)[0] != one  # two processes at once are two runs
+    first._forget(finished=False)
+    assert resumed._run_id(kept) == (one, True)
+    resumed._forget(finished=True)
+    other, old = after._run_id(kept)
+    assert not old and other != one
+    after._forget(finished=True)
+    assert not kept.exists() and again._run_id(None) == (other, True)
+    first.folder = tmp_path
     (tmp_path / "images" / "p").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "p" / "one.png")
     assert "made" in first._newest() and first._newest() == {}  # each picture once

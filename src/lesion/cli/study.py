@@ -119,12 +119,12 @@ class CheckFirst(Callback):
 
 
 class SweepReport(Callback):
-    """Writes one report over all jobs of a multirun into its folder."""
+    """Writes one report over all jobs of a multirun into its folder, and tells the tracker."""
 
-    folder: Path | None = None  # of the multirun whose report is still to be written
+    config: DictConfig | None = None  # of the multirun whose report is still to be written
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepReport.folder = Path(config.hydra.sweep.dir)
+        SweepReport.config = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         report_sweep()
@@ -135,14 +135,18 @@ def report_sweep() -> None:
 
     Hydra does not call `on_multirun_end` after a job that failed, so `main` comes here too.
     """
-    folder, SweepReport.folder = SweepReport.folder, None
-    if folder is None or not any(folder.rglob("results.parquet")):  # no multirun, or one with dry_run
+    config, SweepReport.config = SweepReport.config, None
+    folder = Path(config.hydra.sweep.dir) if config is not None else Path()
+    if config is None or not any(folder.rglob("results.parquet")):  # no multirun, or one with dry_run
         return
     try:
         from lesion.cli.report import report
         from lesion.report.merging import run_folders
+        from lesion.run.job import track_report
 
-        _, written = report(run_folders([folder]), folder, mix=True)
+        runs = run_folders([folder])
+        known, written = report(runs, folder, mix=True)
+        track_report(known.frame, runs, folder, _typed(config), plain(config.tracker))
         print(visible(f"\nreport over all jobs: {written[-1]}", keep="\n"))
     except Exception as error:  # whatever it is, the jobs are done and their results on disk
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -26,13 +26,13 @@ from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import environment
 from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
-from lesion.run.folder import prune, reserved
+from lesion.run.folder import asked, prune, reserved
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
 from lesion.study.budget import Budget
 from lesion.study.grid import Cell, Study
-from lesion.study.lesions import Lesion
+from lesion.study.lesions import Lesion, digest_of
 from lesion.study.plan import Tally, tally
 from lesion.study.settings import Settings
 from lesion.tracking import JobInfo, Tracker, make_tracker
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 sweep = Sweep()  # how far the multirun of this process is
+UNFINISHED = "unfinished"  # folder of the store with what trackers keep of studies that have not finished
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
 
@@ -306,7 +307,8 @@ def complete(
         _ = work.scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     room = reserved(context.folder, counts.rows)
     tracker = make_tracker(request.tracker["name"], request.tracker)
-    tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config))
+    unfinished = request.store / UNFINISHED / digest_of(asked(context.config, work.study))
+    tracker.start(JobInfo(context.name, context.group, "lesion-study", context.folder, context.config, unfinished))
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
@@ -588,8 +590,6 @@ def _write(
     Returns the paths written, what the report says, and what could not be written with the reason. Raises StudyFailed
     where that is results.parquet.
     """
-    from lesion.analysis.importance import layer_table
-    from lesion.analysis.settings import rows, settings
     from lesion.store import tables
 
     try:
@@ -622,15 +622,46 @@ def _write(
         ) from error
     if not unwritten:
         prune(folder, [*written, *(folder / place for image in places for place in (image, beside_image(image)))])
-    summary = {}
+    tracker.finish(frame, folder, summary(frame))
+    return written, said, unwritten
+
+
+def summary(frame: pd.DataFrame) -> dict[str, float]:
+    """Importance and sufficiency of each layer under each setting: the keys are MEASURE/SETTING/LAYER."""
+    from lesion.analysis.importance import layer_table
+    from lesion.analysis.settings import rows, settings
+
+    found = {}
     for setting in settings(frame):
+        name = setting.slug if frame["model"].nunique() > 1 else setting.slug.split("--", 1)[1]
         for line in layer_table(rows(frame, setting)).to_dict("records"):
             for measure in ("importance", "sufficiency"):
-                if np.isfinite(line[measure]):  # slug without the model: a run has one
-                    name = setting.slug.split("--", 1)[1]
-                    summary[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
-    tracker.finish(frame, folder, summary)
-    return written, said, unwritten
+                if np.isfinite(line[measure]):
+                    found[f"{measure}/{name}/{line['layer']}"] = float(line[measure])
+    return found
+
+
+def track_report(
+    frame: pd.DataFrame, runs: Sequence[Path], folder: Path, overrides: Sequence[str], tracker: Mapping[str, Any]
+) -> None:
+    """Tell a tracker of the report over the jobs of a multirun, as a run of its own in the group of the jobs.
+
+    overrides: of the command line. tracker: `name` and options of conf/tracker.
+    """
+    lesioned = frame[frame["selection"] != "none"]
+    names: dict[str, object] = {
+        key: {str(name): {} for name in lesioned[key].unique()} for key in ("selection", "replacement")
+    }
+    config: dict[str, object] = {
+        "jobs": len(runs),
+        "overrides": list(overrides),
+        "model": {"name": "+".join(frame["model"].unique())},
+        **names,
+    }
+    follower = make_tracker(tracker["name"], dict(tracker))
+    follower.start(JobInfo(f"report over {len(runs)} jobs", folder.as_posix(), "lesion-report", folder, config))
+    follower.finish(frame, folder, summary(frame))
+    follower.close(0)
 
 
 def _why(error: OSError) -> str:

@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JobInfo:
-    """One job as a tracker sees it."""
+    """One job, or the report over the jobs of a multirun, as a tracker sees it."""
 
     name: str
     group: str | None  # the multirun the job belongs to, if any
     job_type: str
     folder: Path  # the job's run folder
     config: dict[str, object]  # the full resolved config, plain values only
+    unfinished: Path | None = None  # a file that the tracker may keep until the study has finished, to resume by it
 
 
 class Tracker(Protocol):

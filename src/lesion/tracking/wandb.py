@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a job, grouped by multirun. Written against wandb 0.31.
+"""Weights & Biases: one run a job, grouped by multirun, and one for the report over them. Written against wandb 0.31.
 
 Without an account or a network the run is logged offline by itself, and `wandb sync` uploads it later. Everything
 wandb writes for a run stays in `FOLDER/wandb`; nothing is printed but one line that says where the log is.
@@ -6,6 +6,7 @@ wandb writes for a run stays in `FOLDER/wandb`; nothing is printed but one line 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import lesion
 from lesion.study.columns import GENERATION
@@ -37,6 +38,7 @@ MODES = ("auto", "online", "offline", "disabled")
 PICTURES_PER_KEY = 108  # wandb.Image.MAX_ITEMS: further pictures of one key are dropped by W&B
 TABLE_ROWS = 200_000  # wandb.Table.MAX_ARTIFACT_ROWS
 ARTIFACT = "lesion-results"
+RESULTS = "results.parquet"
 RUN_ID = "id.txt"  # file that names the run of a folder
 NAME_LIMIT = 128  # characters of a run's name, group and job type
 TAG_LIMIT = 64
@@ -78,6 +80,7 @@ class WandbTracker:
         self.folder = Path()
         self.last_progress = float("-inf")
         self._shown: set[Path] = set()  # pictures that were logged while the study ran
+        self._unfinished: TextIO | None = None  # holds the run's id until the study has finished; locked
 
     def start(self, job: JobInfo) -> None:
         """Open the run: online if that is asked for and works, otherwise offline."""
@@ -151,10 +154,8 @@ class WandbTracker:
                 report = wandb.Html(str(page), inject=False)
                 self._within(lambda: run.log({"report": report}))
             artifact = wandb.Artifact(ARTIFACT, type="results")  # one name: every study is a version of it
-            artifact.add_file(str(run_dir / "results.parquet"), name="results.parquet")
-            for name in ("floor.parquet", "maps.parquet", "report.html"):
-                if (run_dir / name).is_file():
-                    artifact.add_file(str(run_dir / name), name=name)
+            for path in _files(run_dir):
+                artifact.add_file(str(path), name=path.relative_to(run_dir).as_posix())
             if (run_dir / "tables").is_dir():
                 artifact.add_dir(str(run_dir / "tables"), name="tables")
             self._within(lambda: run.log_artifact(artifact))
@@ -162,6 +163,7 @@ class WandbTracker:
     def close(self, exit_code: int) -> None:
         """End the run; online, wait at most `finish_timeout` seconds for the upload."""
         run, self.run = self.run, None
+        self._forget(finished=exit_code == 0)
         if run is not None:
             extra: float | None = 0.0
             if not run.offline:
@@ -212,26 +214,43 @@ class WandbTracker:
                 log.debug("closing the run after a failure", exc_info=True)
             raise
 
-    def _run_id(self) -> tuple[str, bool]:
-        """The id of the folder's run, and whether it has one already: a resumed study resumes its run."""
+    def _run_id(self, unfinished: Path | None) -> tuple[str, bool]:
+        """The id of the job's run, and whether there is one with it already: a resumed study resumes its run.
+
+        The run folder keeps it, and until the study has finished so does `unfinished`, as the same command takes a
+        new folder when it resumes. No two processes have it at once.
+        """
         known = self.folder / "wandb" / RUN_ID
-        try:
-            found = known.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeError):
-            found = ""
-        if re.fullmatch("[0-9a-f]{8}", found):
-            return found, True
-        found = secrets.token_hex(4)
+        with suppress(OSError, AttributeError):  # a disk without locks: it is a run of its own
+            self._unfinished = _locked(unfinished)
+        kept = self._unfinished.read(64) if self._unfinished else ""
+        with suppress(OSError, UnicodeError):
+            kept = known.read_text(encoding="ascii") or kept
+        found = kept.strip() if re.fullmatch("[0-9a-f]{8}", kept.strip()) else secrets.token_hex(4)
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(found, encoding="ascii")
-        return found, False
+        if self._unfinished:
+            self._unfinished.truncate(0)
+            self._unfinished.write(found)
+            self._unfinished.flush()
+        return found, found == kept.strip()
+
+    def _forget(self, finished: bool) -> None:
+        """Give the file of the unfinished study back, empty if it has finished."""
+        file, self._unfinished = self._unfinished, None
+        if file is not None:
+            with suppress(OSError), file:
+                if finished:
+                    file.truncate(0)
+                    os.unlink(file.name)
 
     def _open(self, job: JobInfo, mode: str) -> wandb.Run:
         """A new run in `mode` (online or offline). Raises what wandb raises; a failed attempt leaves no folder."""
         import wandb
 
         _silent_settings()
-        run_id, resumed = self._run_id()
+        # An agent of a W&B sweep says which run it is.
+        run_id, resumed = self._run_id(job.unfinished) if not os.environ.get("WANDB_SWEEP_ID") else (None, False)
         try:
             return wandb.init(
                 id=run_id,
@@ -257,12 +276,26 @@ class WandbTracker:
                 ),
             )
         except Exception:
-            (self.folder / "wandb" / RUN_ID).unlink(
-                missing_ok=True
-            )  # W&B takes an id that it could not open for in use
+            self._forget(finished=True)  # W&B takes an id that it could not open for in use
+            (self.folder / "wandb" / RUN_ID).unlink(missing_ok=True)
             for left_over in (self.folder / "wandb").glob(f"*run-*-{run_id}"):
                 shutil.rmtree(left_over, ignore_errors=True)
             raise
+
+
+def _locked(path: Path | None) -> TextIO | None:
+    """The file, made if need be, open and locked until it is closed. Raises OSError where another process has it."""
+    if path is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="ascii", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    file.seek(0)
+    return file
 
 
 def _end_service() -> None:
@@ -373,6 +406,16 @@ def _scalars(config: Mapping[str, object]) -> dict[str, object]:
         if isinstance(group := config.get(key), Mapping) and "name" in group:
             found[f"{key}_name"] = group["name"]
     return found
+
+
+def _files(run_dir: Path) -> list[Path]:
+    """The results of a run folder, or of every run below the folder of a multirun, and the report."""
+    runs = [run_dir]
+    if not (run_dir / RESULTS).is_file():
+        below = sorted(path.parent for path in run_dir.rglob(RESULTS))
+        runs = [path for path in below if "wandb" not in path.relative_to(run_dir).parts]
+    found = [run / name for run in runs for name in (RESULTS, "floor.parquet", "maps.parquet")]
+    return [path for path in (*found, run_dir / "report.html") if path.is_file()]
 
 
 def _bars(summary: Mapping[str, float]) -> dict[str, object]:
