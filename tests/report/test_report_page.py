@@ -161,7 +161,7 @@ def test_the_page_explains_the_marks_of_its_layer_table(run):
     folder, frame = run
     known = contents.layers(findings(frame), settings(frame)[0])
     shown = " ".join(" ".join(page_of(folder).inner[""]).split())
-    assert known.caption in shown and "The headings sort;" in shown
+    assert known.caption in shown and known.note in shown and "The headings sort;" in shown
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -59,7 +59,7 @@ def test_the_layer_table_says_what_the_analysis_says(full):
     assert float(cell(table, LAYERS[2], "vs another seed").value) == pytest.approx(2, abs=0.2)
     # A layer without effect in 12 prompts may have one in others; what is not known to differ is not ranked.
     silent = cell(table, LAYERS[3], "importance")
-    assert (silent.text, silent.interval) == ("0.000", "[0.000, 0.265]") and "Gaffke" in table.caption
+    assert (silent.text, silent.interval) == ("0.000", "[0.000, 0.265]") and "Gaffke" in table.note
     assert cell(table, LAYERS[3], "rank").interval == "[2, 5]"
     touched = contents.affected(found, one)
     assert [cell(touched, LAYERS[3], head).text for head in ("affected", "share", "rests on")] == [
@@ -102,9 +102,9 @@ def test_without_a_floor_or_with_one_prompt_it_says_na():
     found = findings(frame)
     table = contents.layers(found, first(frame))
     assert {cell(table, LAYERS[2], head).text for head in ("vs another seed", "vs another prompt", "p")} == {"n/a"}
-    assert cell(table, LAYERS[2], "importance").interval == "[n/a]" and "n/a: one prompt" in table.caption
+    assert cell(table, LAYERS[2], "importance").interval == "[n/a]" and "n/a: one prompt" in table.note
     assert cell(table, LAYERS[2], "rank").interval == "[n/a]"
-    assert "no pairs of baselines" in table.caption
+    assert "no pairs of baselines" in table.note
     assert table.raw["p_floor"].isna().all() and table.raw["importance_low"].isna().all()
     said = " ".join(summary(found, first(frame)))
     assert "How this compares with noise cannot be said" in said
@@ -154,10 +154,10 @@ def test_ranks_and_the_first_place_rest_on_the_images_that_every_layer_has():
     assert f"(1 - clip_similarity to the baseline): {LAYERS[2]} (0." in said
     assert f"{LAYERS[2]} is first also by its rank interval (1 to 1)." in said and "not settled" not in said
     where = "anks rest on the 12 prompts (8 images left out) that every layer has."
-    assert where in said and where in contents.layers(found, first(frame)).caption
+    assert where in said and where in contents.layers(found, first(frame)).note
     whole = findings(*planted())
     assert where[:10] not in " ".join(summary(whole, first(whole.frame)))
-    assert where[:10] not in contents.layers(whole, first(whole.frame)).caption
+    assert where[:10] not in contents.layers(whole, first(whole.frame)).note
 
 
 def test_without_an_image_that_every_layer_has_there_is_no_rank():
@@ -182,19 +182,19 @@ def test_the_floor_is_that_of_the_metric_that_importance_is_computed_from():
     pd.testing.assert_frame_equal(findings(frame, floor.assign(metric=None)).normalised, expected.normalised)
 
 
-def test_captions_name_the_intervals_there_are():
+def test_notes_name_the_intervals_there_are():
     frame, floor = planted()
     words = {method: contents.layers(findings(frame, floor, method), first(frame)) for method in ("t", "bca")}
-    assert "Intervals: Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in words["t"].caption
-    assert "Intervals: BCa bootstrap over prompts, " in words["bca"].caption
-    usual = contents.layers(findings(frame, floor), first(frame)).caption
+    assert "Intervals: Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in words["t"].note
+    assert "Intervals: BCa bootstrap over prompts, " in words["bca"].note
+    usual = contents.layers(findings(frame, floor), first(frame)).note
     assert (
         "Intervals: bootstrap-t over prompts, Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in usual
     )
     assert "widened for seeds that all prompts share. n/a: no effect." in usual
-    assert "widened" not in contents.layers(findings(frame.assign(noise="own"), floor), first(frame)).caption
+    assert "widened" not in contents.layers(findings(frame.assign(noise="own"), floor), first(frame)).note
     lone, _ = planted(prompts=1)
-    assert "Intervals" not in contents.layers(findings(lone), first(lone)).caption
+    assert "Intervals" not in contents.layers(findings(lone), first(lone)).note
     with pytest.raises(ValueError, match="bootstrap-t, bca, t"):
         findings(frame, floor, "percentile")
 
@@ -310,3 +310,6 @@ def test_the_compact_table_has_short_words_above_and_statistics_below(full):
         < source.index(r"\end{table}")
     )
     assert tables.to_markdown(table).rstrip().endswith(markdown(table.note, 2000))
+    assert len(whole.caption.split()) < 30 and "bootstrap" in whole.note and "bootstrap" not in whole.caption
+    source = tables.to_latex(whole)
+    assert "Part 2 of 2" in source and source.count("bootstrap-t over prompts") == 1, "the note stands once"

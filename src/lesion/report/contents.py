@@ -57,9 +57,8 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     has_floor = table["other_seeds"].notna().any()
     table["effect_text"] = table["effect"].map(NO_EFFECT_TEXT)
     words = (
-        "Importance (1 - similarity, leave-one-out) and sufficiency (similarity, only-one) of each layer, in depth "
-        "order: means over seeds, then prompts, with 95 % intervals; ranks with 95 % limits that hold for all layers "
-        "together. "
+        "Importance: 1 - similarity, leave-one-out; sufficiency: similarity, only-one. Means over seeds, then prompts, "
+        "with 95 % intervals; ranks with 95 % limits that hold for all layers together. "
     )
     words += ranks_words(table)
     if has_floor:
@@ -95,9 +94,11 @@ def layers(found: Findings, setting: Setting) -> Table | None:
         Column("effect_text", "effect", "text", spare=True),
         *([Column("stopped", "stopped", "text", spare=True)] if "stopped" in table and table["stopped"].any() else []),
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
+    what = "Importance and sufficiency of each layer, in depth order."
+    title = caption(found.rows(setting), setting, what, found.metric)
     raw = table.drop(columns="effect_text")
-    return Table.of(f"layers--{setting.slug}", "Layer table", words, columns, table, raw, count="depth")
+    made = Table.of(f"layers--{setting.slug}", "Layer table", title, columns, table, raw, count="depth")
+    return replace(made, note=words)
 
 
 def compact(found: Findings, setting: Setting) -> Table | None:

@@ -246,6 +246,8 @@ def to_latex(table: Table, siunitx: bool = False) -> str:
         words, label = slim.caption, f"tab:{slim.stem}"
         if len(parts) > 1:
             words, label = f"{words} Part {index} of {len(parts)}.", f"{label}--{index}"
+        if index < len(parts):  # the note stands once, below the last part
+            part = replace(part, note="")
         out.append(_environment(part, latex(words, 2000), label, siunitx))
     text = "\n".join(out)
     letters = "".join(beyond_t1(text.replace("\n", "")))
