@@ -177,7 +177,8 @@ def test_a_steered_study_with_maps_is_logged_with_heat_maps_boxes_and_measures(c
         monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
     code, _, err = cli(
         "prompts.items=[{text:'a red circle',boxes:[{words:'red circle',box:[0,0,0.5,0.5]}]}]",
-        *("steering=layout", "steering.step_size=noise_share", "steering.iterations=1", "capture=maps"),
+        *("steering=layout", "steering.step_size=noise_share", "steering.steps=1", "steering.iterations=1"),
+        *("capture=maps", "capture.layers=[mid_block.*,down_blocks.0.*]"),
         *("layers.include=[mid_block.*]", "selection=leave_one_out", "generation.steps=2"),
         *("tracker=wandb", "tracker.mode=offline", "tracker.system_metrics=false"),
     )
