@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -101,3 +103,23 @@ def test_what_stops_every_worker_stops_the_study(cli, tiny_folder, monkeypatch):
         aside.rename(weights)
     assert code == 1 and "stopped by an unforeseen" in err, out + err
     assert all(f"worker {number} on cpu stopped: " in out + err for number in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("told", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_end_workers_keep_what_is_finished(cli, told, code):
+    wanted = ["seeds=[0,1,2,3]", "generation.batch_size=1", "generation.steps=20", "device=cpu", "workers=2"]
+    given = {override.split("=")[0] for override in wanted}
+    base = [default for default in cli.defaults if default.split("=")[0] not in given]
+    command = [sys.executable, "-m", "lesion.cli.study", *base, *wanted]
+    package = str(Path(sys.modules["lesion"].__file__).parents[1])
+    with Path("log.txt").open("wb") as log:
+        run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": package}, stdout=log, stderr=log)
+    while not list(Path("store").rglob("cells/*/*.png")):
+        time.sleep(0.05)
+    run.send_signal(told)
+    assert run.wait() == code, Path("log.txt").read_text()[-2000:]
+    said = Path("log.txt").read_text()
+    assert "finished images are kept" in said and "Traceback" not in said and "died" not in said
+    assert not [path for path in Path("store/claims").rglob("*") if path.is_file()]

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, place_of
@@ -107,7 +108,7 @@ def _work(
     request: Request,
     source: Source,
     study: Study,
-    folder: Any,
+    folder: Path | None,
     failures: dict[str, str],
     share: int,
 ) -> None:
@@ -124,25 +125,40 @@ def _work(
     handler = _Telling(tell)
     handler.setLevel(logging.WARNING)
     logging.getLogger().addHandler(handler)
-    import torch
-
-    from lesion.run.job import Work, loaded, make
-
-    if request.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // share))
     done = _Done()
     try:
-        work = Work.of(request, (source, study), folder)
-        try:
-            done.failures = make(work, loaded(work), failures, lambda more: None, done.making, lambda: tell(1))
-        finally:
-            work.scores.flush()
+        _make(done, request, source, study, folder, failures, share, lambda: tell(1))
+    except KeyboardInterrupt:  # told to end: what is finished is stored, claims are given back
+        return
     except RequestError as error:
         done.error = error
     except Exception as error:  # a model can raise anything
         done.error = RuntimeError(place_of(error))
     tell(done)
     parent.close()
+
+
+def _make(
+    done: _Done,
+    request: Request,
+    source: Source,
+    study: Study,
+    folder: Path | None,
+    failures: dict[str, str],
+    share: int,
+    each: Callable[[], None],
+) -> None:
+    import torch
+
+    from lesion.run.job import Work, loaded, make
+
+    if request.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    work = Work.of(request, (source, study), folder)
+    try:
+        done.failures = make(work, loaded(work), failures, lambda more: None, done.making, each)
+    finally:
+        work.scores.flush()
 
 
 class _Telling(QueueHandler):
