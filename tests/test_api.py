@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -69,10 +70,20 @@ def test_a_study_is_that_of_the_command_line_to_the_bit(cli, keys, monkeypatch):
         assert np.array_equal(Image.open(cli.folder / "a" / place), Image.open(cli.folder / "b" / place))
 
     # Again: no network runs. Then opened, with everything that is there.
+    with pytest.raises(lesion.RequestError, match=r"confirm: every run folder must have one plan"):
+        results.confirmed()
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("ran a network"))
     again = lesion.study(**keys, **{"store.dir": "b"})
     assert again.plan().loc["in all", "to_make"] == 0
     pd.testing.assert_frame_equal(again.run().frame.drop(columns="image"), results.frame.drop(columns="image"))
+    planned = lesion.study(**keys, **{"store.dir": "b"}, confirm={"hypotheses": ["changes", "loses"]}).run()
+    file = planned.folder / "confirmation.json"
+    said = json.loads(file.read_text())
+    assert sorted(said["halves"].values()) == ["confirming", "exploring"]
+    assert not (planned.confirmed()["verdict"] == "confirmed").any(), "one prompt a half shows nothing"
+    file.write_text(file.read_text().replace('"alpha": 0.05', '"alpha": 0.5'))
+    with pytest.raises(lesion.RequestError, match=r"confirm: confirmation.json was changed"):
+        planned.confirmed()
     opened = lesion.open(results.folder)
     by_hand = typed[typed.selection == "leave_one_out"].groupby("layer").clip_similarity.mean()
     importance = opened.importance().set_index("layer")["mean"]

@@ -16,12 +16,12 @@ import simulate_inference
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [
-        pytest.param(budget_saving, [], 8, marks=pytest.mark.slow),
+        pytest.param(budget_saving, [], 10, marks=pytest.mark.slow),
         (simulate_inference, ["seeds"], 21),
         pytest.param(simulate_inference, ["shapley"], 4, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["sparse"], 28, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["ranks"], 4, marks=pytest.mark.slow),
-        pytest.param(simulate_inference, ["claims"], 2, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["claims"], 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_line_a_case(script, arguments, lines, monkeypatch, capsys):

@@ -54,11 +54,14 @@ def counts(part: pd.DataFrame) -> dict[str, int]:
 def nested(part: pd.DataFrame, column: str = "effect") -> Floats:
     """Prompts x seeds, each in the order of their names, NaN where there is no valid value. (P, S)
 
-    Prompts without one are left out. Rows without `seed` are one seed after the other of their prompt.
+    Prompts without one are left out. Rows without `seed` are one seed after the other of their prompt. Rows with
+    `cluster` have these in the place of prompts: means over the paraphrases of one seed.
     """
     values = part[column].to_numpy(dtype=np.float64, na_value=np.nan)
     held = ~np.isnan(values)
-    prompt, ids = pd.factorize(part["prompt_id"].to_numpy(dtype=object)[held], sort=True)
+    prompt, ids = pd.factorize(
+        part["cluster" if "cluster" in part else "prompt_id"].to_numpy(dtype=object)[held], sort=True
+    )
     if "seed" in part:
         place, seeds = pd.factorize(part["seed"].to_numpy(dtype=object)[held], sort=True)
         width = len(seeds)

@@ -154,6 +154,7 @@ def against_floor(
     pairs: pd.DataFrame,
     metric: str | None = None,
     floor: str = "other_seeds",
+    spread: bool = False,
     **options: Any,
 ) -> pd.DataFrame:
     """Does losing a layer change an image more than a new seed (or prompt) does? One row a setting and layer.
@@ -163,7 +164,7 @@ def against_floor(
     floor are left out. pairs, floor: see `lesion.analysis.floor`. An image's floor is the jackknife pseudo-value of its
     seed (Arvesen, Ann. Math. Stat. 40, 1969), so that what a seed is worth in the floor counts among the errors of
     shared seeds; with fewer than three seeds, that of its prompt. Where few prompts decide, a difference is taken to
-    lie between minus what another seed changes of any prompt, and 1.
+    lie between minus what another seed changes of any prompt, and 1. spread: add sd_prompts, sd_seeds of differences.
     """
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
@@ -185,9 +186,14 @@ def against_floor(
             number = min(rests_on(valid), rest)
             most = float((1.0 - floors).max()) if len(valid) else 1.0
             bounds = (-min(max(most, NO_EFFECT), 1.0), 1.0)
-            found = _compared(nested(valid, "beyond"), shared_noise(whole), number, bounds, **options)
+            cells = nested(valid, "beyond")
+            found = _compared(cells, shared_noise(whole), number, bounds, **options)
+            if spread:
+                both = interval(cells, "t")
+                found |= {"sd_prompts": both.sd_prompts, "sd_seeds": both.sd_seeds}
             records.append({**setting, "layer": layer, **found, "n_left_out": int(group["beyond"].isna().sum())})
-        table = pd.DataFrame(records, columns=[*keys, "layer", *TEST, "n_left_out"])
+        more = ["sd_prompts", "sd_seeds"] if spread else []
+        table = pd.DataFrame(records, columns=[*keys, "layer", *TEST, *more, "n_left_out"])
         tables.append(table.assign(p_holm=holm(table["p"])))
     return (
         pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*keys, "layer", *TEST, "n_left_out"])

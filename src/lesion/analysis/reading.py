@@ -144,7 +144,7 @@ def _asked(
         part, columns = rows(frame, setting), setting.columns()
         lesioned = part[part["selection"] == selection]
         names = ["prompt_id", "seed", "layer", "layer_index", "status", *aspects]  # they are taken apart
-        names += ["noise"] if "noise" in frame else []
+        names += [name for name in ("noise", "cluster") if name in frame]
         lesioned = lesioned[names].assign(layer=lesioned["layer"].fillna(""))
         plain = part[part["selection"] == BASELINE].drop_duplicates(["prompt_id", "seed"])
         plain = plain.set_index(["prompt_id", "seed"])

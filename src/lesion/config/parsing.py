@@ -22,6 +22,7 @@ from lesion.scoring import BOXES, ScorerSpec
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
 from lesion.study.checks import one_of
+from lesion.study.confirmation import Confirmation
 from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
 from lesion.study.prompts import Prompt, parse_prompts, parse_seeds
@@ -37,7 +38,7 @@ class Request:
     prompts: with what else an image is made of. axes: along what lesions vary, beside the replacements (name ->
     options). settings: without what `survey` finds out of the model. budget: None for the whole grid. device: cpu, cuda
     or cuda:N. derived: which settings the model said, and where, in words; "" if the request said all.
-    capture: which attention maps are kept; None for none.
+    capture: which attention maps are kept; None for none. confirm: the plan of a confirmatory study, if it is one.
     notes: what was guessed or left out of the prompts, in sentences.
     devices: of each process that makes images; the first is `device`, where this one scores them.
     """
@@ -59,6 +60,7 @@ class Request:
     derived: str = ""
     capture: Capture | None = None
     shard: Shard = WHOLE
+    confirm: Confirmation | None = None
     notes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
 
@@ -109,6 +111,7 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
     prompts = parse_prompts(data["prompts"])
     _check_steering(settings, prompts.prompts, given)
     budget = Budget.of(data["budget"])
+    scorer = _with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts)
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -117,10 +120,11 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         axes=axes,
         replacements=given,
         settings=settings,
-        scorer=_with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts),
+        scorer=scorer,
         tracker=_tracker(data["tracker"]),
         budget=budget,
         shard=Shard.of(data["shard"], budget=budget is not None),
+        confirm=Confirmation.of(data["confirm"], scorer.importance, budget is not None),
         store=Path(data["store"]["dir"]).expanduser(),
         check_store=data["store"]["check"],
         device=device,

@@ -129,8 +129,16 @@ class SteeringConf:
 class BudgetConf:
     ci_halfwidth: Any = None
     max_images: Any = None
-    start: Any = 12
+    start: Any = 20
     round: Any = 6
+
+
+@dataclass
+class ConfirmConf:
+    hypotheses: Any = field(default_factory=list)
+    layers: Any = 1
+    alpha: Any = 0.05
+    paraphrases: Any = None
 
 
 @dataclass
@@ -167,6 +175,7 @@ class LesionConf:
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConf = field(default_factory=BudgetConf)
+    confirm: ConfirmConf = field(default_factory=ConfirmConf)
     shard: ShardConf = field(default_factory=ShardConf)
     store: StoreConf = field(default_factory=StoreConf)
     device: str = MISSING

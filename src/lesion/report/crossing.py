@@ -31,7 +31,7 @@ def agreement(found: Findings) -> Table | None:
     present = [MEANINGS[name] for name in MEANINGS if (table["between"] == name).any()]
     what = (
         f"Agreement on the order of layers between {'; '.join(present)}: Spearman's and Kendall's rank correlations "
-        "with 95 % intervals (prompts and seeds resampled)."
+        "with what 95 % of resamples of prompts and seeds lie between, which is no confidence interval."
     )
     shown = table.assign(measure=table["measure"].astype(object).fillna("both"))
     shown = shown.assign(**{one.name: shown[one.name].fillna("both") for one in differ if one.kind == "text"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from PIL import Image
 
 from lesion.analysis.aspects import aspect_table
 from lesion.analysis.cells import names_of
+from lesion.analysis.confirm import confirmed
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
 from lesion.analysis.reading import adherence_lost
 from lesion.analysis.settings import BASELINE, Setting, in_order, only_setting, rows, settings
@@ -28,6 +30,7 @@ from lesion.report.findings import Findings, findings
 from lesion.report.merging import Refused, gather, put_together, run_folders
 from lesion.report.text import as_html, clean, short_names
 from lesion.study.columns import GENERATION, LESION, TEXTS
+from lesion.study.confirmation import Confirmation
 
 DPI = 120  # of figures as a notebook shows them
 SHOWN = 12  # names that a refusal lists
@@ -147,6 +150,21 @@ class Results:
         with low, high (95 %), method, n_prompts, n_images; columns as of `side_by_side.paired_differences`.
         """
         return self.findings.differences
+
+    def confirmed(self) -> pd.DataFrame:
+        """The tests of a confirmatory study (`confirm.hypotheses`), by the plan that its run folder has.
+
+        Columns as of `analysis.confirm.confirmed`. Raises RequestError without such a plan, where runs have several,
+        and where it is not what its hash says.
+        """
+        paths = [folder / "confirmation.json" for folder in run_folders([self.folder])]
+        plans = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        if len(plans) != len(paths) or any(one != plans[0] for one in plans):
+            raise RequestError("confirm", "every run folder must have one plan, confirmation.json, the same in all")
+        plan = Confirmation.read(plans[0])
+        if plan.sha256 != plans[0]["sha256"]:
+            raise RequestError("confirm", "confirmation.json was changed: its hash is that of another plan")
+        return confirmed(self.frame, self.findings.pairs, plan)
 
     def layers(self) -> pd.DataFrame:
         """All that is said of each layer, as in the report's layer table: `Findings.summary` of every setting."""

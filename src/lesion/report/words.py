@@ -358,7 +358,7 @@ def _correlation(one: dict[Hashable, Any]) -> str:
     limits = (
         "no interval"
         if missing(one["spearman_low"])
-        else f"95 % {number(float(one['spearman_low']), 2)} to {number(float(one['spearman_high']), 2)}"
+        else f"95 % of resamples {number(float(one['spearman_low']), 2)} to {number(float(one['spearman_high']), 2)}"
     )
     return (
         f"Spearman {number(float(one['spearman']), 2)} ({limits}) and Kendall {number(float(one['kendall']), 2)} "
@@ -402,7 +402,7 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
             f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['mean']))})"
             for one in best.to_dict("records")
         ]
-        out.append(f"The most important layer by aspect: {_listed(named, 12)}.")
+        out.append(f"The largest mean importance by aspect, which layer has it not being tested: {_listed(named, 12)}.")
     return out
 
 

@@ -27,6 +27,7 @@ FILES = (
     "report.html",
     "environment.json",
     "report.json",
+    "confirmation.json",
 )
 HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
@@ -114,6 +115,11 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def planned(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Write the plan of a confirmatory study, before anything is made."""
+    (folder / "confirmation.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
 def reserved(folder: Path, rows: int) -> ExitStack:

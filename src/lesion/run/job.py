@@ -26,7 +26,7 @@ from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import environment
 from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
-from lesion.run.folder import asked, prune, reserved
+from lesion.run.folder import asked, planned, prune, reserved
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
@@ -301,6 +301,9 @@ def complete(
         log.info(visible(note))
     work = Work.of(request, surveyed, context.folder)
     counts = work.tally()
+    if request.confirm:
+        planned(context.folder, request.confirm.written([prompt.id for prompt in request.prompts]))
+        log.info("confirmatory study: confirmation.json, plan %s", request.confirm.sha256)
     log.info("study of %s: %d images, %d of them to make", work.study.model.name, counts.unique, counts.missing)
     if counts.missing:
         log.info("loading: the scorer %s", request.scorer.name)

@@ -20,7 +20,7 @@ class Budget:
 
     ci_halfwidth: float
     max_images: int | None = None
-    start: int = 12
+    start: int = 20
     round: int = 6
 
     @classmethod
