@@ -97,6 +97,12 @@ def test_jobs_of_any_sweeper_are_checked_before_the_first(cli):
         assert (code, out, err.count("\n")) == (2, "", 1) and words in err, err
     code, out, err = cli("-m", "hydra.sweeper=3")
     assert (code, err) == (2, "lesion: hydra.sweeper: must be a mapping; got 3\n")
+    code, out, err = cli("-m", "seeds=range(0,1,0)")
+    assert (code, err.count("\n")) == (2, 1) and err.startswith(
+        "lesion: seeds: range(0,1,0) names no job: range() arg 3"
+    )
+    code, out, err = cli("hydra.run.dir=/dev/null/x", "dry_run=true")
+    assert (code, err) == (2, "lesion: hydra.run.dir: cannot be written to: Not a directory\n")
     assert list(cli.folder.iterdir()) == []
 
 

@@ -64,6 +64,8 @@ REFUSED = [
     ("longer", {"tokenizer": {"model_max_length": 512}}, {}, "model.id: .* model_max_length 512, .* reads 3 to 77"),
     ("shorter", {"tokenizer": {"model_max_length": 0}}, {}, "model.id: .* model_max_length 0, .* reads 3 to 77"),
     ("true", {"tokenizer": {"model_max_length": True}}, {}, "model.id: .* no model_max_length"),
+    *((name, {"scheduler": {"num_train_timesteps": value}}, {}, "model.id: .* num_train_timesteps .*; allowed: 1 to 10")
+      for name, value in (("timesteps as text", "x"), ("huge timesteps", 10**11))),
     ("steps", {}, {"asked": {"steps": 1001}}, "generation.steps: the model has 1000 timesteps; allowed: 1 to 1000"),
     ("few", {"scheduler": {"num_train_timesteps": 50}}, {"asked": {"steps": 51}}, "generation.steps: .* 1 to 50"),
     ("skip", {}, {"arguments": (("clip_skip", "13"),)}, "model.arguments: clip_skip must be null .* 0 to 12 .* got 13"),

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -188,8 +189,13 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides([*given, *_typed(config)])
     for override in overrides:
-        if override.is_sweep_override() and not any(True for _ in override.sweep_string_iterator()):
+        if override.is_sweep_override():
             key, _, value = str(override.input_line).partition("=")
+            try:
+                if any(True for _ in override.sweep_string_iterator()):
+                    continue
+            except ValueError as error:  # of a range whose step is 0
+                raise RequestError(key, f"{value} names no job: {error}") from None
             raise RequestError(key, f"{value} names no job")
     for batch in BasicSweeper.split_arguments(overrides, None):
         for job_overrides in batch:
@@ -288,6 +294,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def _of_hydra(error: OSError) -> bool:
+    """Whether an error arose while Hydra made its folder or files, and in no module of ours that it called."""
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [place for place, path in enumerate(frames) if path.is_relative_to(Path(lesion.__file__).parent)]
+    return any("hydra" in path.parts for path in frames[ours[-1] if ours else 0 :])
+
+
 def _check_here() -> None:
     try:
         os.getcwd()
@@ -333,7 +346,8 @@ def _main() -> None:
         sys.exit(141)
     except Exception as error:
         for one in (error, error.__cause__):
-            if isinstance(one, OSError) and one.errno in FULL:  # Hydra's own files do not fit
+            # Hydra's own files do not fit, or its folder cannot be made.
+            if isinstance(one, OSError) and (one.errno in FULL or (not _started and _of_hydra(one))):
                 code = _refuse(RequestError("hydra.run.dir", f"cannot be written to: {one.strerror}"))
                 sys.exit(1 if _started else code)
         if not _started and isinstance(error, OF_HYDRA) and is_from(error, "hydra", "omegaconf"):

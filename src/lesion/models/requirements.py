@@ -21,6 +21,7 @@ _WITH_MORE = {
 _OTHERWISE = "LDM3D|UnCLIP|AttendAndExcite|Panorama|PipelineSafe|Paradigms|I2VGen|AnimateDiff|Video|PIAPipeline"
 # Guidance that runs the denoiser on further rows or more often, by what switches it off.
 _FURTHER = {"PAG": "pag_scale", "SAG": "sag_scale"}
+_TIMESTEPS = 10**6  # for each of which a scheduler keeps numbers
 _SHORTEST, _LONGEST = 3, 10**6  # tokens: begin, a word and end; a tokenizer whose config names no length has 10^30
 
 
@@ -30,6 +31,11 @@ def check(source: Source, settings: Settings) -> None:
     Of a pipeline class that is not of diffusers only the steps are checked: what it does with its parts is its own.
     """
     trained = source.scheduler_config.get("num_train_timesteps", 1000)
+    if not isinstance(trained, int) or not 1 <= trained <= _TIMESTEPS:
+        raise RequestError(
+            "model.id",
+            f"the scheduler of {source.spec.id!r} has num_train_timesteps {trained!r}; allowed: 1 to {_TIMESTEPS}",
+        )
     if not source.scheduler.startswith("FlowMatch") and settings.steps > trained:
         raise RequestError("generation.steps", f"the model has {trained} timesteps; allowed: 1 to {trained}")
     if "." in source.pipeline:
