@@ -143,6 +143,9 @@ def test_each_model_of_a_sweep_has_keys_of_its_own(cli, tiny_folder):
     code, out, err = cli("-m", "model=embedded,local", *own, "models.sd15.id=F", *common, defaults=False)
     assert (code, err.count("\n")) == (2, 1)
     assert "models.sd15: is for model=sd15; the jobs' models: embedded, local" in err
+    code, out, err = cli("-m", "model=embedded,local", f"model.id={tiny_folder}", *common, defaults=False)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "model.id: would be the weights of embedded and of local; models.local.id=" in err
 
 
 def test_true_and_false_are_no_numbers_wherever_they_come_from():

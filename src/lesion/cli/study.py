@@ -228,6 +228,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
     wanted: dict[Path, dict[str, Any]] = {}
     made = 0
     choices: set[str] = set()
+    files: dict[str, str] = {}  # which model's job has the weights of this id
     for number, given in enumerate(jobs):
         if mode == "sweep":
             with read_write(given), open_dict(given):
@@ -245,7 +246,16 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         made += not request.dry_run
         if mode == "run":
             _checked[:] = [checked]
-        choices.add(given.hydra.runtime.choices.model)
+        choice = str(given.hydra.runtime.choices.model)
+        choices.add(choice)
+        if files.setdefault(request.model.id, choice) != choice and any(
+            text.lstrip("+").startswith("model.id=") for text in _typed(config)
+        ):
+            raise RequestError(
+                "model.id",
+                f"would be the weights of {files[request.model.id]} and of {choice}; models.{choice}.id=… is "
+                f"for {choice} alone",
+            )
     if mode == "sweep" and _basic(config):
         for name in map(str, config.get("models") or {}):
             if name not in choices:
