@@ -58,7 +58,7 @@ def test_leaving_layers_out_spreads_on_held_out_captions(cli, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_demo_tells_layers_apart(cli):
+def test_the_demo_tells_layers_apart(cli, drawn):
     """At least 8 of the 16 layers have an effect by the table's own rule, and the others are said to have none."""
     cli.defaults = []
     code, out, err = cli("experiment=demo", "tracker=none")

@@ -466,6 +466,9 @@ def test_floors_follow_their_prompts_and_count_once(tmp_path):
     frame, floor, _ = merge(runs)
     assert set(frame["prompt_id"]) == {"p", "q", "p-2", "q-2"} and len(frame) == 80
     assert floor["prompt_id_a"].tolist() == floor["prompt_id_b"].tolist() == ["p", "p-2"]
+    pd.DataFrame([], columns=list(pair)).to_parquet(tmp_path / "a" / "floor.parquet")  # of a shard without pairs
+    alone, both = (merge([read(tmp_path / one, tmp_path / "out") for one in ones])[1] for ones in ("b", "ab"))
+    assert both.dtypes.equals(alone.dtypes) and both["similarity"].tolist() == [0.8]
 
 
 def test_a_cell_in_two_orders_is_two_rows(tmp_path):

@@ -275,7 +275,8 @@ def _maps(runs: Sequence[Run], old: pd.Series, kept: pd.DataFrame) -> pd.DataFra
             parts.append(maps.assign(prompt_id=maps["prompt_id"].map(new)).dropna(subset="prompt_id"))
     if not parts:
         return None
-    return pd.concat(parts, ignore_index=True).drop_duplicates().reset_index(drop=True)
+    maps = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)  # as in `_floors`
+    return maps.drop_duplicates().reset_index(drop=True)
 
 
 def _prompt_names(frame: pd.DataFrame) -> pd.Series:
@@ -331,7 +332,7 @@ def _floors(runs: Sequence[Run], frame: pd.DataFrame) -> pd.DataFrame | None:
         parts.append(run.floor.assign(**ids).dropna(subset=list(ids)))
     if not parts:
         return None
-    floor = pd.concat(parts, ignore_index=True)
+    floor = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)  # empty ones have no types
     return floor.drop_duplicates([name for name in floor if name != "similarity"]).reset_index(drop=True)
 
 
