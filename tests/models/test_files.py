@@ -72,6 +72,15 @@ BROKEN = {
     "index null": (put("model_index.json", "null"), "model_index.json' holds no mapping"),
     "deep": (put("scheduler/scheduler_config.json", "[" * 100_000), "scheduler_config.json' is no valid JSON"),
     "latin": (put("vae/config.json", b'{"a": "\xff"}'), "vae/config.json' is no valid JSON"),
+    "tokenizer": (put("tokenizer/tokenizer.json", "{"), "tokenizer.json' is no valid JSON"),
+    "size": (
+        put("text_encoder/config.json", '{"hidden_size": -1}'),
+        "says hidden_size = -1; possible: 1 to 100,000,000",
+    ),
+    "sizes": (
+        put("vae/config.json", '{"block_out_channels": [8, 0]}'),
+        r"says block_out_channels = .8, 0.; possible: 1 to",
+    ),
     "weights": (taken_out(f"vae/{WEIGHTS}"), f"vae' has no weights: {WEIGHTS}"),
     "text": (taken_out("text_encoder/model.safetensors"), "text_encoder' has no weights: model.safetensors"),
     "variant": (

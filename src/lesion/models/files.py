@@ -20,6 +20,12 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 POINTER = b"version https://git-lfs"
 BITS = {"BOOL": 8, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8,
         "U16": 16, "U32": 32, "U64": 64}  # fmt: skip
+MOST = 100_000_000
+_SIZES = re.compile(
+    r"hidden_size|intermediate_size|vocab_size|sample_size|patch_size|in_channels|out_channels|latent_channels|d_model|"
+    r"d_ff|d_kv|block_out_channels|cross_attention_dim|joint_attention_dim|max_position_embeddings|image_size|"
+    r"num_(?:hidden_layers|attention_heads|layers|single_layers|heads|key_value_heads)"
+)
 _WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler|Guider|Guidance")
 
 
@@ -48,14 +54,24 @@ def check_components(folder: Path, components: Mapping[str, tuple[str, str]], va
         place = folder / name
         if not place.is_dir():
             raise RequestError(key, f"{str(folder)!r} has no folder for its component {name} ({cls})")
-        for path in sorted(place.glob("*config.json")):
-            read_mapping(path, key)
+        for path in sorted(place.glob("*.json" if "Tokenizer" in cls else "*config.json")):
+            _check_sizes(path, read_mapping(path, key), key)
         if not _WITHOUT_WEIGHTS.search(cls):
             used.add(check_weights(place, library, variant, key))
         elif not any(place.iterdir()):
             raise RequestError(key, f"{str(place)!r} is empty; it is to hold {cls}")
     if variant and used and variant not in used:
         raise RequestError("model.variant", f"{str(folder)!r} has no weights of a variant {variant!r}; allowed: null")
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], key: str) -> None:
+    """Raises RequestError for a size that no network can have."""
+    for name, value in config.items():
+        if _SIZES.fullmatch(name):
+            least = 0 if name.endswith("layers") else 1
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, int | float) and not isinstance(one, bool) and not least <= one <= MOST:
+                    raise RequestError(key, f"{str(path)!r} says {name} = {value}; possible: {least} to {MOST:,}")
 
 
 def check_weights(place: Path, library: str, variant: str | None, key: str) -> str | None:
