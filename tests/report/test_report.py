@@ -481,8 +481,10 @@ def test_a_cell_in_two_orders_is_two_rows(tmp_path):
 
 
 def sweep(folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(SweepReport, "folder", None)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    monkeypatch.setattr(SweepReport, "config", None)
+    config = OmegaConf.create(
+        {"hydra": {"sweep": {"dir": str(folder)}, "overrides": {"task": []}}, "tracker": {"name": "none"}}
+    )
     SweepReport().on_multirun_start(config)
     SweepReport().on_multirun_end(config)
 

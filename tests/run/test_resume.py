@@ -175,7 +175,7 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
 def test_images_that_were_only_noted_are_scored_after(cli, monkeypatch):
     decide = runner._when_made
     gpu = SimpleNamespace(device="cuda", model=SimpleNamespace(tf32=True, decoder=""))
-    monkeypatch.setattr(runner, "_when_made", lambda work, making: decide(replace(work, request=gpu), making))
+    monkeypatch.setattr(runner, "_when_made", lambda work, *rest: decide(replace(work, request=gpu), *rest))
     assert cli("selection=none")[0] == 0
     (frame,) = cli.frames()
     assert frame.clip_similarity.tolist() == [1.0, 1.0]

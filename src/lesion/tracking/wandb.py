@@ -413,9 +413,9 @@ def _files(run_dir: Path) -> list[Path]:
     runs = [run_dir]
     if not (run_dir / RESULTS).is_file():
         below = sorted(path.parent for path in run_dir.rglob(RESULTS))
-        runs = [path for path in below if "wandb" not in path.relative_to(run_dir).parts]
-    found = [run / name for run in runs for name in (RESULTS, "floor.parquet", "maps.parquet")]
-    return [path for path in (*found, run_dir / "report.html") if path.is_file()]
+        runs = [path for path in below if "wandb" not in path.relative_to(run_dir).parts] or [run_dir]
+    beside = [run / name for run in runs for name in ("floor.parquet", "maps.parquet")]
+    return [run / RESULTS for run in runs] + [path for path in (*beside, run_dir / "report.html") if path.is_file()]
 
 
 def _bars(summary: Mapping[str, float]) -> dict[str, object]:
