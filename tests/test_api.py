@@ -218,6 +218,7 @@ def test_every_example_of_the_docs_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow  # a kernel of its own; what it does is in the documented examples too
 def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(DOCS / "example.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)

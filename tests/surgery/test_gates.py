@@ -187,6 +187,7 @@ def test_a_replacement_that_reads_the_output_is_refused(compiled):
     generate(compiled, [cell(compiled, SUBJECTS[0], zero(layer))], {"zero:[]": fine, "another:[]": filler})
 
 
+@pytest.mark.slow  # four models and a compilation
 def test_switches_make_cells_of_their_own(cli, monkeypatch):
     monkeypatch.setattr(loading, "BACKEND", "eager")
     frames = {}
