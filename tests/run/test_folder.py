@@ -14,7 +14,7 @@ import pytest
 
 from lesion.errors import RequestError
 from lesion.run import job
-from lesion.run.folder import RECORD, claim, fresh
+from lesion.run.folder import RECORD, by_key, claim, fresh
 
 ONE = ["selection=leave_one_out", "layers.include=[mid_block.*]", "generation.steps=1"]
 
@@ -93,6 +93,10 @@ def test_prompts_that_change_in_their_file_are_another_request(cli):
     code, _, err = cli(*named)
     assert code == 2
     assert "prompts (content)" in err
+
+
+def test_by_how_many_workers_images_are_made_is_no_part_of_the_request():
+    assert by_key({"workers": 1, "seeds": [0]}) == by_key({"workers": 2, "seeds": [0]}) == {"seeds": [0]}
 
 
 def test_a_sweep_takes_its_folder_whole_or_not_at_all(cli):

@@ -33,7 +33,9 @@ HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", 
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
 # What says how, where or whether images are made, not which.
-NEUTRAL = frozenset(("dry_run", "tracker", "store", "generation.batch_size", "model.batch_size", "scorer.batch_size"))
+NEUTRAL = frozenset(
+    ("dry_run", "tracker", "store", "workers", "generation.batch_size", "model.batch_size", "scorer.batch_size")
+)
 
 
 def asked(config: Mapping[str, Any], study: Study) -> dict[str, Any]:
