@@ -13,15 +13,7 @@ import pandas as pd
 
 from lesion.analysis.importance import importance_metric
 from lesion.analysis.paired import against_floor, holm
-from lesion.analysis.reading import (
-    PREFIX,
-    RIGHT,
-    adherence_lost,
-    prompt_columns,
-    reading_columns,
-    reading_drops,
-    with_right,
-)
+from lesion.analysis.reading import adherence_columns, adherence_lost, reading_columns, reading_drops, with_right
 from lesion.study.confirmation import CONFIRMING, EXPLORING, Confirmation
 
 POWER = 0.8
@@ -51,7 +43,7 @@ def confirmed(frame: pd.DataFrame, pairs: pd.DataFrame, plan: Confirmation, **op
         explored, later = (_tests(hypothesis, part, pairs, **options) for part in parts.values())
         if explored.empty or later.empty:
             continue
-        keys = [str(name) for name in explored.columns[: list(explored.columns).index("layer")]]
+        keys = _before_layer(explored)
         for _, group in explored.dropna(subset=["value"]).groupby(keys, sort=False, dropna=False):
             best = group.sort_values("value", ascending=False, kind="stable").head(plan.layers)
             chosen.append(best)
@@ -79,28 +71,20 @@ def _tests(hypothesis: str, part: pd.DataFrame, pairs: pd.DataFrame, **options: 
         table = reading_drops(part, **options) if reading_columns(part) else pd.DataFrame()
         table = table.rename(columns={"aspect": "of", "drop": "value"})
     else:
-        metrics = [name for name in prompt_columns(part) if not name.startswith(PREFIX)]
-        metrics += [RIGHT] if reading_columns(part) else []
+        metrics = adherence_columns(part)
         table = adherence_lost(with_right(part), metrics=metrics, **options) if metrics else pd.DataFrame()
         table = table.rename(columns={"metric": "of", "lost": "value"})
     if table.empty:
         return table
     table = table.rename(columns={"n_prompts": "n_units", "sd_prompts": "sd_units"}).assign(hypothesis=hypothesis)
     wanted = ["value", "low", "high", "method", "p", "n_units", "sd_units", "sd_seeds"]
-    known = {
-        "layer",
-        "of",
-        "hypothesis",
-        *wanted,
-        "p_holm",
-        "baseline",
-        "lesioned",
-        "n_images",
-        "n_effective",
-        "verdict",
-    }
-    keys = [name for name in table if name not in known and not str(name).startswith("n_")]
+    keys = [name for name in _before_layer(table) if name != "of"]
     return table[[*keys, "hypothesis", "of", "layer", *wanted]]
+
+
+def _before_layer(table: pd.DataFrame) -> list[str]:
+    """The columns that say of what the rest of a row is, but for the layer."""
+    return [str(name) for name in table.columns[: table.columns.get_loc("layer")]]
 
 
 def _smallest(spread: Any, units: Any, alpha: float) -> Any:

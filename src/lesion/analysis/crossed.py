@@ -105,10 +105,15 @@ def widening(error: float, prompts: int, seed_part: float, seeds: int, confidenc
     level = (1 + confidence) / 2
     if seeds < FEW_SEEDS:
         return float(stdtrit(seeds - 1, level) * np.sqrt(seed_part))
-    total = error**2 + seed_part
-    freedom = total**2 / (error**4 / (prompts - 1) + seed_part**2 / (seeds - 1))
+    total, freedom = _satterthwaite(error, prompts, seed_part, seeds)
     more = stdtrit(freedom, level) ** 2 * total - stdtrit(prompts - 1, level) ** 2 * error**2
     return float(np.sqrt(max(more, 0.0)))
+
+
+def _satterthwaite(error: float, prompts: int, seed_part: float, seeds: int) -> tuple[float, float]:
+    """Variance of a mean with the part of the seeds, and its degrees of freedom."""
+    total = error**2 + seed_part
+    return total, total**2 / (error**4 / (prompts - 1) + seed_part**2 / (seeds - 1))
 
 
 def p_value(mean: float, error: float, prompts: int, seed_part: float, seeds: int) -> float:
@@ -122,8 +127,7 @@ def p_value(mean: float, error: float, prompts: int, seed_part: float, seeds: in
     if not np.isfinite(seed_part):
         return 1.0
     if seeds >= FEW_SEEDS:
-        total = error**2 + seed_part
-        freedom = total**2 / (error**4 / (prompts - 1) + seed_part**2 / (seeds - 1))
+        total, freedom = _satterthwaite(error, prompts, seed_part, seeds)
         return float(2 * stdtr(freedom, -abs(mean) / np.sqrt(total)))
     low, high = -80.0, 0.0  # of log p; the half-width falls as p rises
     for _ in range(60):

@@ -93,12 +93,10 @@ def comparisons(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
         wide = matched(whole)
         cells, shared = without_noise(cube(wide)), shared_noise(whole)
         by_prompt = prompt_averages(cells)
-        rests_on = [effective_number(layer) for layer in by_prompt]
-        order = np.argsort(-by_prompt.mean(axis=1), kind="stable").tolist() if len(wide) else []
-        most = largest(by_prompt)
+        numbers, order, bounds = _ranked(by_prompt)
         records = []
         for one, other in combinations(order, 2):
-            p = p_against_zero(cells[one] - cells[other], shared, min(rests_on[one], rests_on[other]), (-most, most))
+            p = p_against_zero(cells[one] - cells[other], shared, min(numbers[one], numbers[other]), bounds)
             names = {"layer": wide.columns[one], "other": wide.columns[other]}
             difference = float((by_prompt[one] - by_prompt[other]).mean())
             records.append({**setting, **names, "difference": difference, "p": p, "n_prompts": by_prompt.shape[1]})
@@ -106,6 +104,15 @@ def comparisons(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
         tables.append(table.assign(p_holm=holm(table["p"])))
     names_ = [*keys, "layer", "other", "difference", "p", "p_holm", "n_prompts"]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=names_)
+
+
+def _ranked(by_prompt: Floats) -> tuple[list[float], list[int], tuple[float, float]]:
+    """Of effects of layers on prompts (L, P): the number of prompts that each layer rests on, the layers from the most
+    important one on, and the bounds of differences between them.
+    """
+    order = np.argsort(-by_prompt.mean(axis=1), kind="stable").tolist() if by_prompt.size else []
+    most = largest(by_prompt)
+    return [effective_number(layer) for layer in by_prompt], order, (-most, most)
 
 
 def largest(by_prompt: Floats) -> float:
@@ -126,14 +133,11 @@ def neighbours(frame: pd.DataFrame, metric: str | None = None, **options: Any) -
     for setting, whole in groups(part, keys):
         wide = matched(whole)
         cells, shared = cube(wide), shared_noise(whole)
-        by_prompt = prompt_averages(cells)
-        rests_on = [effective_number(layer) for layer in by_prompt]
-        order = np.argsort(-by_prompt.mean(axis=1), kind="stable").tolist() if len(wide) else []
-        bounds = (-largest(by_prompt), largest(by_prompt))
+        numbers, order, bounds = _ranked(prompt_averages(cells))
         records: list[dict[str, Any]] = []
         for rank, (one, other) in enumerate(pairwise(order), start=1):
             names = {"rank": rank, "layer": wide.columns[one], "next_layer": wide.columns[other]}
-            number = min(rests_on[one], rests_on[other])
+            number = min(numbers[one], numbers[other])
             records.append(
                 {**setting, **names, **_compared(cells[one] - cells[other], shared, number, bounds, **options)}
             )

@@ -59,6 +59,12 @@ def prompt_columns(frame: pd.DataFrame) -> list[str]:
     return [name for name in names if metric_class(name).direction == "prompt"]
 
 
+def adherence_columns(frame: pd.DataFrame) -> list[str]:
+    """What adherence is told by: `prompt_columns`, with RIGHT in the place of those that are read by rule."""
+    names = [name for name in prompt_columns(frame) if not name.startswith(PREFIX)]
+    return [*names, RIGHT] if reading_columns(frame) else names
+
+
 def with_right(frame: pd.DataFrame) -> pd.DataFrame:
     """The results with the column RIGHT, where aspects are read; NaN for prompts that ask for none of them."""
     aspects = frame[reading_columns(frame)].astype("float64")

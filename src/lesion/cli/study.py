@@ -67,7 +67,7 @@ def job(config: DictConfig) -> None:
     )
     launched = multirun and _launched(details)
     checked = _checked.pop() if _checked else None
-    if checked is not None and not multirun and checked.config == config:
+    if checked is not None and checked.config == config:
         request, surveyed = checked.request, checked.surveyed
     else:
         request = parse(config, Path(details.runtime.cwd), Place(job=details.job.num if launched else None))
@@ -137,8 +137,10 @@ def report_sweep() -> None:
     Hydra does not call `on_multirun_end` after a job that failed, so `main` comes here too.
     """
     config, SweepReport.config = SweepReport.config, None
-    folder = Path(config.hydra.sweep.dir) if config is not None else Path()
-    if config is None or not any(folder.rglob("results.parquet")):  # no multirun, or one with dry_run
+    if config is None:  # no multirun
+        return
+    folder = Path(config.hydra.sweep.dir)
+    if not any(folder.rglob("results.parquet")):  # one with dry_run
         return
     try:
         from lesion.cli.report import report

@@ -26,10 +26,8 @@ from lesion.analysis.interactions import (
 from lesion.analysis.order import kendalls_w, ranks, top_stability
 from lesion.analysis.paired import against_floor, comparisons, holm, neighbours
 from lesion.analysis.reading import (
-    PREFIX,
-    RIGHT,
+    adherence_columns,
     adherence_lost,
-    prompt_columns,
     reading_columns,
     reading_drops,
     reading_shares,
@@ -195,9 +193,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if reading_columns(frame):
         found.reading = reading_drops(frame, **how)
         found.alone = reading_shares(frame, **how)
-    fits = [name for name in prompt_columns(frame) if not name.startswith(PREFIX)]
-    fits += [RIGHT] if reading_columns(frame) else []
-    if fits:
+    if fits := adherence_columns(frame):
         found.adherence = adherence_lost(with_right(frame), metrics=fits, **how)
     frame = _slim(frame, metric)
     has = frame["selection"].value_counts()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import pandas as pd
@@ -397,11 +397,7 @@ def _aspects(found: Findings, setting: Setting) -> list[str]:
         out = [f"Layers {verb} differently for different aspects. {interaction_words(found, setting)}"]
     table = table[(table["measure"] == "importance") & table["mean"].notna()]
     if len(table):
-        best = table.loc[table.groupby("aspect", sort=False)["mean"].idxmax()]
-        named = [
-            f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['mean']))})"
-            for one in best.to_dict("records")
-        ]
+        named = _first_by_aspect(table, "mean", lambda one: number(float(one["mean"])))
         out.append(f"The largest mean importance by aspect, which layer has it not being tested: {_listed(named, 12)}.")
     return out
 
@@ -430,6 +426,12 @@ def _fits(found: Findings, setting: Setting) -> list[str]:
     return [*out, *filter(None, [fit_against_change(found, setting)])]
 
 
+def _first_by_aspect(table: pd.DataFrame, value: str, words: Callable[[dict[Any, Any]], str]) -> list[str]:
+    """Of each aspect the layer with the largest value, as "ASPECT LAYER (WORDS)"; words: of its row."""
+    best = table.loc[table.groupby("aspect", sort=False)[value].idxmax()].to_dict("records")
+    return [f"{clean(one['aspect'])} {clean(one['layer'])} ({words(one)})" for one in best]
+
+
 def _read(found: Findings, setting: Setting) -> list[str]:
     """What lesions break and what layers bring through, as read from pixels."""
     out = []
@@ -437,8 +439,7 @@ def _read(found: Findings, setting: Setting) -> list[str]:
     if len(drops):
         broken = drops[drops["p_holm"].map(certain) & (drops["drop"] > 0)]
         if len(broken):
-            worst = broken.loc[broken.groupby("aspect", sort=False)["drop"].idxmax()].to_dict("records")
-            named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({number(float(one['drop']))})" for one in worst]
+            named = _first_by_aspect(broken, "drop", lambda one: number(float(one["drop"])))
             out.append(
                 "Read from pixels, of the layers whose absence can be shown to break something, the first: "
                 f"{_listed(named, 12)}."
@@ -450,8 +451,7 @@ def _read(found: Findings, setting: Setting) -> list[str]:
     if len(shares) and shares["control"].notna().any():
         through = shares[shares["p_holm"].map(certain) & (shares["share"] > shares["control"])]
         if len(through):
-            best = through.loc[through.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
-            named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
+            named = _first_by_aspect(through, "share", _beside)
             out.append(
                 "Of the layers that can be shown to bring more through alone than none does, the first: "
                 f"{_listed(named, 12)}."
@@ -461,8 +461,7 @@ def _read(found: Findings, setting: Setting) -> list[str]:
             out.append(f"No layer alone can be shown to bring {_listed(rest, 12)} through.")
     elif len(shares) and (shares["share"] > 0).any():
         some = shares[shares["share"] > 0]
-        best = some.loc[some.groupby("aspect", sort=False)["share"].idxmax()].to_dict("records")
-        named = [f"{clean(one['aspect'])} {clean(one['layer'])} ({_beside(one)})" for one in best]
+        named = _first_by_aspect(some, "share", _beside)
         out.append(f"Largest shares that a layer alone brings through, without a control: {_listed(named, 12)}.")
     return out
 

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -60,6 +60,10 @@ class Making:
 
     images: int = 0
     batch_sizes: list[int] = field(default_factory=list)
+
+    def used(self, sizes: Iterable[int]) -> None:
+        """Note sizes of batches, in the order of their use."""
+        self.batch_sizes = list(dict.fromkeys([*self.batch_sizes, *sizes]))
 
 
 def record(folder: Path, config: Mapping[str, Any], device: str, making: Making) -> Path:

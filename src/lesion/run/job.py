@@ -238,6 +238,11 @@ class Work:
         return cls(request, source, study, rounds, store, maps, scores, publisher)
 
     @property
+    def whole(self) -> Study:
+        """Of all rounds."""
+        return self.rounds.whole if self.rounds else self.study
+
+    @property
     def number(self) -> int:
         """Of the round."""
         return self.rounds.number if self.rounds else 1
@@ -261,7 +266,7 @@ class Work:
         from lesion.analysis.maps import with_measures
         from lesion.run import table
 
-        study = self.rounds.whole if self.rounds else self.study
+        study = self.whole
         paths = layers.layer_paths(self.source, self.request.layers.by, self.request.layers.kind)
         frame = table.results(study, self.scores, paths, failures, self.publisher)
         tables = {}
@@ -277,7 +282,7 @@ class Work:
 
     def pictured(self, frame: pd.DataFrame) -> list[Cell]:
         """The cells whose images a run folder shows. frame: the table of results."""
-        study = self.rounds.whole if self.rounds else self.study
+        study = self.whole
         cells = [cell for cell, image in zip(study.cells(), frame["image"], strict=True) if image]
         if study.unsteered:
             cells += [cell for cell in study.unsteered.cells() if self.store.has(cell.key)]
@@ -318,10 +323,10 @@ def complete(
     making = environment.Making()
     try:
         try:
-            failures |= _complete(work, tracker, making)
+            failures |= _complete(work, counts, tracker, making)
             while _some_made(work.study, failures) and work.next_round():
                 log.info("round %d: %d images more", work.number, len(work.study))
-                failures |= _complete(work, tracker, making)
+                failures |= _complete(work, work.tally(), tracker, making)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -438,9 +443,9 @@ def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
     ]
 
 
-def _complete(work: Work, tracker: Tracker, making: environment.Making) -> dict[str, str]:
+def _complete(work: Work, counts: Tally, tracker: Tracker, making: environment.Making) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
-    counts, folder = work.tally(), _shown(work.store.folder)
+    folder = _shown(work.store.folder)
     failures: dict[str, str] = {}
     damaged: set[str] = set()
     remade: set[str] = set()
@@ -537,7 +542,7 @@ def make(
     maker = Maker(work.request, model, work.study, work.store, _when_made(work, making, each), work.maps)
     maker.failures.update(failures)
     maker.run(progress)
-    making.batch_sizes += [size for size in maker.sizes if size not in making.batch_sizes]
+    making.used(maker.sizes)
     return maker.failures
 
 

@@ -33,6 +33,18 @@ log = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds in which a worker that is told to end stores what it has made
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a worker needs to know. request: for its device. workers: among how many the CPU's threads are divided."""
+
+    request: Request
+    source: Source
+    study: Study
+    folder: Path | None
+    failures: dict[str, str]
+    workers: int
+
+
 @dataclass
 class _Done:
     """The last that a worker tells. error: what stopped it; None where it came to its end."""
@@ -60,10 +72,10 @@ def generate(
         for number, device in enumerate(work.request.devices):
             here, there = context.Pipe(duplex=False)
             own = replace(request, device=device, devices=(device,))
-            share = len(work.request.devices)
-            arguments = (there, own, work.source, work.study, work.publisher.folder, dict(failures), share)
+            workers = len(work.request.devices)
+            share = _Share(own, work.source, work.study, work.publisher.folder, dict(failures), workers)
             process: BaseProcess = context.Process(
-                target=_work, args=arguments, name=f"worker {number} on {device}", daemon=True
+                target=_work, args=(there, share), name=f"worker {number} on {device}", daemon=True
             )
             process.start()
             there.close()
@@ -96,23 +108,15 @@ def generate(
             process.kill()
     for one in ended:
         making.images += one.making.images
-        making.batch_sizes += [size for size in one.making.batch_sizes if size not in making.batch_sizes]
+        making.used(one.making.batch_sizes)
     if all(one.error for one in ended):
         raise next((one.error for one in ended if one.error), RuntimeError("all workers died"))
     found = {key: reason for one in ended for key, reason in one.failures.items()}
     return {key: reason for key, reason in found.items() if key in failures or not work.store.has(key)}
 
 
-def _work(
-    parent: Connection,
-    request: Request,
-    source: Source,
-    study: Study,
-    folder: Path | None,
-    failures: dict[str, str],
-    share: int,
-) -> None:
-    """What a worker does. share: how many there are, among which the CPU's threads are divided."""
+def _work(parent: Connection, share: _Share) -> None:
+    """What a worker does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the parent gets too
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # claims are given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -127,7 +131,7 @@ def _work(
     logging.getLogger().addHandler(handler)
     done = _Done()
     try:
-        _make(done, request, source, study, folder, failures, share, lambda: tell(1))
+        _make(share, done, lambda: tell(1))
     except KeyboardInterrupt:  # told to end: what is finished is stored, claims are given back
         return
     except RequestError as error:
@@ -138,25 +142,16 @@ def _work(
     parent.close()
 
 
-def _make(
-    done: _Done,
-    request: Request,
-    source: Source,
-    study: Study,
-    folder: Path | None,
-    failures: dict[str, str],
-    share: int,
-    each: Callable[[], None],
-) -> None:
+def _make(share: _Share, done: _Done, each: Callable[[], None]) -> None:
     import torch
 
     from lesion.run.job import Work, loaded, make
 
-    if request.device == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // share))
-    work = Work.of(request, (source, study), folder)
+    if share.request.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // share.workers))
+    work = Work.of(share.request, (share.source, share.study), share.folder)
     try:
-        done.failures = make(work, loaded(work), failures, lambda more: None, done.making, each)
+        done.failures = make(work, loaded(work), share.failures, lambda more: None, done.making, each)
     finally:
         work.scores.flush()
 
