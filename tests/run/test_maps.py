@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def test_wrong_requests_are_refused_before_anything_is_made(asked, tmp_path):
     assert not list(tmp_path.rglob("store"))
 
 
-def test_words_that_no_encoder_sees_are_named_once_and_counted(asked, tiny_folder, tmp_path, capfd):
+def test_words_that_no_encoder_sees_are_named_once_and_counted(asked, tiny_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # as with CI=true
     text = " ".join(["circle"] * 40) + " star"
     study = lesion.study(*asked, f"prompts.items=[{text}, a red circle]", "seeds=[0,1]", "selection=none")
     assert np.isfinite(study.run(tmp_path / "run").frame.clip_similarity).all()

@@ -135,6 +135,7 @@ def _pipeline(source: Source, dtype: torch.dtype) -> Any:
         return _loaded(source, dtype)
 
 
+_LIBRARIES = ("diffusers.", "transformers.")
 _OLD = ("The following part of your input was truncated", "Token indices sequence length is longer than")
 
 
@@ -149,9 +150,6 @@ def _loaded(source: Source, dtype: torch.dtype) -> Any:
     kwargs: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # a bar for weights that are read in a blink
-    for library in ("diffusers", "transformers"):
-        for handler in logging.getLogger(library).handlers:
-            handler.addFilter(_news)  # again and again the same filter, which counts once
     if source.vae:
         kwargs["vae"] = diffusers.AutoModel.from_pretrained(str(source.vae), torch_dtype=dtype, use_safetensors=True)
     if spec.scheduler and source.scheduler_config:
@@ -170,6 +168,10 @@ def _loaded(source: Source, dtype: torch.dtype) -> Any:
     if spec.scheduler:
         pipe.scheduler = schedulers.make(spec.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
+    for speaker in (pipe, *pipe.components.values()):
+        # Each at its own logger: a handler's filter is passed by where the libraries also propagate (CI=true).
+        for module in {cls.__module__ for cls in type(speaker).__mro__ if cls.__module__.startswith(_LIBRARIES)}:
+            logging.getLogger(module).addFilter(_news)  # again and again the same filter, which counts once
     return pipe
 
 
