@@ -233,8 +233,15 @@ def on(model, scheduler, monkeypatch):
 
 
 @pytest.mark.parametrize("scheduler", sorted(set(SCHEDULERS) - set(FLOW)))
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("window", [LATE, (0.4, 1.0)])
+@pytest.mark.parametrize(
+    ("recorded", "window"),
+    [
+        (True, LATE),
+        (False, (0.4, 1.0)),
+        pytest.param(False, LATE, marks=pytest.mark.slow),
+        pytest.param(True, (0.4, 1.0), marks=pytest.mark.slow),
+    ],
+)
 def test_a_late_lesion_goes_on_from_the_baseline_to_the_bit(
     tiny_model, tmp_path, monkeypatch, scheduler, recorded, window
 ):

@@ -74,7 +74,7 @@ def test_what_a_layers_absence_breaks_has_its_figure(tmp_path):
         assert {f"reading--{one.slug}", f"alone--{one.slug}"} <= stems(drawn)
 
 
-def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, monkeypatch):
+def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, drafts, monkeypatch):
     frame, floor = planted(prompts=2, seeds=1)
     monkeypatch.setattr(illustrations, "SETTINGS", 1)
     names = {path.name for path in write_report(tmp_path, frame, floor)}
@@ -83,7 +83,7 @@ def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_p
     assert "Only the first 1 settings have every figure" in (tmp_path / "report.html").read_text()
 
 
-def test_replacements_of_different_layers_have_no_scatter_and_cost_nothing(tmp_path):
+def test_replacements_of_different_layers_have_no_scatter_and_cost_nothing(tmp_path, drafts):
     frame, floor = planted()
     frame = frame[(frame["layer"] == "") | (frame["layer_index"] < 2) == (frame["replacement"] == "zero")]
     written = write_report(tmp_path, frame, floor)

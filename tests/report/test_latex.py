@@ -49,7 +49,7 @@ def compiled(folder, text: str, engine: str = "pdflatex") -> str:
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
-@pytest.mark.parametrize("siunitx", [False, True])
+@pytest.mark.parametrize("siunitx", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tables_compile_and_say_what_they_should(tmp_path, siunitx):
     frame, floor = planted(everything=True)
     for old, new in (("p1", NASTY), ("p2", "a/b")):

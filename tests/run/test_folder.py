@@ -103,11 +103,11 @@ def test_a_sweep_takes_its_folder_whole_or_not_at_all(cli):
     def swept(*arguments):
         return cli("-m", *ONE, "~hydra.callbacks.sweep_report", *arguments)
 
-    for _ in range(2):
-        assert swept("seeds=0,1", "hydra.sweep.dir=out/${now:%Y}")[0] == 0
-    assert sorted(len(list(path.glob("*/results.parquet"))) for path in (cli.folder / "out").iterdir()) == [2, 2]
-    assert swept("seeds=0,1", "hydra.sweep.dir=mine")[0] == 0
-    assert swept("seeds=0,1,2", "hydra.sweep.dir=mine")[0] == 0  # its first jobs are the same
+    for seeds in ("0,1", "0"):
+        assert swept(f"seeds={seeds}", "hydra.sweep.dir=out/${now:%Y}")[0] == 0
+    assert sorted(len(list(path.glob("*/results.parquet"))) for path in (cli.folder / "out").iterdir()) == [1, 2]
+    assert swept("seeds=0", "hydra.sweep.dir=mine")[0] == 0
+    assert swept("seeds=0,1", "hydra.sweep.dir=mine")[0] == 0  # its first jobs are the same
     code, _, err = swept("seeds=3,1", "hydra.sweep.dir=mine")
     assert (code, err.count("\n")) == (2, 1)
     assert "hydra.sweep.dir: " in err
@@ -117,7 +117,7 @@ def test_a_sweep_takes_its_folder_whole_or_not_at_all(cli):
     assert not (cli.folder / "other").exists()
     seeds = {path.parent.name: set(pd.read_parquet(path).seed) for path in (cli.folder / "mine").glob("*/*.parquet")
              if path.name == "results.parquet"}  # fmt: skip
-    assert seeds == {"0": {0}, "1": {1}, "2": {2}}
+    assert seeds == {"0": {0}, "1": {1}}
 
 
 def test_a_sweep_of_no_jobs_is_refused(cli):

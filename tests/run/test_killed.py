@@ -84,24 +84,17 @@ def pixels(store: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow  # a process of its own, which imports everything
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("kills", "batch"),
-    [
-        ([("rename", 3, False), ("flush", 2, True)], None),
-        pytest.param(
-            [("image", 3, True), ("rename", 3, False), *AFTER_THE_LAST_IMAGE], 4, marks=pytest.mark.slow, id="every"
-        ),
-    ],
-)
-def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli, kills, batch):
+def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli):
+    kills = [("image", 3, True), ("rename", 3, False), *AFTER_THE_LAST_IMAGE]
+
     def run(store, batch, kill=None):
         base = [default for default in cli.defaults if not default.startswith("generation.batch_size")]
         return kill, [*base, "selection=leave_one_out", f"generation.batch_size={batch}", f"store.dir={store}"]
 
     runs = [run("undisturbed", 1), *(run("killed", 1, kill) for kill in kills), run("killed", 1)]
-    if batch:
-        runs += [run("together", batch, ("image", 4, True)), run("together", batch)]
+    runs += [run("together", 4, ("image", 4, True)), run("together", 4)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
     done = subprocess.run(command, cwd=cli.folder, env=environment, capture_output=True, text=True)
@@ -116,8 +109,6 @@ def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli,
     first, last = (pd.read_parquet(cli.folder / f"run{number}" / "results.parquet") for number in (0, 1 + len(kills)))
     # Scores add up in the company they are computed in, which rounds differently (see `scoring.Metric`): 1e-6.
     pd.testing.assert_frame_equal(first, last, atol=1e-6)
-    if not batch:
-        return
     # In batches an image's company depends on where the kills came, and company rounds differently: 1 of 255.
     together = pixels(cli.folder / "together")
     assert together.keys() == wanted.keys()

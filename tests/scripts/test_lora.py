@@ -279,7 +279,10 @@ def test_only_the_low_rank_matrices_are_trained(tiny_folder, pictures):
 # Runs
 
 
-@pytest.mark.parametrize("which", ["tiny_folder", "tiny_v_folder", "tiny_sdxl_folder"])
+@pytest.mark.parametrize(
+    "which",
+    ["tiny_folder", *(pytest.param(f"tiny_{kind}_folder", marks=pytest.mark.slow) for kind in ("v", "sdxl"))],
+)
 def test_a_run_learns_and_its_file_loads(request, pictures, tmp_path, which):
     """A LoRA whose alpha is not its rank; the base stays as it was; the loss on fixed batches falls."""
     from lora.data import digest, read_folder

@@ -77,6 +77,7 @@ def test_another_size_of_batch_is_compiled_once(compiled):
         assert np.abs(images - seen[0][: len(images)]).max() < 1e-5
 
 
+@pytest.mark.slow  # three models and their compilations
 def test_models_after_one_another_are_all_compiled(compiled, tiny_folder, monkeypatch):
     """What was compiled for models that are gone does not count against dynamo's limit, after which it gives up."""
     monkeypatch.setattr(loading, "COMPILATIONS", 3)  # one of these models needs that many
@@ -110,7 +111,7 @@ def test_lesions_leave_nothing_behind(tiny_model, compiled, tmp_path):
         assert float(values.abs().max()) > 1e-3  # not the zeros of the lesion
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_calibration_and_half_made_baselines_may_come_first(compiled, tiny_folder, tmp_path, dtype):
     """Nothing has fitted the gates to the rows and the precision of such a call before."""
     model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")

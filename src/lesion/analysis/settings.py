@@ -71,11 +71,11 @@ class Setting:
 
 def _varying(frame: pd.DataFrame) -> list[str]:
     """Generation columns with more than one value inside one model: images that must not be averaged together."""
-    present = [name for name in GENERATION if name in frame]
-    if frame.empty or not present:
+    several = [name for name in GENERATION if name in frame and frame[name].nunique(dropna=False) > 1]
+    if not several:
         return []
-    counts = frame.groupby("model", dropna=False)[present].nunique(dropna=False).max()
-    return [name for name in present if counts[name] > 1]
+    counts = frame.groupby("model", dropna=False)[several].nunique(dropna=False).max()
+    return [name for name in several if counts[name] > 1]
 
 
 def settings(frame: pd.DataFrame) -> list[Setting]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import string
 import sys
 import traceback
 import warnings
@@ -320,6 +321,12 @@ def _check_here() -> None:
         raise RequestError("command line", "the folder in which it is run is gone; change it") from None
 
 
+def _help() -> str:
+    """What Hydra would print, without the lists of all groups and the whole config that it makes for templates."""
+    text = OmegaConf.load(conf_dir() / "lesion.yaml").hydra.help.template
+    return string.Template(text).substitute()
+
+
 def main() -> None:
     in_utf8()
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -340,6 +347,9 @@ def _main() -> None:
     try:
         _check_here()
         flags, overrides = split(sys.argv[1:])
+        if flags and {*flags} <= {"--help", "-h"}:
+            print(_help())
+            return
         sys.argv[1:] = [*flags, *prepared(overrides)]
         job()
     except StudyFailed as failure:

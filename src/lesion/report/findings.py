@@ -196,6 +196,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if fits := adherence_columns(frame):
         found.adherence = adherence_lost(with_right(frame), metrics=fits, **how)
     frame = _slim(frame, metric)
+    pairs = _plain_texts(found.pairs)
     has = frame["selection"].value_counts()
 
     def work(name: str, what: Callable[..., pd.DataFrame], *arguments: Any, **options: Any) -> None:
@@ -212,10 +213,10 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     work("stability", top_stability, frame)
     work("concordance", kendalls_w, frame)
     work("neighbours", neighbours, frame, **how)
-    if len(found.pairs):
-        work("tested", against_floor, frame, found.pairs, **how)
-        work("normalised", normalised_importance, frame, found.pairs, **how)
-        work("floors", _floors, frame, found.pairs, **how)
+    if len(pairs):
+        work("tested", against_floor, frame, pairs, **how)
+        work("normalised", normalised_importance, frame, pairs, **how)
+        work("floors", _floors, frame, pairs, **how)
     if "aspects" in frame and (frame["aspects"].fillna("") != "").any():
         work("aspects", aspect_estimates, frame, **how)
         found.aspects = _bounded(found.aspects, metric)
@@ -278,9 +279,12 @@ _READ = ("prompt_id", "seed", "selection", "layer", "layer_index", "lesioned", "
 def _slim(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Only what the analysis reads, texts as plain objects: it takes rows apart, and would copy the rest each time."""
     keep = ["model", *LESION, *GENERATION, *_READ, "status", metric]
-    slim = frame[[name for name in dict.fromkeys(keep) if name in frame]]
-    texts = [name for name in slim if not pd.api.types.is_numeric_dtype(slim[name])]
-    return slim.astype(dict.fromkeys(texts, object))
+    return _plain_texts(frame[[name for name in dict.fromkeys(keep) if name in frame]])
+
+
+def _plain_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    texts = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name])]
+    return frame.astype(dict.fromkeys(texts, object))
 
 
 def _scored_by(metric: str, pairs: pd.DataFrame) -> pd.DataFrame:
