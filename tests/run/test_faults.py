@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,6 +22,8 @@ from lesion import models
 from lesion.run import maker as making
 from lesion.run import publish
 from lesion.store import tables
+from lesion.store.claims import machine
+from lesion.store.images import Store
 from lesion.store.scores import Scores
 from lesion.tracking import none
 from test_resume import flip
@@ -249,21 +253,122 @@ def test_every_image_is_compared_on_demand(cli):
         pd.testing.assert_frame_equal(pd.read_parquet(cli.newest() / "results.parquet"), frame)
 
 
-def test_sigterm_gives_claims_back_and_says_so(cli, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGTERM, "told to end"), (signal.SIGHUP, "its terminal is gone"), (signal.SIGINT, "interrupted")],
+)
+def test_a_signal_gives_claims_back_and_says_so(cli, monkeypatch, number, said):
     """In this process, as the cli fixture runs it: the signal comes while a batch is in the making."""
-    before, held = signal.getsignal(signal.SIGTERM), []
+    before, held = signal.getsignal(number), []
 
     def told(*_):
         held.extend((cli.folder / "store" / "claims").rglob("*"))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(5)
         pytest.fail("the signal was not seen")
 
     monkeypatch.setattr(making, "generate", told)
     code, _, err = cli("selection=none")
-    assert code == 143
-    assert "told to end; finished images are kept" in last(err)
+    assert code == 128 + number
+    assert said in last(err) and "; finished images are kept" in last(err)
     assert [path for path in held if len(path.name) == 32]
     assert not [path for path in (cli.folder / "store" / "claims").rglob("*") if path.is_file()]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert not [thread for thread in threading.enumerate() if thread.name == "lesion-claims"]
+
+
+@pytest.fixture
+def undisturbed(cli):
+    """The results of `selection=only_one` on a store of its own, where nothing happens."""
+    assert cli("selection=only_one", "store.dir=undisturbed", "hydra.run.dir=undisturbed-run")[0] == 0
+    return tables.read(cli.folder / "undisturbed-run" / "results.parquet")
+
+
+@pytest.mark.slow
+def test_a_store_that_becomes_read_only_costs_what_is_not_stored_yet(cli, disk, monkeypatch, undisturbed):
+    store, generate, calls = disk("size=4m"), making.generate, []
+
+    def switched(*arguments):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
+        return generate(*arguments)
+
+    asked = ["selection=only_one", f"store.dir={store}", "hydra.run.dir=run", "generation.batch_size=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "generate", switched)
+        code, out, err = cli(*asked)
+    assert code == 1 and "Traceback" not in out + err and "Read-only file system" in last(err)
+    frame = tables.read(cli.folder / "run" / "results.parquet")
+    assert frame.status.tolist().count("failed") == len(frame) - len(list((store / "cells").rglob("*.png"))) > 0
+    code, _, err = cli(*asked)  # more to make in a store that cannot be written to
+    assert code == 2 and "store.dir" in last(err)
+    subprocess.run(["mount", "-o", "remount,rw", str(store)], check=True)
+    shutil.rmtree(store / "claims")  # that could not be given back; in this test their process lives on
+    assert cli(*asked)[0] == 0
+    pd.testing.assert_frame_equal(tables.read(cli.folder / "run" / "results.parquet"), undisturbed, atol=1e-6)
+
+
+def test_a_file_system_without_links_and_locks_serves_too(cli, monkeypatch, undisturbed):
+    """A dead process's claim is in the way, which is taken over under a lock where there are locks."""
+
+    def lacking(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    key = undisturbed.cell[1]
+    claim = cli.folder / "store" / "claims" / key[:2] / key
+    claim.parent.mkdir(parents=True)
+    claim.write_text(f'{{"machine": "{machine()}", "pid": {os.getpid()}, "start": "1", "token": "t"}}')
+    monkeypatch.setattr(os, "link", lacking)
+    monkeypatch.setattr(fcntl, "flock", lacking)
+    code, out, err = cli("selection=only_one")
+    assert code == 0 and "Traceback" not in out + err, err
+    pd.testing.assert_frame_equal(cli.frames()[0], undisturbed)
+    folder = cli.newest()
+    assert all((folder / image).is_file() for image in undisturbed.image)
+    assert not [path for path in (cli.folder / "store").rglob("*") if path.is_file() and "claims" in path.parts]
+
+
+@pytest.mark.slow
+def test_clocks_two_hours_off_lose_nothing(cli, monkeypatch, undisturbed):
+    """The first process is two hours ahead of the file system, the second two hours behind it."""
+    now, now_ns, made, store = time.time, time.time_ns, [], Store(cli.folder / "store")
+    generate = making.generate
+    monkeypatch.setattr(making, "generate", lambda *given: made.append(len(given[1])) or generate(*given))
+    for hours, lost in ((2, None), (-2, 3), (0, 4), (-2, None)):
+        if lost is not None:  # one image is damaged, and one removed, before the next process looks
+            keys = undisturbed.cell[lost], undisturbed.cell[lost + 2]
+            flip(store.path(keys[0]))
+            store.path(keys[1]).unlink()
+        monkeypatch.setattr(time, "time", lambda hours=hours: now() + 3600 * hours)
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now_ns() + 3600 * 10**9 * hours)
+        made.clear()
+        code, _, err = cli("selection=only_one", "hydra.run.dir=run", "store.check=true")
+        assert code == 0, err
+        assert sum(made) == (len(undisturbed) if hours == 2 else 2 if lost else 0)
+        found = tables.read(cli.folder / "run" / "results.parquet")
+        pd.testing.assert_frame_equal(found, undisturbed, atol=1e-6)
+
+
+def test_a_damaged_run_folder_is_written_anew(cli, undisturbed):
+    """What it held of tables and records is torn; the same command goes on from the store."""
+    assert cli("selection=only_one", "hydra.run.dir=run")[0] == 0
+    run = cli.folder / "run"
+    for name in ("results.parquet", "floor.parquet", "SHA256SUMS", "environment.json", ".hydra/request.json"):
+        (run / name).write_bytes((run / name).read_bytes()[:-9])
+    code, out, err = cli("selection=only_one", "hydra.run.dir=run")
+    assert code == 0 and "Traceback" not in out + err, err
+    pd.testing.assert_frame_equal(tables.read(run / "results.parquet"), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_closed_standard_output_is_the_end_without_a_word(cli):
+    """As of `lesion | head`, whose reader goes away: at once, and in a study with all that it logs."""
+    package = str(Path(models.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
+    for more in (["dry_run=true"], ["selection=none"]):
+        command = [sys.executable, "-m", "lesion", *cli.defaults, *more]
+        run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run.stdout.close()
+        said = run.stderr.read()
+        assert run.wait() == 141 and "Traceback" not in said and "BrokenPipe" not in said, said

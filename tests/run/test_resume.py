@@ -102,18 +102,51 @@ def test_killed_again_and_again_it_ends_with_the_results_of_an_undisturbed_run(c
     pd.testing.assert_frame_equal(resumed, pd.read_parquet(cli.newest() / "results.parquet"), atol=1e-6)
 
 
-@pytest.mark.slow  # two starts; test_claims.py has each moment at which two may meet
+@pytest.mark.slow  # four starts; tests/store has each moment at which two may meet
 @pytest.mark.timeout(300)
-def test_two_processes_share_a_study_and_make_nothing_twice(cli, process, tmp_path):
+def test_four_processes_share_a_study_and_make_nothing_twice(cli, process, tmp_path):
     wanted = ["seeds=[0,1,2]", "generation.batch_size=2"]
-    runs = [process(name, *wanted, f"hydra.run.dir={name}-run") for name in ("a", "b")]
-    assert [run.wait() for run in runs] == [0, 0], (tmp_path / "log.txt").read_text()[-2000:]
-    made = noted(tmp_path, "a") + noted(tmp_path, "b")
+    names = ["a", "b", "c", "d"]
+    runs = [process(name, *wanted, f"hydra.run.dir={name}-run") for name in names]
+    assert [run.wait() for run in runs] == [0] * len(runs), (tmp_path / "log.txt").read_text()[-2000:]
+    made = [key for name in names for key in noted(tmp_path, name)]
     assert len(made) == len(set(made)) == 42
-    frames = [pd.read_parquet(cli.folder / f"{name}-run" / "results.parquet") for name in ("a", "b")]
-    pd.testing.assert_frame_equal(*frames)
-    assert (frames[0].status == "ok").all()
+    first, *others = (pd.read_parquet(cli.folder / f"{name}-run" / "results.parquet") for name in names)
+    assert (first.status == "ok").all()
+    for other in others:
+        pd.testing.assert_frame_equal(first, other, atol=1e-6)
     assert not [path for path in (cli.folder / "store" / "claims").rglob("*") if path.is_file()]
+
+
+SUSPENDING = """
+import functools
+from lesion.run import maker
+from lesion.store.claims import Claims
+maker.Claims = functools.partial(Claims, expires=EXPIRES)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_process_suspended_past_its_claims_goes_on_beside_the_one_that_took_them(cli, process, tmp_path, monkeypatch):
+    """It makes a second time what it was making, at most."""
+    monkeypatch.setattr(sys.modules[__name__], "NOTING", SUSPENDING.replace("EXPIRES", "2.0") + NOTING)
+    wanted = ["seeds=[0,1]", "generation.batch_size=2"]
+    first = process("a", *wanted, "hydra.run.dir=a-run")
+    while images(cli.folder / "store") < 3:
+        assert first.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    assert process("b", *wanted, "hydra.run.dir=b-run").wait() == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0, (tmp_path / "log.txt").read_text()[-2000:]
+    said = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in said
+    frames = [pd.read_parquet(cli.folder / f"{name}-run" / "results.parquet") for name in "ab"]
+    pd.testing.assert_frame_equal(*frames, atol=1e-6)
+    assert (frames[0].status == "ok").all()
+    made = noted(tmp_path, "a") + noted(tmp_path, "b")
+    assert len(set(made)) == 28 and len(made) <= 28 + 2 * 3  # the batch in the making, and those that wait for a disk
 
 
 def test_another_metric_scores_again_without_generating(cli, monkeypatch):

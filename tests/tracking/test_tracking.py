@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -274,6 +275,48 @@ def test_no_network_goes_offline_quickly_in_one_line(
     assert not list(tmp_path.glob("*/wandb/run-*")), "the failed attempt leaves nothing behind"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["500", "silence"])
+def test_a_server_that_fails_or_hangs_costs_the_time_that_the_config_says(how: str, tmp_path: Path) -> None:
+    """In a process of its own, so that what wandb prints at exit is seen too."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if how == "silence":
+                hanging.wait(120)
+            self.send_error(500)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    hanging = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import pathlib, sys, time, test_tracking as t; folder = pathlib.Path(sys.argv[1]); began = time.monotonic();"
+        "t.track(folder, t.a_run_folder(folder), mode='online', init_timeout=3, finish_timeout=5);"
+        "print(time.monotonic() - began)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True, timeout=200
+        )
+    finally:
+        hanging.set()
+        server.shutdown()
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert time.monotonic() - began - float(done.stdout) < 60, "nothing waits for it at exit"
+    assert float(done.stdout) < 3 + 5 + 40  # both timeouts, and starting wandb on a machine that is busy
+    assert len(the_logs(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("environment", "netrc", "lacking"),
     [
@@ -430,11 +473,15 @@ def test_a_service_that_does_not_answer_has_a_deadline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["progress", "close"])
-def test_a_stopped_service_ends_in_one_line_and_nothing_waits_for_it_at_exit(when: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
+def test_a_stopped_service_ends_in_one_line_and_nothing_waits_for_it_at_exit(
+    how: str, when: str, tmp_path: Path
+) -> None:
     code = (
         "import os, pathlib, signal, sys, test_tracking as t; from wandb.sdk import wandb_setup;"
-        "folder, when = pathlib.Path(sys.argv[1]), sys.argv[2]; frame = t.a_run_folder(folder);"
-        "stop = lambda: os.kill(wandb_setup._singleton._connection._proc._process.pid, signal.SIGSTOP);"
+        "folder, when, how = pathlib.Path(sys.argv[1]), *sys.argv[2:]; frame = t.a_run_folder(folder);"
+        "process = lambda: wandb_setup._singleton._connection._proc._process.pid;"
+        "stop = lambda: os.kill(process(), getattr(signal, how));"
         "tracker = t.make_tracker('wandb', {'mode': 'offline', 'progress_every': 0, 'service_timeout': 15});"
         "tracker.start(t.a_job(folder)); when == 'progress' and stop();"
         "[tracker.progress(done, 3, 1.0) for done in (1, 2, 3)]; tracker.finish(frame, folder, t.SUMMARY);"
@@ -444,10 +491,11 @@ def test_a_stopped_service_ends_in_one_line_and_nothing_waits_for_it_at_exit(whe
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path, when], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, tmp_path, when, how], env=environment, capture_output=True, text=True, timeout=120
     )
     (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (0, "") and "wandb-core has not answered for 15 s" in line
+    assert (done.returncode, done.stdout) == (0, "") and line.endswith("the study continues")
+    assert how == "SIGKILL" or "wandb-core has not answered for 15 s" in line
     (log,) = the_logs(tmp_path / "again")
     assert records(log)[-1].exit.exit_code == 0
 

@@ -1,12 +1,13 @@
 """The console script `lesion`: a Hydra application whose refusals are one line and exit code 2.
 
 Exit codes: 0 all fine; 1 some image failed, or something unforeseen stopped the study; 2 the request is wrong; 130
-interrupted (SIGINT); 143 told to end (SIGTERM).
+interrupted (SIGINT); 143 told to end (SIGTERM); 129 its terminal is gone (SIGHUP).
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import string
@@ -14,7 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -298,13 +299,19 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
+TOLD = {signal.SIGTERM: "told to end", signal.SIGHUP: "told to end, since its terminal is gone"}
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which schedulers end jobs: as Ctrl-C, finished images are stored and claims given back."""
+    """SIGTERM, by which schedulers end jobs, or SIGHUP: as Ctrl-C, finished images are stored and claims given back."""
+
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-    raise Terminated
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    raise Terminated(number)
 
 
 def _of_hydra(error: OSError) -> bool:
@@ -329,11 +336,17 @@ def _help() -> str:
 
 def main() -> None:
     in_utf8()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    raising, logging.raiseExceptions = logging.raiseExceptions, False  # of a closed output, with a traceback each time
+    before = {number: signal.getsignal(number) for number in TOLD}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminate)
     try:
         _main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        logging.raiseExceptions = raising
 
 
 def _main() -> None:
@@ -359,10 +372,12 @@ def _main() -> None:
     except (RequestError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(error))
     except KeyboardInterrupt as stop:
-        told = isinstance(stop, Terminated)
-        what = "told to end" if told else "interrupted"
-        say("lesion", f"{what}; finished images are kept, run the same command again to resume")
-        sys.exit(143 if told else 130)
+        what, number = "interrupted", signal.SIGINT
+        if isinstance(stop, Terminated):
+            what, number = TOLD[stop.number], stop.number
+        with suppress(OSError):  # of a terminal that is gone
+            say("lesion", f"{what}; finished images are kept, run the same command again to resume")
+        sys.exit(128 + number)
     except BrokenPipeError:  # who read our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -117,7 +117,8 @@ def generate(
 
 def _work(parent: Connection, share: _Share) -> None:
     """What a worker does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the parent gets too
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, which the parent gets too
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # claims are given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()
