@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import diffusers
@@ -11,12 +12,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file, save_file
 
 from conftest import settings, tiny_spec
 from lesion import models
 from lesion.errors import RequestError
 from lesion.generation.generate import generate
-from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, resolve, schedulers
+from lesion.models import EMBEDDED, SCHEDULERS, ModelSpec, loading, resolve, schedulers
 from lesion.models.schedulers import FLOW
 from lesion.models.source import resolve_dtype
 from lesion.study.grid import Cell
@@ -178,6 +180,66 @@ def test_a_variant_is_found(tiny_folder, tmp_path):
     half = models.load(resolve(tiny_spec(tmp_path / "half", variant="fp16", dtype="bfloat16")), "cpu")
     assert {part.dtype for part in (half.pipe.unet, half.pipe.vae, half.pipe.text_encoder)} == {torch.bfloat16}
     assert half.identity.dtype == "bfloat16"
+
+
+def _gated(folder):
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_type": "gated"}))
+
+
+def _changed(part, change):
+    def changed(folder):
+        (file,) = (folder / part).glob("*.safetensors")
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, metadata={"format": "pt"})
+
+    return changed
+
+
+TEXT, CONV = "encoder.layers.0.layer_norm1.weight", "conv_out.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_changed("text_encoder", lambda weights: weights.pop(TEXT)), f"lacks weights .*: {TEXT}$"),
+        (_changed("unet", lambda weights: weights.pop(CONV)), f"lacks weights .*: {CONV}$"),
+        (_changed("vae", lambda weights: weights.pop(f"decoder.{CONV}")), f"lacks weights .*: decoder.{CONV}$"),
+        (_gated, r"lacks weights that its configs ask for: .*(fuser|position_net).* and \d+ more$"),  # GLIGEN's
+        (_changed("text_encoder", lambda weights: weights.update({TEXT: torch.ones(3)})), f"another shape .*: {TEXT}$"),
+        (_changed("unet", lambda weights: weights.update({CONV: torch.ones(3)})), f"cannot be loaded: .*{CONV}"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configs_are_refused(tiny_folder, tmp_path, spoil, words, capfd):
+    """transformers would go on with random ones, and say so in a table that nobody reads."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    spoil(folder)
+    with pytest.raises(RequestError, match=rf"^model.id: .*{words}"):
+        models.load(resolve(tiny_spec(folder)), "cpu")
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_weights_that_nothing_uses_are_told_in_a_line(tiny_folder, tmp_path, caplog, capfd):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    for part in ("text_encoder", "unet"):
+        _changed(part, lambda weights: weights.update({f"odd.{part}": torch.ones(3)}))(folder)  # noqa: B023
+    before = {name: vars(logging.getLogger(name)).copy() for name in ("diffusers", "transformers")}
+    models.load(resolve(tiny_spec(folder)), "cpu")
+    assert {name: vars(logging.getLogger(name)) for name in before} == before
+    assert "has weights that nothing uses: odd." in caplog.text and "odd.unet" in caplog.text
+    assert "REPORT" not in capfd.readouterr().err
+    told = loading._Told()
+    for text in (  # of transformers 4
+        "Some weights of CLIPTextModel were not initialized from the model checkpoint at x and are newly initialized: "
+        "['a.weight', 'b.bias']\nYou should probably TRAIN this model",
+        "Some weights of CLIPTextModel were not initialized from the model checkpoint at x and are newly initialized "
+        "because the shapes did not match:\n- c.weight: found shape torch.Size([3]) in the checkpoint",
+    ):
+        told.handle(logging.makeLogRecord({"msg": text, "levelno": logging.WARNING, "name": "transformers.x"}))
+    assert told.missing == ["a.weight", "b.bias"] and told.odd == ["c.weight"]
 
 
 def test_auto_precision():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,7 @@ from lesion.surgery.compiled import Gates
 log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of performance.compile
 COMPILATIONS = 64  # of a block's code, at most
+MOST = 3  # names of weights that a line tells
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +132,82 @@ def _load(source: Source, device: str) -> Model:
 
 
 def _pipeline(source: Source, dtype: torch.dtype) -> Any:
-    """The pipeline with its weights on the CPU; what the libraries say of their own arguments meanwhile is no news."""
-    with warnings.catch_warnings():
+    """The pipeline with its weights on the CPU; what the libraries say of their own arguments meanwhile is no news.
+
+    Raises RequestError where weights are missing or have another shape than the config says: transformers would go on
+    with random ones.
+    """
+    with warnings.catch_warnings(), _reported() as told:
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        return _loaded(source, dtype)
+        try:
+            pipe = _loaded(source, dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RequestError("model.id", f"{source.spec.id!r} cannot be loaded: {_why(error, told)}") from error
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    empty = [name for part in parts for name, weight in part.named_parameters() if weight.is_meta]
+    if missing := list(dict.fromkeys([*empty, *told.missing])):
+        raise RequestError("model.id", f"{source.spec.id!r} lacks weights that its configs ask for: {_few(missing)}")
+    if told.unused:
+        log.warning("%s has weights that nothing uses: %s", source.spec.id, _few(told.unused))
+    return pipe
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
+
+
+def _why(error: Exception, told: _Told) -> str:
+    return (
+        f"weights of another shape than its configs say: {_few(told.odd)}" if told.odd else " ".join(str(error).split())
+    )
+
+
+class _Told(logging.Handler):
+    """Reads a library's reports on the weights it loads, tables and lists, and hands on what else it says.
+
+    missing, unused, odd: names of weights: not in the files; in the files alone; of another shape.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.missing: list[str] = []
+        self.unused: list[str] = []
+        self.odd: list[str] = []
+        self.others: dict[str, list[logging.Handler]] = {}  # of each library
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        listed = re.findall("'([^']+)'", text[text.find("[") :]) or re.findall("^- (\\S+): found shape", text, re.M)
+        found = False
+        for names, status, words in (  # transformers 5 prints a table, transformers 4 and diffusers a list
+            (self.odd, "MISMATCH", "shapes did not match"),
+            (self.missing, "MISSING", "newly initialized:"),
+            (self.unused, "UNEXPECTED", "were not used when initializing"),
+        ):
+            told = re.findall(rf"^(\S+) *\| *{status}", text, re.M) or (listed if words in text else [])
+            names += told
+            found = found or bool(told)
+        if not found:
+            for handler in self.others[record.name.partition(".")[0]]:
+                if record.levelno >= handler.level:
+                    handler.handle(record)
+
+
+@contextmanager
+def _reported() -> Iterator[_Told]:
+    """Read what the libraries report of weights, whatever their verbosity is."""
+    told = _Told()
+    with ExitStack() as stack:
+        for library in ("diffusers", "transformers"):
+            logger = logging.getLogger(library)
+            told.others[library] = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else ())]
+            stack.callback(logger.setLevel, logger.level)
+            for name in ("handlers", "propagate"):
+                stack.callback(setattr, logger, name, getattr(logger, name))
+            logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
+            logger.handlers, logger.propagate = [told], False
+        yield told
 
 
 _LIBRARIES = ("diffusers.", "transformers.")
