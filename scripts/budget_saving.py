@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from lesion.analysis import bootstrap
 from lesion.analysis.bootstrap import interval
 from lesion.analysis.cells import cube, lesioned_rows, matched
 from lesion.analysis.importance import LEAVE_ONE_OUT
@@ -149,6 +150,8 @@ CASES = (
 
 
 def main() -> None:
+    # Every repetition has the same numbers of prompts: their resamples are drawn once.
+    bootstrap.draws = lru_cache(maxsize=None)(bootstrap.draws.__wrapped__)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=50, help="repetitions of each line (default 50)")
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="one line alone, by its place from 0")

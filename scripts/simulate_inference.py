@@ -7,7 +7,8 @@
   deviations of prompts, seeds and rest that the study of docs/study.md has.
 - `sparse`: importance where few prompts are affected; prompts of that study drawn anew with replacement (its 49 are the
   population), and planted distributions.
-- `ranks`: rank intervals of all layers of that study together, its prompts drawn anew.
+- `ranks`: rank intervals of all layers together, by means and on most prompts; that study's prompts drawn anew, and
+  planted populations.
 - `claims`: how often a report, and a confirmatory study, claims anything (family-wise) where nothing is true.
 - `shapley`: Shapley limits where orders are drawn anew, too.
 """
@@ -26,7 +27,7 @@ from lesion.analysis import shapley
 from lesion.analysis.bootstrap import interval
 from lesion.analysis.cells import cube, lesioned_rows, matched
 from lesion.analysis.confirm import confirmed
-from lesion.analysis.importance import LEAVE_ONE_OUT
+from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT
 from lesion.analysis.order import ranks
 from lesion.analysis.paired import against_floor, holm
 from lesion.analysis.reading import reading_drops
@@ -147,40 +148,68 @@ def _frame(cells: np.ndarray, noise: str = "own") -> pd.DataFrame:
     return frame.assign(replacement=np.where(is_plain, "", "zero"), strength=np.where(is_plain, 0.0, 1.0))
 
 
-def _held(table: pd.DataFrame, truth: np.ndarray) -> np.ndarray:
-    """Whether each layer's rank limits hold its true rank; any of the ranks that it shares will do."""
-    means = np.round(truth, 6)
-    best = (means[None, :] > means[:, None]).sum(axis=1) + 1
-    worst = (means[None, :] >= means[:, None]).sum(axis=1)
-    table = table.set_index("layer").loc[[f"layer {number}" for number in range(len(truth))]]
-    found: np.ndarray = (table["rank_low"].to_numpy() <= worst) & (table["rank_high"].to_numpy() >= best)
+def _held(table: pd.DataFrame, above: np.ndarray, name: str) -> np.ndarray:
+    """Whether each layer's limits hold its true rank; any of the ranks that it shares will do.
+
+    above: whether layer j is truly above layer i, [j, i].
+    """
+    best, worst = above.sum(axis=0) + 1, len(above) - above.sum(axis=1)
+    table = table.set_index("layer").loc[[f"layer {number}" for number in range(len(above))]]
+    low, high = (table[f"{name}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
+    found: np.ndarray = (low <= worst) & (high >= best)
     return found
 
 
-def rank_intervals(times: int) -> Iterator[Row]:
-    """Prompts of the study drawn anew; and 4 dense layers with equal means among 12 sparse ones with equal means."""
-    of_study = effects()[:16].mean(axis=2)
-    population = np.random.default_rng(1)
-    dense = population.gamma(4, 0.02, (4, 2000))
-    rare = np.where(population.random((12, 2000)) < 0.08, population.gamma(2, 0.05, (12, 2000)), 0.0)
+def _above(population: np.ndarray) -> dict[str, np.ndarray]:
+    """Which layer is above which, by means and on most prompts where the two differ. population: (layers, prompts)"""
+    means = np.round(population.mean(axis=1), 6)
+    apart = population[:, None] - population[None]
+    more = (apart > NO_EFFECT).sum(axis=2)
+    return {"rank": means[:, None] > means[None], "typical": more > more.T}
+
+
+def _layers() -> dict[str, np.ndarray]:
+    """Populations of 16 layers (layers, prompts, seeds) that prompts are drawn from."""
+    rng = np.random.default_rng(1)
+    dense = rng.gamma(4, 0.02, (4, 2000))
+    rare = np.where(rng.random((12, 2000)) < 0.08, rng.gamma(2, 0.05, (12, 2000)), 0.0)
     mixed = np.clip(np.concatenate([dense, rare]), 0, 1)
     mixed[:4] *= 0.08 / mixed[:4].mean(axis=1, keepdims=True)
     mixed[4:] *= 0.01 / mixed[4:].mean(axis=1, keepdims=True)
-    for name, layers in (("16 layers of the study", of_study), ("4 dense, 12 sparse", mixed)):
-        for prompts in (12, 49):
-            rng, held = np.random.default_rng(prompts), []
-            for _ in range(max(times // 4, 1)):
+    # Means fall while medians rise: each layer has its own share of prompts with a large effect, and a small one else.
+    share, small = np.linspace(0.4, 0.05, 16)[:, None], np.linspace(0.005, 0.02, 16)[:, None]
+    crossed = np.where(
+        rng.random((16, 2000)) < share, rng.beta(4, 8, (16, 2000)), small * rng.gamma(9, 1 / 9, (16, 2000))
+    )
+    return {
+        "of the study": effects()[:16].mean(axis=2),
+        "4 dense, 12 sparse": mixed,
+        "16 alike": np.clip(rng.lognormal(-4, 1, (16, 2000)), 0, 1),
+        "means fall, medians rise": crossed,
+    }
+
+
+def rank_intervals(times: int) -> Iterator[Row]:
+    """Prompts of the study drawn anew, and of planted populations of 16 layers; limits of all layers together."""
+    for name, layers in _layers().items():
+        above = _above(layers)
+        for prompts in (8, 16, 49):
+            rng = np.random.default_rng(prompts)
+            held: dict[str, list[np.ndarray]] = {"rank": [], "typical": []}
+            widths: dict[str, list[float]] = {"rank": [], "typical": []}
+            for _ in range(times):
                 drawn = rng.integers(layers.shape[1], size=prompts)
                 table = ranks(_frame(layers[:, drawn, None]), replicates=99)
-                held.append(_held(table, layers.mean(axis=1)))
-            each = np.array(held)
-            yield {
-                "layers": name,
-                "prompts": prompts,
-                "all together, %": percent(each.all(axis=1).sum(), len(each)),
-                "worst layer, %": percent(each.mean(axis=0).min() * len(each), len(each)),
-                "studies": len(each),
-            }
+                for kind in held:
+                    held[kind].append(_held(table, above[kind], kind))
+                    widths[kind].append(float((table[f"{kind}_high"] - table[f"{kind}_low"]).mean()))
+            row: Row = {"layers": name, "prompts": prompts}
+            for kind, words in (("rank", "by mean"), ("typical", "on most prompts")):
+                each = np.array(held[kind])
+                row[f"{words}, all together, %"] = percent(each.all(axis=1).sum(), times)
+                row[f"{words}, worst layer, %"] = percent(each.mean(axis=0).min() * times, times)
+                row[f"{words}, width"] = f"{np.mean(widths[kind]):.1f}"
+            yield row | {"studies": times}
 
 
 def claims(times: int) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from conftest import settings
 from lesion import models, scoring
@@ -113,13 +114,20 @@ def test_each_layer_stops_when_its_own_interval_is_tight():
         assert (one.low, one.high) == pytest.approx((found.low, found.high), abs=0.06 * width)  # other resamples
         assert one.halfwidth == pytest.approx((one.high - one.low) / 2)
         assert one["mean"] == pytest.approx(found.mean)
-        assert (one.halfwidth <= 0.03) == (one.reason == "tight")
+        # As wide as the interval of a spread that is 90 % sure not to be exceeded.
+        assert (one.halfwidth * spread(one.n_prompts) <= 0.03) == (one.reason == "tight")
         if one.rounds > 1:  # one round before: not tight yet
             last = set(rounds_of(parts, layer)[-1])
             before = interval(wide([cell for cell in cells if cell.key not in last], score))
-            assert before.n_images == one.images - 4 and (before.high - before.low) / 2 > 0.95 * 0.03
+            assert before.n_images == one.images - 4
+            assert spread(before.n_prompts) * (before.high - before.low) / 2 > 0.95 * 0.03
     assert table.rounds.iloc[0] == 1 and (table.rounds.iloc[1:] > 1).all()
     assert sum(len(part) for part in parts) == len(rounds.whole) == 120 + table.images.sum()
+
+
+def spread(prompts):
+    """The upper 90 % limit of a standard deviation, as a multiple of that of so many prompts."""
+    return math.sqrt((prompts - 1) / stats.chi2.ppf(0.1, prompts - 1))
 
 
 def rounds_of(parts, layer):
@@ -150,7 +158,7 @@ def test_the_budget_is_never_exceeded_and_used_as_far_as_it_goes():
 
 def test_a_layer_without_effect_stops_and_one_without_scores_does_not():
     def score(cell):
-        return {"down.0": 1.0 - 1e-6, "down.1": math.nan}.get(cell.lesion.layer, planted([0.01] * 4)(cell))
+        return {"down.0": 1.0 - 1e-6, "down.1": math.nan}.get(cell.lesion.layer, planted([0.005] * 4)(cell))
 
     rounds, _ = play(a_study(95, 1), Budget(0.02, start=6, round=30), score)
     table = rounds.table().set_index("layer")

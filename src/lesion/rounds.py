@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesion.analysis.bootstrap import Interval
+from lesion.analysis.bootstrap import BOUNDED, Interval
 from lesion.analysis.cells import MEASURES, no_effect, over_prompts, shared_noise
 from lesion.analysis.importance import as_similarity
 from lesion.errors import RequestError
@@ -35,6 +35,7 @@ from lesion.study.prompts import Prompt
 
 ROUNDED = ("leave_one_out", "only_one")  # selections of one layer each; any other is made in full
 FEWEST_SEEDS = 2  # that all prompts share, before a look counts
+SURE = 0.9  # of the spread of prompts, which a look rests on
 OPEN, TIGHT, NO_CHANGE, SPENT, EXHAUSTED = "", "tight", "no effect", "budget spent", "grid exhausted"
 
 
@@ -215,7 +216,7 @@ class Rounds:
             return OPEN
         if shared_noise(effects) and effects["seed"].nunique() < min(FEWEST_SEEDS, len(self.study.seeds)):
             return OPEN  # what another seed would give is not known yet
-        if not (found.high - found.low) / 2 <= self.budget.ci_halfwidth:
+        if not _reach(found) <= self.budget.ci_halfwidth:
             return OPEN
         return NO_CHANGE if no_effect(effects["effect"]) else TIGHT
 
@@ -230,6 +231,20 @@ class Rounds:
             course.effects.append(effect if np.isfinite(effect) else np.nan)
         columns = {"prompt_id": course.names, "seed": course.seeds, "effect": course.effects}
         return pd.DataFrame(columns).assign(noise=self.study.settings.noise)
+
+
+def _reach(found: Interval) -> float:
+    """Half the width of the interval, had the prompts the largest spread that is likely (SURE) by those looked at.
+
+    A sample of little spread by chance would end its own lesion early. Limits that hold whatever the spread stay.
+    """
+    from scipy.special import chdtri
+
+    half = (found.high - found.low) / 2
+    if found.used.startswith(BOUNDED):
+        return half
+    freedom = found.n_prompts - 1
+    return half * float(np.sqrt(freedom / chdtri(freedom, SURE)))
 
 
 def _check(study: Study, budget: Budget) -> None:

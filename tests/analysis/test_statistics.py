@@ -443,6 +443,9 @@ def test_holm_by_hand():
     assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert paired.holm([0.9, math.nan, 0.02]) == pytest.approx([0.9, math.nan, 0.04], nan_ok=True)
     assert len(paired.holm([])) == 0
+    # 3 of 3 gives 0.25, 9 of 9 gives 0.004: neither could be significant among 20, so that 18 count.
+    adjusted = paired.holm([0.001] * 18 + [0.25, 0.004], [0.0] * 18 + [0.25, 0.004])
+    assert adjusted == pytest.approx([0.018] * 18 + [math.nan] * 2, nan_ok=True)
 
 
 ORDERED = np.array([0.5, 0.1, 0.3, 0.1])[:, None, None] + np.random.default_rng(7).normal(0, 0.02, (4, 10, 2))
@@ -460,6 +463,28 @@ def test_ranks_of_a_planted_order_are_sure_and_those_of_a_tie_are_not():
     one, three = order.top_stability(planted(ORDERED)).to_dict("records")
     assert (one["layers"], one["overlap"], one["same"]) == ("down.9", 1.0, 1.0)
     assert 0 < three["same"] < 1 and three["overlap"] == pytest.approx((2 + three["same"]) / 3)
+
+
+def test_which_layer_changes_most_prompts_more_is_a_sign_test_as_scipys():
+    rng = np.random.default_rng(31)
+    rare = np.where(np.arange(16) < 2, 0.9, 0.0)  # the largest mean, on two prompts
+    effects = np.stack([rare, rng.uniform(0.01, 0.02, 16), rng.uniform(0.0, 0.014, 16), np.full(16, 4e-5)])
+    table = paired.wins(planted(effects[:, :, None])).set_index(["layer", "other"])
+    assert len(table) == 6
+    for (layer, other), one in table.iterrows():
+        apart = effects[LAYERS.index(layer)] - effects[LAYERS.index(other)]
+        more, less = (apart > 1e-4).sum(), (apart < -1e-4).sum()
+        assert (one["n_more"], one["n_less"], one["n_prompts"]) == (more, less, 16) and more >= less
+        assert one["p"] == pytest.approx(stats.binomtest(int(more), int(more + less)).pvalue)
+        assert one["p_least"] == pytest.approx(stats.binomtest(int(more + less), int(more + less)).pvalue)
+    counted = table.drop((LAYERS[0], LAYERS[3]))  # 2 of 2 can show nothing, and do not count
+    assert table.loc[(LAYERS[0], LAYERS[3]), ["p", "p_least"]].tolist() == [0.5, 0.5]
+    assert table["p_holm"].isna().sum() == 1 and counted["p_holm"].tolist() == paired.holm(counted["p"]).tolist()
+    ranked = order.ranks(planted(effects[:, :, None])).set_index("layer").loc[list(LAYERS)]
+    assert ranked["rank"].tolist() == [1, 2, 3, 4] and ranked["rank_low"].tolist() == [1, 1, 1, 1]
+    assert ranked["typical_rank"].tolist() == [3, 1, 2, 4]
+    # 14 and 15 of 16 decide, 2 of 2 do not: the last layer may be the third.
+    assert ranked["typical_low"].tolist() == [3, 1, 2, 3] and ranked["typical_high"].tolist() == [4, 1, 2, 4]
 
 
 def test_ranks_compare_layers_on_the_same_images_and_say_nothing_for_one_prompt():

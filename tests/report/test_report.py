@@ -240,9 +240,9 @@ def test_tables(tmp_path):
     assert r"\texttt{down\_blocks.0.attentions.0}" in tex and "n = 2 prompts, 2 seeds" in tex
     assert re.search(r"mid\\_block.*no effect", tex) and "n/a" in tex and "nan" not in tex.lower()
     body = [line for line in tex.splitlines() if r"\texttt" in line]
-    assert [line.count(" & ") for line in body] == [7] * 4 + [1] * 4 and all(line.endswith(r"\\") for line in body)
+    assert [line.count(" & ") for line in body] == [6] * 4 + [3] * 4 and all(line.endswith(r"\\") for line in body)
     # images of both modes, invalid, failed; a floor that is n/a has no columns
-    assert body[0].split(" & ")[4:] == ["3", "4", "1", r"0 \\"]
+    assert body[0].split(" & ")[5:] == ["3", r"4 \\"] and body[4].split(" & ")[1:3] == ["1", "0"]
     raw = pd.read_csv(tmp_path / "tables" / "layers--embedded--zero.csv")
     assert list(raw["layer"]) == LAYERS and raw["sufficiency"].isna().tolist() == [False, False, False, True]
     np.testing.assert_allclose(raw["importance"], layer_table(frame)["importance"])
@@ -318,6 +318,7 @@ def test_ranking_lines(tmp_path):
     assert "7 (+ 1 failed)" in lines[2] and lines[5].endswith("no effect") and "no effect" not in lines[2]
     one = known.summary(settings(frame)[0]).set_index("layer").loc[LAYERS[3]]
     assert f"{one['rank']} [{one['rank_low']}, {one['rank_high']}]" in lines[2] and "95 % intervals" in lines[-1]
+    assert f"  {one['typical_rank']} [{one['typical_low']}, {one['typical_high']}]  " in lines[2]
 
 
 def test_without_leave_one_out_the_most_sufficient_layer_comes_first(tmp_path):

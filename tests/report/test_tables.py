@@ -16,7 +16,7 @@ from lesion.report import contents, crossing, tables
 from lesion.report.findings import findings
 from lesion.report.tables import Column, Table
 from lesion.report.text import markdown
-from lesion.report.words import comparison, summary
+from lesion.report.words import answer, comparison, summary
 from planted import LAYERS, planted
 
 
@@ -45,7 +45,8 @@ def test_the_layer_table_says_what_the_analysis_says(full):
     np.testing.assert_allclose(table.raw["importance_low"], expected["low"])
     np.testing.assert_allclose(table.raw["importance"], expected["mean"])
     assert table.raw["rank"].tolist() == [4, 3, 1, 5, 2]
-    order = ranks(frame, compared=found.comparisons)  # corrected over the whole report
+    order = ranks(frame, compared=found.comparisons, won=found.wins)  # corrected over the whole report
+    assert table.raw["typical_high"].tolist() == order["typical_high"].tolist()[:5]
     assert table.raw["rank_low"].tolist() == order["rank_low"].tolist()[:5]
     middle = cell(table, LAYERS[2], "importance")
     assert (
@@ -236,7 +237,30 @@ def test_a_tie_for_the_first_place_is_not_hidden():
     same = frame["layer"].isin([LAYERS[2], LAYERS[4]])
     frame.loc[same, "clip_similarity"] = 0.7 + 0.05 * np.random.default_rng(1).normal(size=int(same.sum()))
     said = " ".join(summary(findings(frame, floor), first(frame)))
-    assert "Who comes first is not settled" in said
+    assert "Who comes first by the mean is not settled" in said
+
+
+def test_the_first_sentence_says_whether_the_mean_or_most_prompts_settle_the_first_place():
+    """Means of a few prompts settle nothing; that a layer changes nearly every prompt more does, and is said."""
+    frame, floor = planted(prompts=30)
+    layer, prompt = frame["layer"], frame["prompt_id"].str[1:].astype(int)
+    effect = layer.map({LAYERS[0]: 0.001, LAYERS[1]: 0.002, LAYERS[2]: 0.01}).fillna(0.0)
+    often = effect.where(frame["selection"] == "leave_one_out", 0.5)
+
+    def first_said(extra):
+        found = findings(frame.assign(clip_similarity=1 - often - extra), floor)
+        return answer(found, first(frame)), " ".join(summary(found, first(frame)))
+
+    few = 0.3 * ((prompt < 3) & frame["selection"].eq("leave_one_out"))
+    (top, *rest), said = first_said(few * layer.eq(LAYERS[2]))
+    assert f"`{LAYERS[2]}` changes images most" in top
+    assert top.endswith("On most prompts it changes them more than any other layer does.")
+    assert any("Whether its mean is the largest is not settled" in one for one in rest)
+    assert "with the seeds of this study, ranks by which layer changes the image more" in said
+    assert f"{LAYERS[2]} 1 to 1; {LAYERS[1]} 2 to 2; " in said
+    (top, *rest), said = first_said(few * layer.eq(LAYERS[3]))
+    assert f"`{LAYERS[3]}` changes images most" in top and "On most prompts" not in top
+    assert any(one.startswith("On most prompts, though, ") and f"`{LAYERS[2]}`" in one for one in rest)
 
 
 def test_what_the_analysis_refuses_is_named_and_costs_nothing_else():

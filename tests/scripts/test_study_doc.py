@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import study_doc
 from lesion.report import tables
+from lesion.report.findings import CLAIMS
 
 pytestmark = pytest.mark.slow  # 13,132 rows are worked out
 
@@ -100,6 +101,9 @@ def test_the_order_is_so(found):
     assert list(zero.sort_values("rank").index[:2]) == [SHAPE, COLOURS[1]]
     assert zero.loc[SHAPE, ["rank_low", "rank_high", "top_1"]].tolist() == [1, 15, 1.0]
     assert (zero["rank_high"] >= 15).all() and (zero["rank_low"] <= 2).all()
+    typical = zero[["typical_low", "typical_high"]]
+    assert typical.loc[[SHAPE, COLOURS[1]]].to_numpy().tolist() == [[1, 2], [1, 3]]
+    assert (typical["typical_low"] >= 8).sum() == 8 and mean.loc[[SHAPE, COLOURS[1]], "typical_high"].tolist() == [2, 2]
     few = zero[zero["importance_method"].str.startswith("bounded")]
     assert len(few) == 14 and few["importance_high"].between(0.07, 0.095).all()
     assert (zero.loc[SHAPE, ["sufficiency_low", "sufficiency_high"]] - [0.065, 0.355]).abs().max() < 0.0006
@@ -119,5 +123,5 @@ def test_the_control_agrees_within_its_intervals(found):
     assert max(one["mean"] for one in families) < min(one["high"] for one in families)
     (test,) = found.interaction[found.interaction["replacement"] == "zero"].to_dict("records")
     assert round(test["p"], 3) == 0.034 and test["p_holm"] == 1.0
-    claims = ("comparisons", "tested", "adherence", "reading", "alone", "interaction", "concordance", "variance")
-    assert sum(len(getattr(found, name)) for name in claims) == 854
+    claims = [getattr(found, name) for name in CLAIMS]
+    assert sum(table["p_holm"].notna().sum() for table in claims if len(table)) == 1052

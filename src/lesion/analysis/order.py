@@ -15,7 +15,9 @@ import pandas as pd
 from lesion.analysis.bootstrap import REPLICATES, Floats, draws
 from lesion.analysis.cells import MEASURES, cube, groups, images, lesioned_rows, matched, prompt_averages, shared_noise
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
-from lesion.analysis.paired import comparisons, without_noise
+from lesion.analysis.paired import comparisons, wins, without_noise
+
+RANKS = ("rank", "rank_low", "rank_high", "typical_rank", "typical_low", "typical_high")
 
 
 def replicated(cells: Floats, shared: bool = False, replicates: int = REPLICATES, seed: int = 0) -> Floats:
@@ -53,20 +55,25 @@ def ranks(
     replicates: int = REPLICATES,
     seed: int = 0,
     compared: pd.DataFrame | None = None,
+    won: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Rank of every layer by importance, one row a setting and layer in depth order.
 
     Columns: the setting's; layer; importance (over the shared images); rank (1 = most important, ties share the better
-    rank); rank_low, rank_high; top_K for each of `top`; n_prompts; n_left_out.
+    rank); rank_low, rank_high; typical_rank, typical_low, typical_high; top_K for each of `top`; n_prompts; n_left_out.
     rank_low - 1 layers are significantly more important, n - rank_high less, by `paired.comparisons` of every two
     layers, Holm-corrected over all of them: so the true ranks of all layers lie within their limits together at least
     `confidence` of the time even where layers tie (Mogstad, Romano, Shaikh & Wilhelm, Rev. Econ. Stud. 91, 2024, who
-    resample for that); resampled ranks do not (Xie, Singh & Zhang, JASA 104, 2009). compared: such comparisons ready
-    made, where p_holm is corrected for more than these. top_K: share of bootstrap replicates in which the layer is
-    among the first K, ties by their mean rank. With one prompt all of these are missing.
+    resample for that); resampled ranks do not (Xie, Singh & Zhang, JASA 104, 2009). typical_rank: one place behind the
+    layers that change the image more on most prompts where the two differ, with limits by `paired.wins` in the same
+    way. compared, won: such comparisons ready made, where p_holm is corrected for more than these. top_K: share of
+    bootstrap replicates in which the layer is among the first K, ties by their mean rank. With one prompt all of these
+    are missing.
     """
     if compared is None:
         compared = comparisons(frame, metric)
+    if won is None:
+        won = wins(frame, metric)
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
     shares = [f"top_{k}" for k in top]
@@ -81,11 +88,14 @@ def ranks(
         table = pd.DataFrame({"layer": list(wide.columns), "importance": means}).assign(**setting)
         table["rank"] = _ranks(means, "min")
         known = by_prompt.shape[1] > 1
-        apart = _of(compared, setting)
-        apart = apart[apart["p_holm"] <= 1 - confidence]
-        above, below = (table["layer"].map(apart[side].value_counts()).fillna(0) for side in ("other", "layer"))
-        table["rank_low"] = (1 + above) if known else np.nan
-        table["rank_high"] = (len(table) - below) if known else np.nan
+        beaten = _of(won, setting)
+        above = beaten.loc[beaten["n_more"] > beaten["n_less"], "other"].value_counts()
+        table["typical_rank"] = 1 + table["layer"].map(above).fillna(0)
+        for name, pairs in (("rank", _of(compared, setting)), ("typical", beaten)):
+            pairs = pairs[pairs["p_holm"] <= 1 - confidence]
+            above, below = (table["layer"].map(pairs[side].value_counts()).fillna(0) for side in ("other", "layer"))
+            table[f"{name}_low"] = (1 + above) if known else np.nan
+            table[f"{name}_high"] = (len(table) - below) if known else np.nan
         star = (
             _ranks(replicated(cells, shared_noise(whole), replicates, seed), "average")
             if by_prompt.shape[1] > 1
@@ -94,8 +104,8 @@ def ranks(
         for k, name in zip(top, shares, strict=True):
             table[name] = np.nan if star is None else (star <= k).mean(axis=1)
         table["n_prompts"], table["n_left_out"] = by_prompt.shape[1], images(whole) - len(wide)
-        tables.append(table.astype({"rank": "Int64", "rank_low": "Int64", "rank_high": "Int64"}))
-    names = [*keys, "layer", "importance", "rank", "rank_low", "rank_high", *shares, "n_prompts", "n_left_out"]
+        tables.append(table.astype(dict.fromkeys(RANKS, "Int64")))
+    names = [*keys, "layer", "importance", *RANKS, *shares, "n_prompts", "n_left_out"]
     return pd.concat(tables, ignore_index=True)[names] if tables else pd.DataFrame(columns=names)
 
 

@@ -6,6 +6,9 @@ one of the two sides rests on few prompts (`bootstrap.effective_number`), the la
 holds whatever the distribution: t tests find differences in up to 69 % of studies without any where effects are that
 sparse (`scripts/simulate_inference.py`). So it is where all differences are alike. A test that cannot be made (one
 prompt) has p = NaN and does not count in the correction.
+
+`wins` asks something else of two layers: which changes the image more on most prompts. That needs no mean, so that few
+prompts say something whatever the distribution.
 """
 
 from __future__ import annotations
@@ -37,14 +40,17 @@ from lesion.analysis.settings import layers_in_order
 TEST = ("difference", "low", "high", "method", "p", "p_holm", "n_prompts")
 
 
-def holm(p: ArrayLike) -> Floats:
+def holm(p: ArrayLike, least: ArrayLike = 0.0, alpha: float = 0.05) -> Floats:
     """Adjusted p-values, NaN for NaN (Holm, Scand. J. Stat. 6, 1979): reject where they are at most alpha.
 
-    statsmodels' `multipletests(p, method="holm")` does the same; these lines spare the dependency.
+    least: the smallest p that each test could have given. Tests that could not be significant among so many, whatever
+    came, do not count (Tarone, Biometrics 46, 1990) and are NaN. Without them statsmodels' `multipletests(p,
+    method="holm")` does the same; these lines spare the dependency.
     """
     values = np.asarray(p, dtype=np.float64)
     adjusted = np.full(values.shape, np.nan)
-    known = np.flatnonzero(np.isfinite(values))
+    known = np.isfinite(values)
+    known = np.flatnonzero(known & (np.asarray(least) <= alpha / max(int(known.sum()), 1)))
     order = known[np.argsort(values[known], kind="stable")]
     steps = values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0) if len(order) else steps
@@ -113,6 +119,36 @@ def _ranked(by_prompt: Floats) -> tuple[list[float], list[int], tuple[float, flo
     order = np.argsort(-by_prompt.mean(axis=1), kind="stable").tolist() if by_prompt.size else []
     most = largest(by_prompt)
     return [effective_number(layer) for layer in by_prompt], order, (-most, most)
+
+
+def wins(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """Every two layers of a setting compared: does one change the image more on most prompts where they differ?
+
+    One row a setting and pair. Columns: the setting's; layer (the one that does so more often), other; n_more, n_less
+    (prompts on which it changes the image more, less, means over seeds; differences up to 1e-4 are rounding and none);
+    p (exact two-sided sign test), p_least (had all of n_more + n_less prompts agreed), p_holm (over the setting's
+    pairs); n_prompts. Over the images that are valid for every layer. Where prompts share
+    the noise of their seeds, it speaks of these seeds.
+    """
+    from scipy.special import bdtr
+
+    part, keys = lesioned_rows(frame, metric)
+    part = part[part["selection"] == LEAVE_ONE_OUT]
+    names = [*keys, "layer", "other", "n_more", "n_less", "p", "p_least", "p_holm", "n_prompts"]
+    tables = []
+    for setting, whole in groups(part, keys):
+        wide = matched(whole)
+        by_prompt, layers = prompt_averages(cube(wide)), np.array(wide.columns, dtype=object)
+        one, other = np.triu_indices(len(layers), 1)
+        apart = by_prompt[one] - by_prompt[other]
+        more, less = (apart > NO_EFFECT).sum(axis=1), (apart < -NO_EFFECT).sum(axis=1)
+        one, other = np.where(more >= less, (one, other), (other, one))
+        most, least = np.maximum(more, less), np.minimum(more, less)
+        p = np.minimum(2 * bdtr(least.astype(float), most + least, 0.5), 1.0)
+        table = pd.DataFrame({"layer": layers[one], "other": layers[other], "n_more": most, "n_less": least, "p": p})
+        table["p_least"] = np.minimum(2.0 ** (1 - (most + least)), 1.0)
+        tables.append(table.assign(**setting, p_holm=holm(p, table["p_least"]), n_prompts=by_prompt.shape[1])[names])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=names)
 
 
 def largest(by_prompt: Floats) -> float:

@@ -58,7 +58,8 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     table["effect_text"] = table["effect"].map(NO_EFFECT_TEXT)
     words = (
         "Importance: 1 - similarity, leave-one-out; sufficiency: similarity, only-one. Means over seeds, then prompts, "
-        "with 95 % intervals; ranks with 95 % limits that hold for all layers together. "
+        "with 95 % intervals; ranks with 95 % limits that hold for all layers together: rank by importance, typical "
+        "rank one place behind the layers that change the image more on most prompts. "
     )
     words += ranks_words(table)
     if has_floor:
@@ -83,6 +84,7 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     columns = [
         Column("layer", "layer", "code"),
         Column("rank", "rank", "count", "rank_low", "rank_high", up=True),
+        Column("typical_rank", "typical rank", "count", "typical_low", "typical_high", up=True),
         _measure("importance", "importance"),
         _measure("normalised_other_seeds", "vs another seed", "p_floor", "beyond_floor", spare=True, kind="ratio"),
         _measure("normalised_other_prompts", "vs another prompt", spare=True, kind="ratio"),
@@ -316,7 +318,8 @@ def order(found: Findings, setting: Setting) -> Table | None:
     if table.empty:
         return None
     words = (
-        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired test over prompts, "
+        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired test over prompts (p); "
+        "prompts on which the layer changes the image more and less than the next, exact sign test (p, sign); both "
         f"{CORRECTED}; {STARS}." + interval_words(table, ["method"])
     )
     columns = [
@@ -325,6 +328,9 @@ def order(found: Findings, setting: Setting) -> Table | None:
         Column("next_layer", "next layer", "code"),
         Column("difference", "difference", "number", "low", "high", "p_holm"),
         Column("p_holm", "p", "p"),
+        Column("n_more", "more", "count"),
+        Column("n_less", "less", "count"),
+        Column("p_wins", "p, sign", "p"),
         Column("n_prompts", "prompts", "count"),
     ]
     words = caption(found.rows(setting), setting, words, found.metric)

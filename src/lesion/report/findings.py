@@ -23,8 +23,8 @@ from lesion.analysis.interactions import (
     dose_response,
     pair_interactions,
 )
-from lesion.analysis.order import kendalls_w, ranks, top_stability
-from lesion.analysis.paired import against_floor, comparisons, holm, neighbours
+from lesion.analysis.order import RANKS, kendalls_w, ranks, top_stability
+from lesion.analysis.paired import against_floor, comparisons, holm, neighbours, wins
 from lesion.analysis.reading import (
     adherence_columns,
     adherence_lost,
@@ -42,7 +42,7 @@ from lesion.study.columns import GENERATION, LESION
 
 CERTAIN = 0.05  # p-values up to this count as a difference
 NO_FLOOR = "there are no pairs of baselines to take the noise floor from"
-_RANK = ("rank", "rank_low", "rank_high", "top_1", "top_3")
+_RANK = (*RANKS, "top_1", "top_3")
 
 
 def _none() -> pd.DataFrame:
@@ -71,6 +71,7 @@ class Findings:
     affected: pd.DataFrame = field(default_factory=_none)
     variance: pd.DataFrame = field(default_factory=_none)
     comparisons: pd.DataFrame = field(default_factory=_none)
+    wins: pd.DataFrame = field(default_factory=_none)
     aspects: pd.DataFrame = field(default_factory=_none)
     interaction: pd.DataFrame = field(default_factory=_none)
     reading: pd.DataFrame = field(default_factory=_none)
@@ -97,9 +98,9 @@ class Findings:
     def summary(self, setting: Setting) -> pd.DataFrame:
         """One row a layer in depth order: all that is said of it.
 
-        Columns: those of `layer_table`; importance_low, _high, _method and the same of sufficiency; rank_low,
-        rank_high, top_1, top_3 (over the images valid for every layer); n_rank_prompts, n_left_out: prompts of these,
-        and pairs of prompt and seed that are not among them (the same in every row); other_seeds,
+        Columns: those of `layer_table`; importance_low, _high, _method and the same of sufficiency; those of
+        `order.ranks` from rank_low to top_3 (over the images valid for every layer); n_rank_prompts, n_left_out:
+        prompts of these, and pairs of prompt and seed that are not among them (the same in every row); other_seeds,
         normalised_other_seeds, _low, _high, _method and the same of other_prompts; beyond_floor (importance less 1 -
         floor), p_floor (corrected over the report); those of `affected_prompts`; adherence_lost, _low, _high,
         p_adherence (corrected, by the first metric of `adherence`); n_importance, n_sufficiency (images); where the
@@ -136,7 +137,7 @@ class Findings:
         _take(table, lost, _LOST)
         if "stopped" in rows:
             table["stopped"] = _stopped(rows).reindex(table.index).fillna("")
-        return table.astype(dict.fromkeys(_RANK[:3], "Int64")).reset_index(drop=True)
+        return table.astype(dict.fromkeys(RANKS, "Int64")).reset_index(drop=True)
 
     def control(self, setting: Setting) -> float:
         """Mean similarity with every layer lesioned; NaN without such images."""
@@ -210,6 +211,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     work("affected", affected_prompts, frame)
     work("variance", variance_components, frame)
     work("comparisons", comparisons, frame)
+    work("wins", wins, frame)
     work("stability", top_stability, frame)
     work("concordance", kendalls_w, frame)
     work("neighbours", neighbours, frame, **how)
@@ -233,12 +235,12 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if has.get("coalitions", 0):
         work("shapley", shapley_values, frame, **how)
     _correct(found)
-    work("ranks", ranks, frame, compared=found.comparisons)
+    work("ranks", ranks, frame, compared=found.comparisons, won=found.wins)
     return found
 
 
 CLAIMS = (
-    *("comparisons", "tested", "adherence", "reading", "alone", "interactions", "interaction", "concordance"),
+    *("comparisons", "wins", "tested", "adherence", "reading", "alone", "interactions", "interaction", "concordance"),
     "variance",
 )
 
@@ -246,18 +248,22 @@ CLAIMS = (
 def _correct(found: Findings) -> None:
     """One correction over every test that a report makes, of all its settings and tables: column p_holm.
 
-    Rank limits follow from the comparisons, and neighbouring ranks are some of them.
+    Rank limits follow from comparisons and wins, and neighbouring ranks are some of them.
     """
     tables = [table for name in CLAIMS if "p" in (table := getattr(found, name))]
     values = [table["p"].to_numpy(dtype=np.float64, na_value=np.nan) for table in tables]
-    together = holm(np.concatenate(values)) if values else np.empty(0)
+    least = [table["p_least"] if "p_least" in table else np.zeros(len(table)) for table in tables]
+    together = holm(np.concatenate(values), np.concatenate(least)) if values else np.empty(0)
     for table, part in zip(tables, np.split(together, np.cumsum([len(one) for one in values])[:-1]), strict=True):
         table["p_holm"] = part
     if len(found.neighbours):
         plain = found.neighbours.drop(columns="p_holm").rename(columns={"next_layer": "other"})
         keys = [name for name in found.comparisons if name in plain and name not in ("difference", "p", "n_prompts")]
         table = plain.merge(found.comparisons[[*keys, "p_holm"]], on=keys, how="left")
-        found.neighbours = table.rename(columns={"other": "next_layer"})
+        turned = {"layer": "other", "other": "layer", "n_more": "n_less", "n_less": "n_more"}
+        won = pd.concat([found.wins, found.wins.rename(columns=turned)], ignore_index=True)
+        won = won[[*keys, "n_more", "n_less", "p_holm"]].rename(columns={"p_holm": "p_wins"})
+        found.neighbours = table.merge(won, on=keys, how="left").rename(columns={"other": "next_layer"})
 
 
 def _bounded(table: pd.DataFrame, metric: str) -> pd.DataFrame:

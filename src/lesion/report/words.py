@@ -24,6 +24,7 @@ from lesion.report.tables import missing
 from lesion.report.text import clean, number
 
 MOST = 6  # layers a sentence names
+RANK_HEADS = ["rank", "typical rank"]
 MEASURES = {"importance": "importance (leave-one-out)", "sufficiency": "sufficiency (only-one)"}
 
 
@@ -50,10 +51,10 @@ def ranking_lines(found: Findings) -> list[str]:
             )
         elif measures:
             table = table.sort_values(measures[0], ascending=False, kind="stable", na_position="last")
-        head = [*(["rank"] if ranked else []), "layer", *(MEASURES[name] for name in measures), "images", ""]
+        head = [*(RANK_HEADS if ranked else []), "layer", *(MEASURES[name] for name in measures), "images", ""]
         cells = [head]
         for record in table.to_dict("records"):
-            line = [_limited(record, "rank", 0)] if ranked else []
+            line = [_limited(record, "rank", 0), _limited(record, "typical", 0, "typical_rank")] if ranked else []
             line += [clean(record["layer"]), *(_limited(record, name, 4) for name in measures), _images(record)]
             cells.append([*line, "no effect" if record["effect"] == "none" else ""])
         widths = [max(len(cell[column]) for cell in cells) for column in range(len(head))]
@@ -61,12 +62,14 @@ def ranking_lines(found: Findings) -> list[str]:
         lines += [
             "  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip() for cell in cells
         ]
+    if any(RANK_HEADS[1] in line for line in lines):
+        lines.append("Rank: by mean importance. Typical rank: by which layer changes the image more on most prompts.")
     return [*lines, "In brackets: 95 % intervals over prompts."] if any("[" in line for line in lines) else lines
 
 
-def _limited(record: dict[Hashable, Any], name: str, digits: int) -> str:
-    """A value with its interval where it has one."""
-    values: list[Any] = [record.get(f"{name}{end}") for end in ("", "_low", "_high")]
+def _limited(record: dict[Hashable, Any], name: str, digits: int, value: str = "") -> str:
+    """A value, of the column `value` or else `name`, with its interval where it has one."""
+    values: list[Any] = [record.get(column) for column in (value or name, f"{name}_low", f"{name}_high")]
     if missing(values[0]):
         return "n/a"
     shown = [str(int(one)) if not digits else number(float(one), digits) for one in values if not missing(one)]
@@ -115,7 +118,7 @@ def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
         + (f"{_listed(bad)}, left out of every mean." if bad else "none invalid or failed.")
     )
     if len(table):
-        said["layers"] += [*_importance(found, table), *_seeds(found, setting)]
+        said["layers"] += [*_importance(found, setting, table), *_seeds(found, setting)]
         said["noise"] += _noise(found, table)
         said["alone"] += _sufficiency(found, setting, table)
     control = found.control(setting)
@@ -143,7 +146,12 @@ def answer(found: Findings, setting: Setting) -> list[str]:
     """
     table = found.summary(setting)
     sure, open_ = [], []
-    for part in (_first_layer(found, table), _broken(found, setting, table), _beyond_noise(table), _best_alone(table)):
+    for part in (
+        _first_layer(found, setting, table),
+        _broken(found, setting, table),
+        _beyond_noise(table),
+        _best_alone(table),
+    ):
         sure += part[0]
         open_ += part[1]
     if table.empty:
@@ -164,8 +172,8 @@ def _named(layer: object) -> str:
     return f"`{clean(layer)}`"
 
 
-def _first_layer(found: Findings, table: pd.DataFrame) -> _Said:
-    """The most important layer, and whether its place is settled."""
+def _first_layer(found: Findings, setting: Setting, table: pd.DataFrame) -> _Said:
+    """The most important layer, and whether its place is settled: by its mean, and on most prompts."""
     if table.empty or not table["importance"].notna().any():
         return [], []
     ranked = table[table["importance"].notna()]
@@ -181,10 +189,28 @@ def _first_layer(found: Findings, table: pd.DataFrame) -> _Said:
     quiet = [f"{none} of {_count(len(ranked), 'layer')} change{'s' if none == 1 else ''} no image."] if none else []
     if top["rank_high"] is not pd.NA and top["rank_high"] == 1:
         return [f"{first} That it comes first is settled.", *quiet], []
-    rivals = [name for name in ranked.loc[ranked["rank_low"].eq(1).fillna(False), "layer"] if name != top["layer"]]
-    names = _listed([_named(name) for name in rivals], 3) if rivals else ""
+    beaten, beating = _sure_wins(found, setting, str(top["layer"]))
+    rivals = [name for name in ranked["layer"] if name not in (top["layer"], *beaten)]
+    if beating:
+        names = _listed([_named(name) for name in beating], 3)
+        verb = "changes" if len(beating) == 1 else "change"
+        return [first, *quiet], [f"On most prompts, though, {names} {verb} them more: its mean rests on a few."]
+    if beaten and not rivals:
+        sure = f"{first} On most prompts it changes them more than any other layer does."
+        return [sure, *quiet], ["Whether its mean is the largest is not settled: prompts not asked may decide."]
+    if beaten:
+        first += f" On most prompts it changes them more than {len(beaten)} of the {len(ranked) - 1} other layers do."
+    names = _listed([_named(name) for name in rivals], 3) if len(ranked) > 1 and top["rank_high"] is not pd.NA else ""
     why = f"{names} may too" if names else "there are too few prompts"
     return [first, *quiet], [f"Which layer comes first is not settled: {why}."]
+
+
+def _sure_wins(found: Findings, setting: Setting, layer: str) -> tuple[list[str], list[str]]:
+    """The layers that this one surely changes images more than on most prompts, and those that do so to it."""
+    pairs = found.of("wins", setting)
+    pairs = pairs[pairs["p_holm"].map(certain)] if len(pairs) else pd.DataFrame(columns=["layer", "other"])
+    beaten, beating = pairs[pairs["layer"] == layer]["other"], pairs[pairs["other"] == layer]["layer"]
+    return list(beaten), list(beating)
 
 
 def _interval_of(record: Any, name: str) -> str:
@@ -243,7 +269,7 @@ def _best_alone(table: pd.DataFrame) -> _Said:
     ], []
 
 
-def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
+def _importance(found: Findings, setting: Setting, table: pd.DataFrame) -> list[str]:
     """Which layers matter, and whether the first place is sure."""
     out = []
     ranked = table[table["importance"].notna()]
@@ -258,9 +284,12 @@ def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
         if len(ranked) and ranked["rank_high"].head(1).eq(1).fillna(False).any():
             out.append(f"{clean(ranked['layer'].iloc[0])} is first also by its rank interval (1 to 1).")
         elif len(firsts) > 1:
-            out.append(f"Who comes first is not settled: the rank intervals of {_listed(firsts, MOST)} include 1.")
+            out.append(
+                f"Who comes first by the mean is not settled: the rank intervals of {_listed(firsts, MOST)} include 1."
+            )
         elif firsts:
             out.append(f"{firsts[0]} is first also by its rank interval (1 to {maybe['rank_high'].iloc[0]}).")
+        out += _typical(found, setting, ranked)
         if said := ranks_words(table).strip():
             out.append(said)
         rare = effective[effective["importance_method"].astype(str).str.startswith(BOUNDED)]
@@ -278,6 +307,23 @@ def _importance(found: Findings, table: pd.DataFrame) -> list[str]:
         names = _listed([clean(name) for name in silent["layer"]])
         out.append(f"{names} {verb} no measurable effect (every similarity within {NO_EFFECT:g} of 1){more}.")
     return out
+
+
+def _typical(found: Findings, setting: Setting, ranked: pd.DataFrame) -> list[str]:
+    """Which layers change images more than which on most prompts, in terms of ranks."""
+    count = int(ranked["typical_low"].notna().sum())
+    said = ranked[(ranked["typical_low"] > 1).fillna(False) | (ranked["typical_high"] < count).fillna(False)]
+    if not count or said.empty:
+        return []
+    named = [
+        f"{_listed([clean(name) for name in part['layer']], MOST)} {low} to {high}"
+        for (low, high), part in said.sort_values("typical_rank").groupby(["typical_low", "typical_high"])
+    ]
+    of = ", with the seeds of this study" if shared_noise(found.rows(setting)) else ""
+    return [
+        f"On most prompts{of}, ranks by which layer changes the image more lie within these limits, for all layers "
+        f"together (exact sign tests of every two layers, {CORRECTED}, 5 %): {'; '.join(named)}."
+    ]
 
 
 def _touched(one: Any) -> str:
