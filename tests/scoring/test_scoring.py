@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from scipy.ndimage import correlate
 
 import lesion.scoring
+from judges import small_tower, write_blip, write_dreamsim, write_yolos
 from lesion.errors import RequestError
 from lesion.scoring import (
     Metric,
@@ -43,6 +44,7 @@ from lesion.study.boxes import Box
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "scorer").glob("*.yaml"))
 WORDS = ["a", "red", "green", "blue", "circle", "square", "above", "below", "on", "white"]
 CONTEXT = 12
+JUDGES = {"perceptual": "dreamsim", "objects": "geneval", "questions": "vqa_score"}  # configs of one further metric
 
 
 def write_clip(folder: Path) -> Path:
@@ -577,8 +579,9 @@ def test_lpips_by_formula(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_metric_keeps_the_facts_it_states(
-    clip_folder: Path, dino_folder: Path, preference_folder: Path, monkeypatch: pytest.MonkeyPatch
+    clip_folder: Path, dino_folder: Path, preference_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dreamsim.feature_extraction import load_open_clip_as_dino as loading
     from torchmetrics.functional.image import lpips as reference
 
     import lesion.scoring.lpips as lpips
@@ -593,7 +596,15 @@ def test_each_metric_keeps_the_facts_it_states(
     boxed = {"boxes": (Box("red circle", (0.0, 0.0, 0.5, 0.5)),), "box_mass": 0.25}
     given = [Shot("a", near.copy(), "b", near, prompt, **boxed), Shot("c", little, "b", near, prompt, **boxed)]
     given += [Shot("d", far, "b", near, prompt, **boxed)]
-    options = {"pick_score": {"model": str(preference_folder)}}
+    monkeypatch.setattr(loading, "vit_base", small_tower)
+    (tmp_path / "m.json").write_text(json.dumps([{"prompt": prompt, "include": [{"class": "bench", "count": 1}]}]))
+    judges = {"detector": str(write_yolos(tmp_path / "yolos")), "metadata": str(tmp_path / "m.json")}
+    options = {
+        "pick_score": {"model": str(preference_folder)},
+        "dreamsim": {"folder": str(write_dreamsim(tmp_path / "dreamsim")), "kind": "open_clip_vitb32"},
+        "geneval": {**judges, "model": f"local-dir:{clip_folder}"},
+        "vqa_score": {"model": str(write_blip(tmp_path / "blip"))},
+    }
     every = spec(clip_folder, *known_metrics(), dino_model=str(dino_folder), options=options)
     found = make_scorer(every, "cpu").score(given)
     lpips._net.cache_clear()
@@ -634,8 +645,8 @@ def test_the_table_of_metrics_in_the_docs_is_what_they_state() -> None:
 def test_metrics_are_found_by_module_name_without_torch() -> None:
     read = [f"read_{one}" for one in ("background", "binding", "colour", "count", "relation", "shape", "size")]
     boxes = ("box_iou", "box_mass", "box_success")
-    others = ("clip_similarity", "clip_text", "dino_similarity", "lpips", "pick_score", "psnr")
-    assert known_metrics() == (*boxes, *others, *read, "ssim", "unsteered_distance")
+    others = ("clip_similarity", "clip_text", "dino_similarity", "dreamsim", "geneval", "lpips", "pick_score", "psnr")
+    assert known_metrics() == (*boxes, *others, *read, "ssim", "unsteered_distance", "vqa_score")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -644,7 +655,8 @@ def test_metrics_are_found_by_module_name_without_torch() -> None:
 def test_facts_identities_and_what_prompts_ask_are_known_without_torch() -> None:
     code = (
         "import sys, lesion.scoring as s\n"
-        "names = [n for n in s.known_metrics() if n not in ('dino_similarity', 'pick_score')]\n"
+        "named = ('dino_similarity', 'dreamsim', 'geneval', 'pick_score', 'vqa_score')\n"
+        "names = [n for n in s.known_metrics() if n not in named]\n"
         "spec = s.ScorerSpec('x', 'embedded', None, tuple(names))\n"
         "s.check(spec), s.identities(spec), s.columns_for(spec, 'a red circle')\n"
         "[s.metric_class(n).why_unsuited() for n in s.known_metrics()]\n"
@@ -789,11 +801,15 @@ def test_configs_fit_the_spec(path: Path) -> None:
     assert {*values, "options"} == {field.name for field in fields(ScorerSpec)}
     assert values["name"] == path.stem
     assert values["importance"] in values["metrics"]
+    assert ScorerSpec.of(values).name == path.stem
     own = [metric for metric in values["metrics"] if not metric.startswith("read_")]
-    assert (own != values["metrics"]) == (values["clip_model"] == "embedded")  # the reader knows the toy world only
+    # The reader knows the toy world only.
+    assert (own != list(values["metrics"])) == (values["clip_model"] == "embedded")
     if path.stem == "dino":
         assert (values["importance"], values["dino_model"]) == ("dino_similarity", "facebook/dinov2-base")
         assert own == ["clip_similarity", "dino_similarity"]
+    elif path.stem in JUDGES:
+        assert JUDGES[path.stem] in own
     else:
         assert own == ["clip_similarity", "clip_text", "ssim", "psnr"]
     if values["clip_model"] != "embedded":

@@ -16,6 +16,8 @@ import huggingface_hub
 from lesion.scoring._clip_weights import hub_answers
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"  # of weights in several files
+TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")  # configs, tokenizers, templates of chats
 
 
 def resolve(name: str, kind: str, key: str, more: tuple[str, ...] = ()) -> tuple[Path, Path]:
@@ -39,6 +41,64 @@ def resolve(name: str, kind: str, key: str, more: tuple[str, ...] = ()) -> tuple
         config, weights = _from_hub(name, key, more)
     check_kind(config, kind)
     return config, weights
+
+
+def folder_of(name: str, key: str) -> Path:
+    """Return the folder of a model whose weights are safetensors, in one file or several.
+
+    name: a local folder, or a name on the hub: from its cache, or downloaded once.
+    key: of the config, under which a folder can be named.
+
+    Raises FileNotFoundError where there is none or a file is missing, ValueError for an index that cannot be read.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = snapshot(name, f"download it once where there is network, or set {key} to a folder of it")
+    if lacking := [file for file in (CONFIG, *_weights(folder)) if not (folder / file).is_file()]:
+        raise FileNotFoundError(f"the folder lacks {lacking[0]}")
+    return folder
+
+
+def snapshot(name: str, advice: str) -> Path:
+    """Return the folder of a name on the hub with its whole model: from the hub's cache, or downloaded.
+
+    Raises FileNotFoundError in one line that ends with `advice`.
+    """
+    check_name(name)
+    cached = huggingface_hub.try_to_load_from_cache(name, CONFIG)
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        if all((folder / file).is_file() for file in _weights(folder)):
+            return folder
+    with reaching_the_hub(advice):
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*TEXTS, "*.safetensors"]))
+
+
+def _weights(folder: Path) -> tuple[str, ...]:
+    """The names of the files that the weights are, or would be, in."""
+    index = folder / INDEX
+    if (folder / WEIGHTS[0]).is_file() or not index.is_file():
+        return WEIGHTS[:1]
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return tuple(sorted({str(file) for file in files}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{INDEX} is no index of weights: {error}") from None
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Return a digest of all that a model of this folder computes with, 16 hex digits."""
+    texts = {path for pattern in TEXTS for path in folder.glob(pattern) if path.is_file()}
+    return digest_of((*sorted(texts), *(folder / file for file in _weights(folder))))
+
+
+def architecture(folder: Path) -> str:
+    """Return the class of transformers that a folder's config names; "" where it names none."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"][0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
+    return str(found)
 
 
 def check_name(name: str) -> None:
@@ -79,12 +139,12 @@ def reaching_the_hub(advice: str) -> Iterator[None]:
         raise FileNotFoundError(f"cannot be had from the hub ({str(error).splitlines()[0]}); {advice}") from None
 
 
-def loaded(model_class: Any, folder: Path, device: Any) -> Any:
-    """Return a model of transformers in float32, for inference. Raises ValueError where its folder lacks weights."""
+def loaded(model_class: Any, folder: Path, device: Any, dtype: str = "float32") -> Any:
+    """Return a model of transformers for inference. Raises ValueError where its folder lacks weights."""
     import torch
 
     model, report = model_class.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
@@ -96,7 +156,7 @@ def digest_of(files: tuple[Path, ...]) -> str:
     return _digest(*((file, file.stat().st_mtime_ns) for file in files))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _digest(*files: tuple[Path, int]) -> str:
     total = hashlib.sha256()
     for file, _ in files:

@@ -123,7 +123,7 @@ class Metric(ABC):
                 if value not in get_args(allowed[name]):
                     choices = ", ".join(map(str, get_args(allowed[name])))
                     raise RequestError(f"{key}.{name}", f"got {value!r}; allowed: {choices}")
-            elif not isinstance(value, allowed[name]) or (isinstance(value, bool) and allowed[name] is not bool):
+            elif not _is(value, allowed[name]):
                 wanted = getattr(allowed[name], "__name__", allowed[name])
                 raise RequestError(f"{key}.{name}", f"got {value!r}; allowed: a value of type {wanted}")
         return cls(**options)
@@ -154,3 +154,8 @@ class Metric(ABC):
         Values depend on the shots alone, not on their order or batch, except for rounding: batches of other sizes may
         add up in another order (about 1e-6 in float32). Unchanged images get `identical` from the scorer.
         """
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether an option's value is of its type: a whole number is a number too, true and false are none."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))

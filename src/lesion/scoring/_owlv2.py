@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,6 @@ from lesion.scoring._embeddings import digest
 from lesion.study.boxes import Corners
 
 FILES = ("config.json", "model.safetensors")  # and the processor's: a tokenizer, and how pictures are brought to size
-PATTERNS = ["*.json", "*.txt", "model.safetensors"]
 THRESHOLD, OVERLAP = 0.1, 0.5
 KEPT = 4096  # images whose detections are kept
 
@@ -97,21 +95,11 @@ def resolve(name: str) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        _hub_models.check_name(name)
-        folder = _from_hub(name)
+        folder = _hub_models.snapshot(name, "download it once where there is network, or name a folder of it")
     if lacking := [file for file in FILES if not (folder / file).is_file()]:
         raise FileNotFoundError(f"the folder needs {' and '.join(FILES)}; it lacks {lacking[0]}")
     _hub_models.check_kind(folder / FILES[0], "owlv2")
     return folder
-
-
-def _from_hub(name: str) -> Path:
-    cached = huggingface_hub.try_to_load_from_cache(name, FILES[1])
-    if isinstance(cached, str):
-        return Path(cached).parent
-    advice = "download it once where there is network, or name a folder of it"
-    with _hub_models.reaching_the_hub(advice):
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
 
 
 def weights_digest(folder: Path) -> str:
