@@ -117,10 +117,10 @@ def test_the_arguments_of_the_pipeline_can_be_set_whole_and_one_by_one(cli):
 
 def test_a_pattern_that_backtracks_is_refused_in_time():
     path, pattern = "a" * 40 + "!", r"re:^(a|a)*$"
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(RequestError, match=r"layers.include: .* takes more than 1 s"):
         layer_patterns.matches(path, pattern, "layers.include")
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert layer_patterns.matches("up_blocks.1.attentions.0", r"re:^up_.*\.\d$", "layers.include")
     assert not layer_patterns.matches("up_blocks.1.attentions.0", "up_blocks.1", "layers.include")
 

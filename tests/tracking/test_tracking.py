@@ -463,7 +463,7 @@ def test_a_service_that_does_not_answer_has_a_deadline(
     tracker.progress(1, 2, 1.0)
     tracker.close(0)
     tracker.close(1)
-    assert 0.2 <= time.monotonic() - began < 5 and len(ended) == 1
+    assert 0.2 <= time.monotonic() - began < 60 and len(ended) == 1
     (line,) = caplog.messages
     waited = "0.5" if where == "finish" else "0.2"
     assert line.startswith(f"tracker wandb stopped: ServiceSilent: wandb-core has not answered for {waited} s")
