@@ -130,7 +130,7 @@ def class_facts() -> dict[str, Any]:
     for name in PIPELINES:
         cls = getattr(diffusers, name)
         pipelines[name] = {
-            "arguments": sorted(calling.takes(cls)),
+            "arguments": dict(calling.takes(cls)),
             "defaults": {
                 argument: default_of_class(cls, argument)
                 for argument in sorted({*OF_CALL.values(), argument_of(name, "guidance")})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 
 import pytest
+import torch
 
 from conftest import settings, tiny_spec
 from lesion.errors import RequestError
-from lesion.models import ModelSpec, requirements, resolve
+from lesion.models import ModelSpec, calling, requirements, resolve
 from pipelines import BUILDERS, build
 from test_defaults import UNET, VAE, written
 
@@ -129,6 +131,26 @@ def test_arguments_of_other_classes_that_override_a_setting(tmp_path):
             resolve(tiny_spec(sd(tmp_path / name, pipeline), arguments=((name, "2"),)))
     kept = (("negative_original_size", "[8, 8]"), ("original_size", "[8, 8]"), ("guidance_rescale", "0.5"))
     assert resolve(tiny_spec(sdxl(tmp_path / "kept"), arguments=kept)).spec.arguments == kept
+
+
+def test_arguments_of_another_type_are_refused(tmp_path):
+    wrong = {"eta": ('"abc"', "true", "[0.5]", "null"), "guidance_rescale": ("{}",),
+             "cross_attention_kwargs": ("[1]",)}  # fmt: skip
+    folder = sd(tmp_path)
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(
+                RequestError, match=rf"^model.arguments: {name} of .* must be .*; got {re.escape(value)}$"
+            ):
+                requirements.check(resolve(tiny_spec(folder, arguments=((name, value),))), settings())
+    right = (("cross_attention_kwargs", "null"), ("eta", "1"))
+    requirements.check(resolve(tiny_spec(folder, arguments=right)), settings())
+
+    def call(self, a, b, c: dict[str, int] | float = 0.1, d: torch.Tensor | str = "", e=1, f: bool = None): ...  # noqa: RUF013
+
+    call.__annotations__ |= {"a": "Optional[List[Union[str, Tuple[int, int]]]]", "b": "typing.Optional[int]"}
+    of = dict(calling.takes(type("Made", (), {"__call__": call})))
+    assert of == {"self": "", "a": "list|null", "b": "int|null", "c": "dict|float", "d": "", "e": "", "f": "null|str"}
 
 
 def test_a_negative_prompt_that_is_not_read_is_refused(cli):

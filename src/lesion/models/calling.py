@@ -7,6 +7,7 @@ setting means what it says: the text as it stands, the size in pixels as asked, 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -27,21 +28,55 @@ AS_ASKED: Mapping[str, Any] = {
 }
 
 
+FORMS: Mapping[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "list": (list,),
+    "dict": (dict,),
+    "null": (type(None),),
+}
+
+
 @lru_cache(maxsize=32)
-def takes(cls: Any) -> frozenset[str]:
-    """Names of the arguments of a pipeline class's call."""
-    return frozenset(inspect.signature(cls.__call__).parameters)
+def takes(cls: Any) -> Mapping[str, str]:
+    """The arguments of a pipeline class's call: name -> forms of JSON values (`FORMS`), with `|` between them.
+
+    Of one whose annotation names something else, or which has none, nothing is known: "".
+    """
+    return {name: _forms(one) for name, one in inspect.signature(cls.__call__).parameters.items()}
 
 
-def call_arguments(pipeline: str, task: Task) -> frozenset[str]:
-    """Names of the arguments of the call that does a task with a pipeline of this class name.
+def _forms(parameter: inspect.Parameter) -> str:
+    said = parameter.annotation
+    text = said if isinstance(said, str) else said.__name__ if isinstance(said, type) else repr(said)
+    text = re.sub(r"(?i)(list|tuple|dict)\[[^\[\]]*(\[[^\[\]]*\][^\[\]]*)*\]", r"\1", text.replace("typing.", ""))
+    named = {word.lower() for word in re.findall(r"[A-Za-z_][\w.]*", text)} - {"optional", "union"}
+    if {"none", "nonetype"} & named or "Optional" in text or parameter.default is None:
+        named = (named - {"none", "nonetype"}) | {"null"}
+    if "tuple" in named:  # JSON has lists for them
+        named = (named - {"tuple"}) | {"list"}
+    return "|".join(sorted(named)) if named - {"null"} and named <= FORMS.keys() else ""
+
+
+def fits(value: Any, forms: str) -> bool:
+    """Whether a JSON value has one of these forms, or nothing is known of them."""
+    if not forms:
+        return True
+    of = type(value)
+    return any(of in FORMS[form] for form in forms.split("|"))
+
+
+def call_arguments(pipeline: str, task: Task) -> Mapping[str, str]:
+    """`takes` of the call that does a task with a pipeline of this class name.
 
     Raises RequestError for what is no pipeline.
     """
     if not task.own:
         return takes(task.counterpart(pipeline))
     known = facts.pipeline(pipeline)
-    return frozenset(known["arguments"]) if known else takes(pipeline_class(pipeline))
+    return known["arguments"] if known else takes(pipeline_class(pipeline))
 
 
 def can(pipeline: str, name: str) -> bool:
@@ -60,7 +95,7 @@ def arguments(
 ) -> dict[str, Any]:
     """Keyword arguments of `pipe(...)` for a batch. inputs: `Task.inputs`. more: from `model.arguments`."""
     cls: Any = type(pipe)
-    known = takes(cls)
+    known = takes(cls).keys()
     found: dict[str, Any] = {
         "prompt": list(texts),
         "generator": list(generators),

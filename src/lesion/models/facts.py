@@ -16,7 +16,7 @@ FILE = Path(__file__).with_name("facts.json")
 
 
 def pipeline(name: str) -> dict[str, Any] | None:
-    """Of a pipeline class: arguments (of its call), defaults (of some of them), img2img (whether it has a counterpart),
+    """Of a pipeline class: arguments (`calling.takes`), defaults (of some), img2img (whether it has a counterpart),
     single_file (whether it loads from one)."""
     return _known("pipelines", name)
 

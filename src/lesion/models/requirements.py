@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from lesion import tasks
 from lesion.errors import RequestError
-from lesion.models.calling import call_arguments
+from lesion.models.calling import call_arguments, fits
 from lesion.models.source import Source
 from lesion.study.settings import Settings
 
@@ -53,6 +53,15 @@ def check(source: Source, settings: Settings) -> None:
         _check_sdxl(source)
     _check_tokenizers(source)
     _check_clip_skip(source)
+    _check_arguments(source, settings.task)
+
+
+def _check_arguments(source: Source, task: str) -> None:
+    known = call_arguments(source.pipeline, tasks.of(task))
+    for name, text in source.spec.arguments:
+        if not fits(json.loads(text), forms := known.get(name, "")):
+            told = forms.replace("|", " or ")
+            raise RequestError("model.arguments", f"{name} of {source.pipeline} must be {told}; got {text}")
 
 
 def _check_calls(source: Source, task: str) -> None:
