@@ -150,7 +150,7 @@ def test_arguments_of_another_type_are_refused(tmp_path):
 
     call.__annotations__ |= {"a": "Optional[List[Union[str, Tuple[int, int]]]]", "b": "typing.Optional[int]"}
     of = dict(calling.takes(type("Made", (), {"__call__": call})))
-    assert of == {"self": "", "a": "list|null", "b": "int|null", "c": "dict|float", "d": "", "e": "", "f": "null|str"}
+    assert of == {"self": "", "a": "list|null", "b": "int|null", "c": "dict|float", "d": "", "e": "", "f": "bool|null"}
 
 
 def test_a_negative_prompt_that_is_not_read_is_refused(cli):
