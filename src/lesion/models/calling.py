@@ -48,10 +48,20 @@ def takes(cls: Any) -> Mapping[str, str]:
     return {name: _forms(one) for name, one in inspect.signature(cls.__call__).parameters.items()}
 
 
+_BRACKETS = re.compile(r"(\w+)\[([^\[\]]*)\]")
+
+
+def _outside(found: re.Match[str]) -> str:
+    """Of `list[X]` list, of `Optional[X]` and `Union[X, Y]` all of it."""
+    return f"{found[1]} {found[2]}" if found[1] in ("Optional", "Union") else found[1]
+
+
 def _forms(parameter: inspect.Parameter) -> str:
     said = parameter.annotation
     text = said if isinstance(said, str) else said.__name__ if isinstance(said, type) else repr(said)
-    text = re.sub(r"(?i)(list|tuple|dict)\[[^\[\]]*(\[[^\[\]]*\][^\[\]]*)*\]", r"\1", text.replace("typing.", ""))
+    text = text.replace("typing.", "")
+    while (inner := _BRACKETS.sub(_outside, text)) != text:
+        text = inner
     named = {word.lower() for word in re.findall(r"[A-Za-z_][\w.]*", text)} - {"optional", "union"}
     if {"none", "nonetype"} & named or "Optional" in text or parameter.default is None:
         named = (named - {"none", "nonetype"}) | {"null"}
