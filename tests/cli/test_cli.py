@@ -17,6 +17,7 @@ from PIL import Image
 import lesion
 from lesion import models
 from lesion.generation.generate import generate
+from lesion.run import environment
 from lesion.run import maker as making
 
 CONTRACT = [
@@ -259,8 +260,8 @@ def test_what_made_an_image_is_said_and_a_mixture_is_warned_of(cli, monkeypatch,
     code, out, err = cli("selection=none")
     assert code == 0 and "several cards" not in out + err
     (frame,) = cli.frames()
-    made = {"card": "cpu", "torch": torch.__version__, "diffusers": diffusers.__version__}
-    assert frame[["card", "torch", "diffusers"]].drop_duplicates().to_dict("records") == [made]
+    made = {"card": "cpu", "torch": torch.__version__, "diffusers": diffusers.__version__, "lesion": environment.code()}
+    assert frame[["card", "torch", "diffusers", "lesion"]].drop_duplicates().to_dict("records") == [made]
     picture = Image.open(cli.newest() / frame.image[0])
     assert json.loads(picture.text["lesion"])["made"] == made | {"truncated_tokens": 0}
     monkeypatch.setattr(making, "_made_with", lambda device: {**made, "card": "another"})
@@ -268,6 +269,9 @@ def test_what_made_an_image_is_said_and_a_mixture_is_warned_of(cli, monkeypatch,
     assert code == 0 and "several cards or versions" in out + err and "another, torch" in out + err
     frame = pd.read_parquet(cli.newest() / "results.parquet")
     assert dict(zip(frame.seed, frame.card, strict=True)) == {0: "cpu", 1: "another"}
+    monkeypatch.setattr(making, "_made_with", lambda device: {**made, "lesion": "0.0.9"})
+    code, out, err = cli("selection=none", "seeds=[0,2]")
+    assert code == 0 and "diffusers {}, lesion 0.0.9".format(made["diffusers"]) in out + err
 
 
 def test_a_baseline_that_failed_spoils_only_its_own_comparisons(cli, monkeypatch):

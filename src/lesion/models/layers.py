@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import lesion
 from lesion.errors import RequestError
+from lesion.store.digests import cache_folder
 from lesion.store.files import atomically
 
 if TYPE_CHECKING:
@@ -123,13 +123,6 @@ def examined(denoiser: Any, by: str, kind: str) -> Any:
         return list(examine(denoiser, by, kind).paths)
     except AnatomyError as error:
         return {"key": error.key, "message": str(error)}
-
-
-def cache_folder() -> Path:
-    """Where lists of further models are kept: LESION_CACHE_DIR, or `lesion` in the user's cache folder."""
-    if given := os.environ.get("LESION_CACHE_DIR"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lesion"
 
 
 def _place(source: Source, by: str, kind: str) -> Path | None:

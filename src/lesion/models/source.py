@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from lesion.models import facts, files, loras, schedulers
 from lesion.models.hub import snapshot
 from lesion.models.loras import Lora
 from lesion.models.schedulers import SCHEDULERS
+from lesion.store.digests import sha256_of
 from lesion.study.checks import one_of
 from lesion.study.grid import ModelIdentity
 from lesion.study.settings import DECLARED
@@ -169,7 +170,7 @@ class Source:
         if self.commit is None:
             for path in self._files():
                 digest.update(f"{'' if path == self.file else path.relative_to(self.folder)}\0".encode())
-                digest.update(digest_of_file(path))
+                digest.update(sha256_of(path))
         if more := self._more():  # left out where there is nothing, so that fingerprints stay
             digest.update(json.dumps(more, sort_keys=True).encode())
         return digest.hexdigest()[:32]
@@ -179,10 +180,10 @@ class Source:
         found: dict[str, Any] = {}
         if self.adapters:
             files = zip(self.spec.loras, self.adapters, strict=True)
-            found["loras"] = [[digest_of_file(path).hex(), lora.weight] for lora, path in files]
+            found["loras"] = [[sha256_of(path).hex(), lora.weight] for lora, path in files]
         if self.vae:
             parts = sorted(path for path in self.vae.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
-            found["vae"] = [[path.name, digest_of_file(path).hex()] for path in parts]
+            found["vae"] = [[path.name, sha256_of(path).hex()] for path in parts]
         if self.spec.arguments:
             found["arguments"] = self.spec.arguments
         return found
@@ -310,20 +311,8 @@ def pipeline_class(name: str, key: str = "model.pipeline") -> Any:
     return found
 
 
-def digest_of_file(path: Path) -> bytes:
-    """sha256 of a file's bytes, worked out once while the file stays as it is."""
-    return _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
-
-
 def _listed(names: Any) -> str:
     return ", ".join(sorted(names))
-
-
-@lru_cache(maxsize=4096)
-def _digest(path: Path, modified: int, size: int) -> bytes:
-    """sha256 of a file; `modified` and `size` only key the cache."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def resolve(spec: ModelSpec) -> Source:

@@ -16,10 +16,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import lesion
 from lesion.errors import PACKAGE
 from lesion.store.files import atomically
 
@@ -114,6 +116,13 @@ def sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+@cache
+def code() -> str:
+    """The version of this code: of a checkout with its commit, 12 digits, and "+" where files of it have changed."""
+    commit = _commit()
+    return lesion.__version__ + (f" ({commit[:12]}{'+' * commit.endswith('+')})" if commit else "")
 
 
 def _version(name: str) -> str:

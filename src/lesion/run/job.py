@@ -337,7 +337,7 @@ def complete(
         frame = beside.pop("results")
         if several := table.mixed(frame):
             log.warning(
-                "the images of this study were made by several cards or versions, which round differently; compare "
+                "the images of this study were made by several cards or versions, which may round differently; compare "
                 "effects with the noise floor: %s",
                 several,
             )

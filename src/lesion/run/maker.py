@@ -21,6 +21,7 @@ from lesion.generation.capture import Capturing
 from lesion.generation.generate import generate, say_unseen, to_pixels
 from lesion.generation.snapshots import States
 from lesion.models import memory
+from lesion.run.environment import code
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.maps import ImageMaps, Maps
@@ -51,7 +52,7 @@ def brief(error: BaseException) -> str:
 def _made_with(device: str) -> dict[str, str]:
     """The columns `MADE_WITH` of an image that is made now."""
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else device
-    return dict(zip(MADE_WITH, (card, torch.__version__, diffusers.__version__), strict=True))
+    return dict(zip(MADE_WITH, (card, torch.__version__, diffusers.__version__, code()), strict=True))
 
 
 def label(cell: Cell) -> str:

@@ -132,6 +132,6 @@ def mixed(frame: pd.DataFrame) -> str:
     if len(made) < 2:
         return ""
     return "; ".join(
-        f"{card}, torch {torch}, diffusers {diffusers}"
-        for card, torch, diffusers in made[[*MADE_WITH]].itertuples(index=False)
+        f"{card}, torch {torch}, diffusers {diffusers}" + (f", lesion {lesion}" if lesion else "")
+        for card, torch, diffusers, lesion in made[[*MADE_WITH]].itertuples(index=False)
     )

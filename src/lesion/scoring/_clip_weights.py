@@ -16,6 +16,7 @@ from huggingface_hub import constants as hub
 
 from lesion import models
 from lesion.models import facts
+from lesion.store.digests import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,11 +89,7 @@ def identity(model: str, pretrained: str | None) -> str:
 
 
 def _digest(files: list[Path]) -> str:
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    return hashlib.sha256(b"".join(map(sha256_of, files))).hexdigest()[:16]
 
 
 def hub_answers() -> bool:

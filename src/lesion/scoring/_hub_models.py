@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 
 from lesion.scoring._clip_weights import hub_answers
+from lesion.store.digests import sha256_of
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -152,14 +152,5 @@ def loaded(model_class: Any, folder: Path, device: Any, dtype: str = "float32") 
 
 
 def digest_of(files: tuple[Path, ...]) -> str:
-    """Return a digest of the bytes of these files, 16 hex digits; kept for files that have not changed."""
-    return _digest(*((file, file.stat().st_mtime_ns) for file in files))
-
-
-@lru_cache(maxsize=16)
-def _digest(*files: tuple[Path, int]) -> str:
-    total = hashlib.sha256()
-    for file, _ in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
+    """Return a digest of the bytes of these files, 16 hex digits."""
+    return hashlib.sha256(b"".join(map(sha256_of, files))).hexdigest()[:16]

@@ -13,7 +13,7 @@ from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
 from lesion.study.steering import STEERING_OFF, within
 
-MADE_WITH = ("card", "torch", "diffusers")  # what made an image; not part of its identity
+MADE_WITH = ("card", "torch", "diffusers", "lesion")  # what made an image; not part of its identity
 TRUNCATED = "truncated_tokens"  # of the prompt, that no text encoder of the model sees; missing where not known
 Of = Callable[[Cell, Sequence[str]], Any]
 
