@@ -64,7 +64,7 @@ def test_columns_mean_what_they_meant_for_comparing_runs():
         "negative_prompt": "",
         "noise": "shared",
         **dict.fromkeys(("boxes", "steering", "steering_settings", "steering_layers"), ""),
-        **dict.fromkeys(("card", "torch", "diffusers"), ""),
+        **dict.fromkeys(("card", "torch", "diffusers", "lesion"), ""),
     } == EARLIER
 
 

@@ -6,6 +6,7 @@ interrupted (SIGINT); 143 told to end (SIGTERM); 129 its terminal is gone (SIGHU
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import os
@@ -51,6 +52,38 @@ OF_HYDRA = (ValueError, TypeError, AttributeError, AssertionError)  # what it ra
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="lesion")
 def job(config: DictConfig) -> None:
     """One Hydra job: one study of one model."""
+    if SUBMITIT not in os.environ:
+        _job(config)
+        return
+    # Hydra keeps what a job raises for the process that launched it, and submitit then ends the job's own as a success.
+    failed: list[Exception] = []
+    atexit.register(lambda: _end_as_failed() if failed else None)
+    try:
+        _job(config)
+    except Exception as error:
+        failed.append(error)
+        if isinstance(error, StudyFailed):
+            say("lesion", str(error))
+        elif isinstance(error, (RequestError, HydraException, OmegaConfBaseException)):
+            _refuse(error)
+        else:
+            unforeseen("lesion", error, 1)
+        raise
+
+
+SUBMITIT = "SUBMITIT_EXECUTOR"  # environment variable of processes that submitit starts
+
+
+def _end_as_failed() -> None:
+    """End this process with exit code 1, by which SLURM shows its job as failed; to be called last of all."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
+def _job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lesion.config.parsing import parse

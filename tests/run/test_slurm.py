@@ -1,0 +1,190 @@
+"""A SLURM of one node, started here and stopped at the end: shards preempted, requeued and failed for real.
+
+Needs root and Debian's slurmctld, slurmd, slurm-client and munge; skipped without. Each start writes an own
+configuration with own ports, so a SLURM that runs here is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import lesion as package
+from lesion.report.merging import put_together, run_folders
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
+CONFIG = """
+ClusterName=lesion
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PreemptParameters=send_user_signal
+KillWait=10
+SchedulerParameters=bf_interval=1,batch_sched_delay=0
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes={host} State=UP PriorityTier=10
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Runs a command of SLURM's, and returns its standard output."""
+    os.environ["PATH"] += os.pathsep + "/usr/sbin"
+    if os.getuid() or not all(map(shutil.which, PROGRAMS)):
+        pytest.skip("needs root and Debian's slurmctld, slurmd, slurm-client and munge")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder = tmp_path_factory.mktemp("slurm")
+    for one in (*folder.parents, folder):
+        if one.stat().st_uid == 0 and one.is_relative_to(tmp_path_factory.getbasetemp()):
+            one.chmod(0o755)  # munged wants a way to its socket
+    (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
+    (folder / "munge.key").chmod(0o400)
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    host = socket.gethostname().partition(".")[0]
+    config = folder / "slurm.conf"
+    config.write_text(CONFIG.format(host=host, folder=folder, ports=(free_port(), free_port())))
+    os.environ["SLURM_CONF"] = str(config)
+    files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    munged = [f"--{name}={folder}/munge.{end}" for name, end in files.items()]
+    commands = (["munged", "--foreground", "--force", *munged], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])
+    started = []
+
+    def run(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    try:
+        with (folder / "out.log").open("w") as log:
+            for command in commands:
+                started.append(subprocess.Popen(command, stdout=log, stderr=log))
+                time.sleep(1)
+        deadline = time.monotonic() + 30
+        while (
+            subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout.split() != ["idle"] * 2
+        ):
+            if time.monotonic() > deadline:
+                pytest.skip(f"SLURM does not start here: {(folder / 'out.log').read_text()[-500:]}")
+            time.sleep(0.5)
+        yield run
+    finally:
+        subprocess.run(["scancel", "--user=root"], capture_output=True)
+        for one in reversed(started):
+            one.terminate()
+        for one in started:
+            try:
+                one.wait(20)
+            except subprocess.TimeoutExpired:
+                one.kill()
+        del os.environ["SLURM_CONF"]
+
+
+SHARDS = [
+    *("debug=smoke", "seeds=[0,1,2,3]", "generation.steps=6", "generation.batch_size=1", "scorer.batch_size=1"),
+    *("selection=only_one", "experiment=shards", "shard.count=2", "hydra/launcher=submitit_slurm"),
+    *("hydra.launcher.gpus_per_node=null", "hydra.launcher.mem_gb=null", "hydra.launcher.cpus_per_task=1"),
+    *("hydra.launcher.signal_delay_s=10", "hydra.sweep.dir=parts"),
+]
+
+
+@pytest.fixture
+def lesion(tmp_path):
+    """Starts `lesion` in a process of its own; its output goes to out.log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(package.__file__).parents[1])}
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / "out.log").open("ab") as log:
+            command = [sys.executable, "-m", "lesion", *arguments]
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+
+    return start
+
+
+def until(true, run, tmp_path, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "out.log").read_text()[-3000:]
+        time.sleep(0.2)
+
+
+def logs(tmp_path: Path) -> str:
+    return "".join(path.read_text() for path in (tmp_path / "parts" / ".submitit").rglob("*_log.*"))
+
+
+def jobs(slurm) -> dict[str, dict[str, str]]:
+    """What SLURM knows of each job, by its number."""
+    found = {}
+    for text in slurm("scontrol", "show", "jobs").split("\n\n"):
+        facts = dict(re.findall(r"(\w+)=(\S+)", text))
+        if facts:
+            found[facts["JobId"]] = facts
+    return found
+
+
+def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp_path):
+    """One shard gets the signal of a time limit, then both are preempted for a job of higher priority."""
+    run = lesion(*SHARDS)
+    stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
+    until(lambda: stored() >= 2, run, tmp_path)
+    (first, *_) = [number for number, job in jobs(slurm).items() if job["JobState"] == "RUNNING"]
+    slurm("scancel", "--signal=USR2", first)
+    until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, tmp_path)
+    until(lambda: sum(job["JobState"] == "RUNNING" for job in jobs(slurm).values()) == 2, run, tmp_path)
+    slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 3")
+    assert run.wait(300) == 0, (tmp_path / "out.log").read_text()[-3000:] + logs(tmp_path)[-3000:]
+    shards = [job for job in jobs(slurm).values() if job["JobName"] == "lesion"]
+    assert [job["JobState"] for job in shards] == ["COMPLETED"] * 2
+    assert sum(int(job["Restarts"]) for job in shards) >= 2
+    assert "Traceback" not in logs(tmp_path)
+    assert (tmp_path / "parts" / "report.html").is_file()
+    assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
+    alone = [one for one in SHARDS if not re.match(r"experiment|shard\.|hydra", one)]
+    assert lesion(*alone, "hydra.run.dir=whole", "store.dir=other").wait(200) == 0
+    both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
+    pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
+
+
+def test_a_failed_shard_shows_as_failed_with_its_reason_in_its_log(slurm, lesion, tmp_path):
+    before = jobs(slurm)
+    run = lesion(*SHARDS, "device=cuda:99")  # accepted by the check; each job looks at its own machine
+    assert run.wait(200) == 2
+    assert (tmp_path / "out.log").read_text().splitlines()[-1].startswith("lesion: device: 'cuda:99' is not here")
+    own = [job for number, job in jobs(slurm).items() if number not in before]
+    assert [job["JobState"] for job in own] == ["FAILED"] * 2
+    assert logs(tmp_path).count("lesion: device: 'cuda:99' is not here") == 2
