@@ -10,6 +10,7 @@
 - `ranks`: rank intervals of all layers together, by means and on most prompts; that study's prompts drawn anew, and
   planted populations.
 - `claims`: how often a report, and a confirmatory study, claims anything (family-wise) where nothing is true.
+- `ratios`: importance divided by what another seed or prompt changes, and these floors.
 - `shapley`: Shapley limits where orders are drawn anew, too.
 """
 
@@ -27,6 +28,7 @@ from lesion.analysis import shapley
 from lesion.analysis.bootstrap import interval
 from lesion.analysis.cells import cube, lesioned_rows, matched
 from lesion.analysis.confirm import confirmed
+from lesion.analysis.floor import noise_floor, normalised_importance
 from lesion.analysis.importance import LEAVE_ONE_OUT, NO_EFFECT
 from lesion.analysis.order import ranks
 from lesion.analysis.paired import against_floor, holm
@@ -299,7 +301,70 @@ def shapley_values(times: int) -> Iterator[Row]:
         }
 
 
-TABLES = {"seeds": seeds, "sparse": sparse, "ranks": rank_intervals, "claims": claims, "shapley": shapley_values}
+def ratios(times: int) -> Iterator[Row]:
+    """Importance by what another seed or prompt changes, and these floors, of one dense layer.
+
+    What a prompt changes under the lesion and under another seed goes together. Where prompts share seeds, each
+    seed has a factor for all. With few prompts there may be no limits of importance: shares are of those there
+    are.
+    """
+
+    def of_prompts(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        change = rng.gamma(4, 0.03, n)
+        return change, 0.2 * np.sqrt(change / 0.12) * rng.gamma(10, 0.1, n)
+
+    headrooms = of_prompts(np.random.default_rng(0), 4_000_000)[1]
+    truths = {"seeds": float(headrooms.mean()), "prompts": 0.5}
+    ids = np.array([f"p{n}" for n in range(100)])
+    for noise in ("own", "shared"):
+        for prompts in (12, 24, 49):
+            rng, hits, made = np.random.default_rng([prompts, len(noise)]), np.zeros(4), np.zeros(4)
+            for _ in range(times):
+                change, headroom = of_prompts(rng, prompts)
+                rows = 1 if noise == "shared" else prompts
+                cells = change[:, None] * (1 + 0.1 * rng.normal(size=(rows, 4))) + rng.normal(0, 0.02, (prompts, 4))
+                factor = 1 + 0.1 * rng.normal(size=(rows, 4)) + 0.1 * rng.normal(size=(prompts, 4))
+                one, other = np.triu_indices(4, 1)
+                number = np.repeat(np.arange(prompts), len(one))
+                apart = headroom[:, None] * (factor[:, one] + factor[:, other]) / 2
+                same = pd.DataFrame({"prompt_id_a": ids[number], "prompt_id_b": ids[number]})
+                same = same.assign(seed_a=np.tile(one, prompts), seed_b=np.tile(other, prompts))
+                number, of = np.repeat(np.arange(prompts), 5), rng.normal(0, 0.1, prompts)
+                partner = (number + np.tile(np.arange(1, 6), prompts)) % prompts
+                across = pd.DataFrame(
+                    {"prompt_id_a": ids[number], "prompt_id_b": ids[partner], "seed_a": 0, "seed_b": 0}
+                )
+                far = 0.5 + of[number] + of[partner] + rng.normal(0, 0.05, len(number))
+                pairs = pd.concat([same.assign(similarity=1 - apart.ravel()), across.assign(similarity=1 - far)])
+                found = normalised_importance(_frame(cells[None], noise), pairs, replicates=REPLICATES).iloc[0]
+                floors = noise_floor(pairs, shared=noise == "shared").set_index("floor")
+                for place, name in enumerate(("seeds", "prompts")):
+                    low, high = (found[f"normalised_other_{name}_{end}"] for end in ("low", "high"))
+                    hits[place] += low <= 0.12 / truths[name] <= high
+                    made[place] += np.isfinite(low)
+                    low, high = floors.loc[f"other_{name}", ["low", "high"]]
+                    hits[2 + place] += low <= 1 - truths[name] <= high
+                    made[2 + place] += np.isfinite(low)
+            heads = [
+                f"{what} {name}, %"
+                for what in ("importance by other", "floor of other")
+                for name in ("seeds", "prompts")
+            ]
+            yield (
+                {"noise": noise, "prompts": prompts, "seeds": 4}
+                | {head: percent(hit, number) for head, hit, number in zip(heads, hits, made, strict=True)}
+                | {"+-": error(times)}
+            )
+
+
+TABLES = {
+    "ratios": ratios,
+    "seeds": seeds,
+    "sparse": sparse,
+    "ranks": rank_intervals,
+    "claims": claims,
+    "shapley": shapley_values,
+}
 
 
 def main() -> None:

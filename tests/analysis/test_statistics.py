@@ -357,6 +357,26 @@ def test_the_floor_of_each_prompt_by_hand():
     assert prompts["method"] == "n/a (fewer than 4 prompts)" and math.isnan(prompts["low"])
 
 
+def test_floors_of_seeds_that_prompts_share_have_limits_for_other_seeds():
+    """Two images differ by the mean of what each seed is worth: limits are those of a mean over crossed seeds."""
+    worth = np.random.default_rng(32).normal([0.2, 0.3, 0.25, 0.15], 0.02, (10, 4))
+    rows = [
+        (f"p{n}", a, f"p{n}", b, 1 - (worth[n, a] + worth[n, b]) / 2)
+        for n in range(10)
+        for a, b in itertools.combinations(range(4), 2)
+    ]
+    pairs = pd.DataFrame(rows, columns=list(floor.PAIR))
+    for shared in (True, False):
+        one = floor.noise_floor(pairs, method="t", shared=shared).iloc[0]
+        right = interval(worth, "t", shared=shared)
+        assert (1 - one["high"], 1 - one["low"], one["method"]) == pytest.approx((right.low, right.high, right.method))
+    assert right.high - right.low < 0.2 * (interval(worth, "t", shared=True).high - right.low)
+    # The ratio to it, of effects that are worth half as much in every image: what seeds do is in both, and cancels.
+    effects = worth[None] / 2 + np.random.default_rng(33).normal(0, 1e-3, (1, 10, 4))
+    one = floor.normalised_importance(planted(effects), pairs, method="t").iloc[0]
+    assert [one[f"normalised_other_seeds{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.5] * 3, abs=0.01)
+
+
 def test_the_floor_of_other_prompts_covers_its_mean():
     # similarity = 1 - (a + b) / 2 with a, b of the two prompts: dependent pairs, mean 1 - E[a].
     rng, covered, runs = np.random.default_rng(5), 0, 100
@@ -423,8 +443,8 @@ def test_the_jackknife_of_the_ratio_is_what_deleting_each_prompt_gives():
     effects, pairs = rng.normal(0.2, 0.05, (1, 6, 2)), of_pairs(rng.normal(0.4, 0.1, 6))
     pairs = pairs.drop(index=[0, 7])  # not every two prompts were compared
 
-    def ratio(gone=None):
-        data = planted(effects)
+    def ratio(gone=None, noise="own"):
+        data = planted(effects, noise=noise)
         kept = pairs[(pairs["prompt_id_a"] != gone) & (pairs["prompt_id_b"] != gone)]
         return floor.normalised_importance(data[data["prompt_id"] != gone], kept, method="t").iloc[0]
 
@@ -434,6 +454,13 @@ def test_the_jackknife_of_the_ratio_is_what_deleting_each_prompt_gives():
     reach = stats.t.ppf(0.975, 5) * error
     assert one["normalised_other_prompts_low"] == pytest.approx(one["normalised_other_prompts"] - reach)
     assert one["normalised_other_prompts_high"] == pytest.approx(one["normalised_other_prompts"] + reach)
+    # Two seeds that all prompts share: what their means differ by counts with one degree of freedom.
+    shared, headroom = ratio(noise="shared"), 1 - one["other_prompts"]
+    of_seeds = stats.t.ppf(0.975, 1) * effects.mean(axis=(0, 1)).std(ddof=1) / math.sqrt(2) / headroom
+    assert shared["normalised_other_prompts_method"] == "jackknife+seeds"
+    assert shared["normalised_other_prompts_high"] - shared["normalised_other_prompts"] == pytest.approx(
+        math.hypot(reach, of_seeds)
+    )
     few = floor.normalised_importance(planted(effects[:, :3]), pairs).iloc[0]
     assert few["normalised_other_prompts_method"] == "n/a (fewer than 4 prompts)"
     assert math.isnan(few["normalised_other_prompts_low"]) and few["normalised_other_prompts"] > 0

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from lesion.analysis.bootstrap import Floats, Interval, effective_number, few, interval
+from lesion.analysis import crossed
+from lesion.analysis.bootstrap import WIDENED, Floats, Interval, effective_number, few, interval
 from lesion.analysis.cells import (
     counts,
     flipped,
@@ -87,16 +88,28 @@ def seed_floors(pairs: pd.DataFrame) -> pd.Series:
     return pd.Series(found.rename_axis(["prompt_id", "seed"]), dtype="float64")
 
 
-def noise_floor(pairs: pd.DataFrame, confidence: float = 0.95, method: str = "bootstrap-t") -> pd.DataFrame:
+def noise_floor(
+    pairs: pd.DataFrame,
+    confidence: float = 0.95,
+    method: str = "bootstrap-t",
+    shared: bool = False,
+) -> pd.DataFrame:
     """Two rows, floor = other_seeds, other_prompts: mean over prompts, low, high, method, n_prompts, n_pairs.
 
-    Limits: other_seeds `bootstrap.interval` by `method` over prompts. A pair of two prompts belongs to both, so
+    shared: all prompts share the noise of their seeds; limits of other_seeds are then widened for seeds, by what each
+    adds (`seed_floors`), where all prompts have three or more. Limits: other_seeds `bootstrap.interval` by `method`
+    over prompts. A pair of two prompts belongs to both, so
     other_prompts takes the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat. 40, 1969); it needs
     4 prompts.
     """
     both, by_prompt = _both_ways(pairs), floor_by_prompt(pairs)
     same = both["prompt_id_a"] == both["prompt_id_b"]
-    seeds = flipped(interval(1.0 - by_prompt[["other_seeds"]].to_numpy(), method, confidence, bounds=(0.0, 1.0)))
+    cells = 1.0 - by_prompt[["other_seeds"]].to_numpy()
+    by_seed = 1.0 - seed_floors(pairs).unstack()
+    if shared and len(by_seed) == np.isfinite(cells).sum():
+        cells = by_seed.to_numpy()
+    found_ = interval(cells, method, confidence, shared=shared, bounds=(0.0, 1.0))
+    seeds = flipped(replace(found_, low=max(found_.low, 0.0), high=min(found_.high, 1.0)))
     found = {"other_seeds": (seeds, same), "other_prompts": (_of_other_prompts(both[~same], confidence), ~same)}
     records = []
     for name, (one, kept) in found.items():
@@ -132,10 +145,13 @@ def _leave_one_prompt_out(both: pd.DataFrame) -> tuple[pd.Index, Floats, Floats]
     return pairs.index, sums / np.maximum(held, 1), without
 
 
-def _jackknife(bare: Interval, without: Floats, n: int, confidence: float) -> Interval:
+def _jackknife(
+    bare: Interval, without: Floats, n: int, confidence: float, seed_part: tuple[float, int] = (0.0, 1)
+) -> Interval:
     """Student's t (n - 1 degrees of freedom) on the delete-one values (P,) of a mean or ratio.
 
     n: prompts that are in it; where partners of these are deleted too there are more values. Needs 4 prompts.
+    seed_part: of `crossed.seed_variance`, for seeds that all prompts share.
     """
     if n < 4:
         return without_limits(bare, "fewer than 4 prompts")
@@ -143,8 +159,12 @@ def _jackknife(bare: Interval, without: Floats, n: int, confidence: float) -> In
     error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
     if not error > 1e-12:
         return without_limits(bare, "constant")
-    reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
-    return replace(bare, low=bare.mean - reach, high=bare.mean + reach, used="jackknife", reason="")
+    more = crossed.widening(error, n, *seed_part, confidence)
+    if not np.isfinite(more):
+        return without_limits(bare, "no prompt has two seeds")
+    reach = float(np.hypot(stdtrit(n - 1, (1 + confidence) / 2) * error, more))
+    used = "jackknife" + (WIDENED if more else "")
+    return replace(bare, low=bare.mean - reach, high=bare.mean + reach, used=used, reason="")
 
 
 def of_setting(pairs: pd.DataFrame, setting: dict[str, Any]) -> pd.DataFrame:
@@ -164,8 +184,9 @@ def normalised_importance(
     similarity of its prompts), normalised_NAME, normalised_NAME_low, _high, _method; n_prompts, n_images, and the rows
     left out. The normalised value is a ratio of means over the prompts that have both, never a mean of ratios, which
     one prompt with a floor near 1 would rule. With other_seeds its interval is that of the linearised ratio (Cochran,
-    "Sampling Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image. A pair of two
-    prompts is in the floors of both, so that the terms of other_prompts are not independent: there it is the
+    "Sampling Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image,
+    with what its seed makes of the floor (`seed_floors`) where there are three or more. A pair of two prompts is in the
+    floors of both, so that the terms of other_prompts are not independent: there it is the
     delete-one-prompt jackknife of the ratio (as in `noise_floor`; 4 prompts or n/a). `pairs` must be scored by the same
     metric. NaN where no prompt has a floor, or the mean floor is 1. options: those of `bootstrap.interval`.
     """
@@ -176,13 +197,15 @@ def normalised_importance(
         of = of_setting(pairs, setting)
         floors, both = floor_by_prompt(of), _both_ways(of)
         gone = _leave_one_prompt_out(both[both["prompt_id_a"] != both["prompt_id_b"]])
+        by_seed = seed_floors(of)
         for layer in layers_in_order(whole):
             group = whole[whole["layer"] == layer]
             raw = over_prompts(group, **options)
             record = {**setting, "layer": layer, "importance": raw.mean}
             record |= {"low": raw.low, "high": raw.high, "method": raw.method}
             for name in FLOORS:
-                record |= _normalised(group, floors[name], name, gone if name == "other_prompts" else None, **options)
+                more = {"gone": gone} if name == "other_prompts" else {"by_seed": by_seed}
+                record |= _normalised(group, floors[name], name, **more, **options)
             records.append({**record, "n_prompts": raw.n_prompts, "n_images": raw.n_images, **counts(group)})
     ratios = [f"{prefix}{name}{suffix}" for name in FLOORS for prefix, suffix in _RATIO]
     names = ["layer", "importance", "low", "high", "method", *ratios, "n_prompts", "n_images"]
@@ -196,16 +219,21 @@ def _normalised(
     group: pd.DataFrame,
     floor: pd.Series,
     name: str,
-    gone: tuple[pd.Index, Floats, Floats] | None,
+    gone: tuple[pd.Index, Floats, Floats] | None = None,
+    by_seed: pd.Series | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """gone: `_leave_one_prompt_out` where prompts share pairs."""
+    """gone: `_leave_one_prompt_out` where prompts share pairs. by_seed: `seed_floors` where they do not."""
     group = group.assign(headroom=1.0 - group["prompt_id"].map(floor).astype("float64"))
     group = group.dropna(subset=["effect", "headroom"])
     means = group.groupby("prompt_id")[["effect", "headroom"]].mean()
     effect, headroom = (float(means[column].mean()) for column in ("effect", "headroom"))
     ratio = effect / headroom if headroom > 1e-9 else np.nan
-    linear = group.assign(linear=ratio + (group["effect"] - ratio * group["headroom"]) / headroom)
+    own = group["headroom"]
+    if by_seed is not None and len(group):
+        images = pd.MultiIndex.from_frame(group[["prompt_id", "seed"]])
+        own = (1.0 - pd.Series(by_seed.reindex(images).to_numpy(), index=group.index)).fillna(own)
+    linear = group.assign(linear=ratio + (group["effect"] - ratio * own) / headroom)
     # The jackknife's limits replace those of this interval: no need to resample for them.
     found = interval(
         nested(linear, "linear"),
@@ -213,7 +241,8 @@ def _normalised(
         **(options if gone is None else {**options, "method": "t"}),
     )
     if gone is not None and found.n_prompts:
-        found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95))
+        part = crossed.seed_variance(nested(linear, "linear")) if shared_noise(group) else (0.0, 1)
+        found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95), part)
     if no_effect(group["effect"]):
         found = without_limits(found, "no effect")
     elif few(effective_number(means["effect"]), len(means)):

@@ -151,14 +151,5 @@ def _differences(found: Findings, one: Beside, table: pd.DataFrame, stem: str) -
         columns.append(_with_limits(key, head, over))
     what = f"Paired differences of {' and '.join(one.measures)} of each layer, over the same prompts and seeds."
     made = Table.of(stem, "Paired differences", _caption(found, one, what), columns, wide, count="depth")
-    cells = [
-        [made.cells[row][0], *(replace(cell, bold=_apart(wide, key.name, row)) for key, cell in rest)]
-        for row, rest in ((row, zip(columns[1:], cells[1:], strict=True)) for row, cells in enumerate(made.cells))
-    ]
-    note = "Means over seeds, then prompts; 95 % intervals in brackets, each for itself; bold where they leave out 0."
-    return replace(made, cells=cells, note=note + interval_words(table, ["method"]))
-
-
-def _apart(wide: pd.DataFrame, key: str, row: int) -> bool:
-    low, high = (wide[f"{key}{end}"].iloc[row] for end in ENDS[1:])
-    return bool(low > 0 or high < 0)
+    note = "Means over seeds, then prompts; 95 % intervals in brackets, each for itself: some leave out 0 by chance."
+    return replace(made, note=note + interval_words(table, ["method"]))

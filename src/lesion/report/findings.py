@@ -13,7 +13,7 @@ from lesion.analysis.affected import affected_prompts
 from lesion.analysis.agreement import BETWEEN, correlations
 from lesion.analysis.aspects import aspect_estimates, aspect_interaction
 from lesion.analysis.bootstrap import METHODS
-from lesion.analysis.cells import images
+from lesion.analysis.cells import images, shared_noise
 from lesion.analysis.estimates import layer_estimates
 from lesion.analysis.floor import FLOORS, PAIR, noise_floor, normalised_importance, of_setting
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, importance_metric, layer_table
@@ -313,7 +313,8 @@ def _floors(frame: pd.DataFrame, pairs: pd.DataFrame, metric: str, method: str) 
         if names in seen:
             continue
         seen.append(names)
-        table = noise_floor(of_setting(pairs, names), method=method)
+        shared = shared_noise(rows(frame, setting))
+        table = noise_floor(of_setting(pairs, names), method=method, shared=shared)
         tables.append(table[table["n_pairs"] > 0].assign(**names))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
