@@ -17,6 +17,7 @@ from lesion.audit.paper import Tables, numbers
 from lesion.cli import audit
 from lesion.report.pictures import Drawn
 from lesion.run import environment
+from lesion.scoring.ssim import Ssim
 
 
 def flipped(path: Path, digest: bool) -> None:
@@ -138,6 +139,39 @@ def test_scores_and_pixels_are_compared_with_what_is_worked_out_anew(cli):
     assert found["remade"].verdict == "as made" and "batch effect" in found["remade"].notes[0]
     assert found["files"].verdict == "as made" and len(found["files"].notes) == 2
     assert found["config"].verdict == "as made"
+
+
+def test_budgets_maps_and_scores_of_an_earlier_version(cli, monkeypatch):
+    """What an earlier version computed in float32 is accepted within its stated error, and nothing beyond."""
+    now = Ssim.__call__
+
+    def before(self, shots):  # up to 4.9e-4 off where both images are flat and bright
+        return (now(self, shots) - 3e-4).astype(np.float32).astype(np.float64)
+
+    folder, out = cli.folder / "run", cli.folder / "audit"
+    asked = ["prompts.items=[a, b, c, d, e]", "budget.ci_halfwidth=0.5", "budget.start=5", "capture=maps"]
+    asked += ["scorer.metrics=[clip_similarity, ssim]", "selection=leave_one_out", f"hydra.run.dir={folder}"]
+    monkeypatch.setattr(Ssim, "__call__", before)
+    code, _, err = cli(*asked)
+    assert code == 0, err
+    monkeypatch.setattr(Ssim, "__call__", now)
+    assert audit.main([str(folder), "--out", str(out)]) == 0
+    (checks,) = json.loads((out / "audit.json").read_text())["checks"].values()
+    (scores,) = [check for check in checks if check["name"] == "scores"]
+    assert scores["looked"] > 10 + 1 + 5 and not scores["differs"]  # results, budget, maps
+    assert any("of ssim are of an earlier version, in float32, off by up to 0.0003" in one for one in scores["notes"])
+
+    # The same values with another digest: each is named by the audit's own computation.
+    for name, column, by in (("results", "ssim", 6e-4), ("budget", "halfwidth", 1e-3), ("maps", "share", 1e-3)):
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        row = len(table) - 1
+        table.loc[row, column] -= by
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+    assert audit.main([str(folder), "--out", str(out)]) == 1
+    (checks,) = json.loads((out / "audit.json").read_text())["checks"].values()
+    (differs,) = [check["differs"] for check in checks if check["name"] == "scores"]
+    for name, column in (("results", "ssim"), ("budget", "halfwidth"), ("maps", "share")):
+        assert any(text.startswith(f"{name}.parquet row ") and f": {column} is" in text for text in differs)
 
 
 def test_every_number_of_a_paper_is_one_of_the_tables(tmp_path):

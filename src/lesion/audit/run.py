@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from lesion import models
+from lesion import models, scoring
 from lesion.analysis.bootstrap import METHODS
+from lesion.analysis.importance import importance_metric
 from lesion.audit import tables as comparing
 from lesion.audit.checks import Check
 from lesion.config.compose import plain, with_own_keys
@@ -216,10 +217,19 @@ class RunAudit:
         if alike:
             other = (anew["status"] != given.frame["status"]) & ~self._all_there()
             out = set(map(int, np.flatnonzero(other | failed)))
-        check.differs += comparing.frames("results.parquet", given.frame, anew, out)
-        if given.floor is not None and not out and "floor" in found:
-            check.looked += len(given.floor)
-            check.differs += comparing.frames("floor.parquet", given.floor, found["floor"])
+        older = {name: scoring.metric_class(name).earlier_error for name in scoring.known_metrics() if name in anew}
+        check.differs += comparing.frames("results.parquet", given.frame, anew, out, older, check.notes)
+        older["similarity"] = older.get(importance_metric(anew), 0.0)  # of two baselines, in the floor
+        for name in TABLES[1:]:
+            more = found.get(name.removesuffix(".parquet"))
+            if more is None or out:
+                continue
+            if not (self.work / "given" / name).is_file():
+                check.differs.append(f"{name} is not there")
+                continue
+            table = pd.read_parquet(self.work / "given" / name)
+            check.looked += len(table)
+            check.differs += comparing.frames(name, table, more.reset_index(drop=True), (), older, check.notes)
         if out:
             check.notes.append(f"{len(out)} rows of images that failed, or that are not as made, are not scored")
         if not alike:

@@ -18,10 +18,19 @@ SCORE = 1e-5  # scores of other batches of images differ by less: docs/benchmark
 DRAWN = (".png", ".pdf", ".svg")
 
 
-def frames(name: str, given: pd.DataFrame, anew: pd.DataFrame, left_out: Collection[int] = ()) -> Iterator[str]:
+def frames(
+    name: str,
+    given: pd.DataFrame,
+    anew: pd.DataFrame,
+    left_out: Collection[int] = (),
+    older: Mapping[str, float] | None = None,
+    notes: list[str] | None = None,
+) -> Iterator[str]:
     """Each value that differs between a table of a run and the same worked out anew, named by row and column.
 
-    left_out: numbers of rows that cannot be compared.
+    left_out: numbers of rows that cannot be compared. older: columns that earlier versions computed in float32, and by
+    how much those values may be off: a store keeps them. Values that are of float32 and off by no more are told in
+    `notes`, a line a column.
     """
     if len(given) != len(anew):
         yield f"{name} has {len(given)} rows; what the config asks for has {len(anew)}"
@@ -37,6 +46,14 @@ def frames(name: str, given: pd.DataFrame, anew: pd.DataFrame, left_out: Collect
         if pd.api.types.is_float_dtype(ours):
             numbers = pd.to_numeric(theirs, errors="coerce").to_numpy(float)
             other = ~np.isclose(numbers, ours.to_numpy(float), rtol=SCORE, atol=SCORE, equal_nan=True)
+            if off := (older or {}).get(str(column)):
+                by = np.abs(numbers - ours.to_numpy(float))
+                early = other & kept & (numbers == numbers.astype(np.float32)) & (by <= off)
+                other &= ~early
+                if early.any() and notes is not None:
+                    count = f"{name}: {int(early.sum())} values of {column}"
+                    how = f"off by up to {by[early].max():.2g}; allowed: {off:.2g}"
+                    notes.append(f"{count} are of an earlier version, in float32, {how}")
         else:
             other = (_texts(ours) != _texts(theirs)).to_numpy()
         for row in map(int, np.flatnonzero(other & kept)):

@@ -73,6 +73,7 @@ class Metric(ABC):
     models: the networks it needs, in words; "" for none.
     boxed: whether it has values only for prompts with boxes. steered: whether only for steered images.
     beside_unsteered: whether the `baseline` of its shots is the unsteered image instead; with `steered` alone.
+    earlier_error: by how much values of earlier versions, which stores keep, may be off; computed in float32 then.
     shared: options that are taken from these keys of the scorer where `scorer.metrics` gives none of them.
     """
 
@@ -84,6 +85,7 @@ class Metric(ABC):
     boxed: ClassVar[bool] = False
     steered: ClassVar[bool] = False
     beside_unsteered: ClassVar[bool] = False
+    earlier_error: ClassVar[float] = 0.0
     shared: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:

@@ -25,6 +25,7 @@ class Ssim(Metric):
     direction = "similarity"
     range = (-1.0, 1.0)
     identical = 1.0
+    earlier_error = 4.9e-4
 
     def identity(self) -> str:
         return "ssim/1"
