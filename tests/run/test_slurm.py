@@ -96,9 +96,7 @@ def slurm(tmp_path_factory):
                 started.append(subprocess.Popen(command, stdout=log, stderr=log))
                 time.sleep(1)
         deadline = time.monotonic() + 30
-        while (
-            subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout.split() != ["idle"] * 2
-        ):
+        while subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout.split() != ["idle"]:
             if time.monotonic() > deadline:
                 pytest.skip(f"SLURM does not start here: {(folder / 'out.log').read_text()[-500:]}")
             time.sleep(0.5)
@@ -158,19 +156,18 @@ def jobs(slurm) -> dict[str, dict[str, str]]:
 
 
 def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp_path):
-    """One shard gets the signal of a time limit, then both are preempted for a job of higher priority."""
+    """A job of higher priority needs both cores: SLURM sends the signal that it also sends before a time limit, and
+    starts the shards again some two minutes later.
+    """
     run = lesion(*SHARDS)
     stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
     until(lambda: stored() >= 2, run, tmp_path)
-    (first, *_) = [number for number, job in jobs(slurm).items() if job["JobState"] == "RUNNING"]
-    slurm("scancel", "--signal=USR2", first)
-    until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, tmp_path)
-    until(lambda: sum(job["JobState"] == "RUNNING" for job in jobs(slurm).values()) == 2, run, tmp_path)
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 3")
-    assert run.wait(300) == 0, (tmp_path / "out.log").read_text()[-3000:] + logs(tmp_path)[-3000:]
+    until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, tmp_path)
+    assert run.wait(400) == 0, (tmp_path / "out.log").read_text()[-3000:] + logs(tmp_path)[-3000:]
     shards = [job for job in jobs(slurm).values() if job["JobName"] == "lesion"]
     assert [job["JobState"] for job in shards] == ["COMPLETED"] * 2
-    assert sum(int(job["Restarts"]) for job in shards) >= 2
+    assert sum(int(job["Restarts"]) for job in shards) >= 1
     assert "Traceback" not in logs(tmp_path)
     assert (tmp_path / "parts" / "report.html").is_file()
     assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]

@@ -15,7 +15,7 @@ import string
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,23 +52,22 @@ OF_HYDRA = (ValueError, TypeError, AttributeError, AssertionError)  # what it ra
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="lesion")
 def job(config: DictConfig) -> None:
     """One Hydra job: one study of one model."""
-    if SUBMITIT not in os.environ:
-        _job(config)
-        return
+    from hydra.core.hydra_config import HydraConfig
+
+    details = HydraConfig.get()
     # Hydra keeps what a job raises for the process that launched it, and submitit then ends the job's own as a success.
     failed: list[Exception] = []
-    atexit.register(lambda: _end_as_failed() if failed else None)
+    if SUBMITIT in os.environ:
+        atexit.register(lambda: _end_as_failed() if failed else None)
     try:
-        _job(config)
+        _job(config, details)
     except Exception as error:
-        failed.append(error)
-        if isinstance(error, StudyFailed):
-            say("lesion", str(error))
-        elif isinstance(error, (RequestError, HydraException, OmegaConfBaseException)):
-            _refuse(error)
-        else:
-            unforeseen("lesion", error, 1)
+        _ended(details)
+        if SUBMITIT in os.environ:
+            failed.append(error)
+            _say(error)
         raise
+    _ended(details)
 
 
 SUBMITIT = "SUBMITIT_EXECUTOR"  # environment variable of processes that submitit starts
@@ -83,15 +82,22 @@ def _end_as_failed() -> None:
     os._exit(1)
 
 
-def _job(config: DictConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
+def _say(error: Exception) -> None:
+    """Print why a job failed in one line."""
+    if isinstance(error, StudyFailed):
+        say("lesion", str(error))
+    elif isinstance(error, (RequestError, HydraException, OmegaConfBaseException)):
+        _refuse(error)
+    else:
+        unforeseen("lesion", error, 1)
 
+
+def _job(config: DictConfig, details: Any) -> None:
     from lesion.config.parsing import parse
     from lesion.run import folder
     from lesion.run.job import JobContext, run, survey, sweep
 
-    details = HydraConfig.get()
-    multirun = details.mode is not None and details.mode.name == "MULTIRUN"
+    multirun = _is_multirun(details)
     with_hydras(config, details)
     with_own_keys(config, details.runtime.choices["model"], alone=not multirun)
     context = JobContext(
@@ -138,6 +144,7 @@ class CheckFirst(Callback):
             _take([config], config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from lesion.run import finisher
         from lesion.run.job import sweep
 
         with _exiting():
@@ -146,7 +153,11 @@ class CheckFirst(Callback):
             if not _basic(config):
                 for job in _samples(config):
                     _surveyed(job, alone=False)
-            sweep.begin(_take(_jobs(config) if _basic(config) else (), config, "sweep"))
+            jobs = _take(_jobs(config) if _basic(config) else (), config, "sweep")
+            sweep.begin(jobs)
+            if jobs and _launched(config.hydra):
+                asked = {"overrides": _typed(config), "tracker": plain(config.tracker)}
+                finisher.begin(Path(config.hydra.sweep.dir), jobs, asked)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from lesion.run.job import sweep
@@ -174,8 +185,21 @@ def report_sweep() -> None:
     config, SweepReport.config = SweepReport.config, None
     if config is None:  # no multirun
         return
+    from lesion.run import finisher
+
     folder = Path(config.hydra.sweep.dir)
-    if not any(folder.rglob("results.parquet")):  # one with dry_run
+    if finisher.drawn(folder):
+        print(visible(f"\nreport over all jobs: {folder / 'report.html'}", keep="\n"))
+    else:
+        _draw(folder, _typed(config), plain(config.tracker))
+
+
+def _draw(folder: Path, overrides: Sequence[str], tracker: Mapping[str, Any]) -> None:
+    """Write the report over all jobs of a multirun into its folder, and tell the tracker.
+
+    overrides: of its command line. tracker: `name` and options of conf/tracker.
+    """
+    if not any(folder.rglob("results.parquet")):  # jobs with dry_run, or refused ones
         return
     try:
         from lesion.cli.report import report
@@ -184,7 +208,7 @@ def report_sweep() -> None:
 
         runs = run_folders([folder])
         known, written = report(runs, folder, mix=True)
-        track_report(known.frame, runs, folder, _typed(config), plain(config.tracker))
+        track_report(known.frame, runs, folder, overrides, tracker)
         print(visible(f"\nreport over all jobs: {written[-1]}", keep="\n"))
     except Exception as error:  # whatever it is, the jobs are done and their results on disk
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -193,6 +217,21 @@ def report_sweep() -> None:
             f"the report over all jobs could not be written ({reason}); their results are complete, "
             f"`lesion-report --mix {folder}` tries again",
         )
+
+
+def _ended(details: Any) -> None:
+    """Note that a job of a launcher has ended; the last one draws the report over all."""
+    from lesion.run import finisher
+
+    if not (_is_multirun(details) and _launched(details)):
+        return
+    folder = Path(details.runtime.cwd, details.sweep.dir)
+    if (asked := finisher.ended(folder, details.job.num)) is not None:
+        _draw(folder, asked["overrides"], asked["tracker"])
+
+
+def _is_multirun(details: Any) -> bool:
+    return details.mode is not None and details.mode.name == "MULTIRUN"
 
 
 def _launched(hydra: Any) -> bool:

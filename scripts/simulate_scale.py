@@ -1,0 +1,207 @@
+"""Large studies without a model and without pixels: what claims, listings, score files and the merge cost (scale.md).
+
+    python scripts/simulate_scale.py merge --rows 1000000 --shards 256
+    python scripts/simulate_scale.py open --rows 1000000
+    python scripts/simulate_scale.py listing --rows 1000000
+    python scripts/simulate_scale.py claims --rows 100000 --workers 16
+    python scripts/simulate_scale.py parts --rows 1000000 --workers 256
+
+Each prints JSON: seconds, peak (resident memory of the process that is measured, MiB), and what it counted. `--folder`
+keeps what was made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from bench.child import peak
+from lesion.run import table
+from lesion.run.publish import Publisher
+from lesion.store import tables
+from lesion.store.claims import Claims
+from lesion.store.images import Picture, Store
+from lesion.store.scores import Scores
+from lesion.study.grid import Cell, ModelIdentity, Study
+from lesion.study.lesions import Replacement
+from lesion.study.prompts import Prompt
+from lesion.study.settings import Settings
+from lesion.study.shards import WHOLE, Shard
+
+LAYERS = 12  # leave_one_out and only_one of these, and a baseline: 25 cells a subject
+SEEDS = 4
+METRIC = "clip_similarity"
+
+
+def study(rows: int, shard: Shard = WHOLE) -> Study:
+    """Lay out a study of about so many cells: prompts with 4 seeds and 25 cells each."""
+    prompts = max(1, round(rows / (1 + 2 * LAYERS) / SEEDS))
+    return Study(
+        model=ModelIdentity("model", "f" * 32, "float16", "cuda"),
+        settings=Settings("txt2img", 30, 5.0, 1024, 1024, "EulerDiscreteScheduler"),
+        prompts=tuple(Prompt(f"prompt number {i} of a large study", id=f"p{i}") for i in range(prompts)),
+        seeds=tuple(range(SEEDS)),
+        layers=tuple(f"down_blocks.0.attentions.{i}" for i in range(LAYERS)),
+        selections={"leave_one_out": {}, "only_one": {}},
+        replacements=(Replacement("zero"),),
+        shard=shard,
+    )
+
+
+class Scored:
+    """What `ScoreQueue` tells of images that are all there, with similarities that depend on layer and key."""
+
+    identities = {METRIC: "made up"}  # noqa: RUF012
+    spec = SimpleNamespace(name="made up", importance=METRIC)
+    fact = Picture(1, 1, "0" * 32, "")
+
+    def picture(self, key: str) -> Picture:
+        return self.fact
+
+    def values(self, cell: Cell) -> dict[str, float]:
+        if cell.lesion is None:
+            return {METRIC: 1.0}
+        layer = int(cell.lesion.layer.rpartition(".")[2])
+        return {METRIC: 0.9 - 0.03 * layer + int(cell.key[:4], 16) / 2**20}
+
+
+def shards(folder: Path, rows: int, count: int) -> int:
+    """Write the run folders of so many shards; return their rows. One that is there stays."""
+    whole, total = study(rows), 0
+    for index in range(count):
+        part, run = replace(whole, shard=Shard(index, count)), folder / str(index)
+        total += len(part)
+        if (run / "results.parquet").exists():
+            continue
+        run.mkdir(parents=True, exist_ok=True)
+        frame = table.results(part, Scored(), part.layers, {}, Publisher(Store(folder / "store"), run))  # type: ignore[arg-type]
+        tables.write(run, {"results": frame})
+    return total
+
+
+def merge(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """Make the report over all shards as `lesion-report` does."""
+    total = shards(folder, rows, count)
+    return {"rows": total, "shards": count} | _measured("report", str(folder))
+
+
+def reopened(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """Open one run folder from Python and work out its importance."""
+    total = shards(folder, rows, 1)
+    return {"rows": total} | _measured("reopened", str(folder / "0"))
+
+
+def _measured(what: str, given: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, what, "--folder", given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    from lesion.cli.report import report
+    from lesion.report.merging import run_folders
+
+    began = time.perf_counter()
+    known, written = report(run_folders([folder]), folder, mix=True)
+    return {"merged": len(known.frame), "files": len(written), "seconds": time.perf_counter() - began}
+
+
+def _reopened(folder: Path) -> dict[str, Any]:
+    from lesion.api import open as opened
+
+    began = time.perf_counter()
+    results = opened(folder)
+    read = time.perf_counter() - began
+    found = results.importance()
+    return {"read": read, "layers": len(found), "seconds": time.perf_counter() - began}
+
+
+def listing(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """List a store of so many empty files, as each start does."""
+    for number in range(256):
+        (folder / "cells" / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+    for key in _keys(rows):
+        (folder / "cells" / key.hex()[:2] / f"{key.hex()}.png").touch()
+    before, began = peak(), time.perf_counter()
+    known = Store(folder).known()
+    seconds = time.perf_counter() - began
+    return {"listed": len(known), "files a folder": rows // 256, "seconds": seconds,
+            "bytes an image": (peak() - before) / rows}  # fmt: skip
+
+
+def _keys(rows: int) -> list[bytes]:
+    raw = np.random.default_rng(0).bytes(16 * rows)
+    return [raw[16 * i : 16 * (i + 1)] for i in range(rows)]
+
+
+def claims(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """So many claimants take and give back every key in batches of 32."""
+    keys = [key.hex() for key in _keys(rows)]
+    claimants = [Claims(folder, required=True) for _ in range(count)]
+    began, taken = time.perf_counter(), 0
+    for place in range(0, rows, 32):
+        batch, one = keys[place : place + 32], claimants[place // 32 % count]
+        taken += len(one.take(batch))
+        one.release(batch)
+    seconds = time.perf_counter() - began
+    for one in claimants:
+        one.close()
+    return {"claims": taken, "seconds": seconds, "microseconds a claim": 1e6 * seconds / rows}
+
+
+def parts(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """So many workers write the scores of their images, 2,048 at a time; then one process reads them, and again."""
+    keys, files = [key.hex() for key in _keys(rows)], 0
+    share = -(-rows // count)
+    for worker in range(count):
+        scores = Scores(folder, {METRIC: "made up"})
+        own = keys[worker * share : (worker + 1) * share]
+        for place in range(0, len(own), 2048):
+            for key in own[place : place + 2048]:
+                scores.add_picture(key, Picture(1, 1, key, ""))
+                scores.add_values(key, key, {METRIC: 1.0})
+            scores.flush()
+    files = sum(1 for path in folder.rglob("*.parquet"))
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        Scores(folder, {METRIC: "made up"}).load()
+        found.append(time.perf_counter() - began)
+    return {"records": rows, "files": files, "first read, merging": found[0], "second read": found[1],
+            "files after": sum(1 for path in folder.rglob("*.parquet"))}  # fmt: skip
+
+
+TASKS = {"merge": merge, "open": reopened, "listing": listing, "claims": claims, "parts": parts}
+INNER = {"report": _report, "reopened": _reopened}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=[*TASKS, *INNER])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--shards", "--workers", type=int, default=256, dest="count")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    if given.task in INNER:
+        found = INNER[given.task](given.folder)
+    else:
+        with tempfile.TemporaryDirectory() as fresh:
+            found = TASKS[given.task](given.folder or Path(fresh), given.rows, given.count)
+    print(json.dumps({"peak MiB": round(peak() / 2**20), **found}))
+
+
+if __name__ == "__main__":
+    main()
