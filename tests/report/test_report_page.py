@@ -151,10 +151,10 @@ def test_the_page_is_marked_up_for_readers_that_do_not_see_it(run):
 def test_the_layer_table_holds_exact_numbers_to_sort_by(run):
     folder, frame = run
     values = [one["data-value"] for one in page_of(folder).of("td") if "data-value" in one]
-    table = np.array(values[: 4 * 12]).reshape(4, 12)  # the first table
+    table = np.array(values[: 4 * 13]).reshape(4, 13)  # the first table
     assert table[:, 0].tolist() == ["1", "2", "3", "4"]
-    np.testing.assert_array_equal(table[:, 2].astype(float), layer_table(frame)["importance"])
-    assert table[3, 6] == "" and table[0, 6] == "0.6"  # sufficiency: missing values have no number
+    np.testing.assert_array_equal(table[:, 3].astype(float), layer_table(frame)["importance"])
+    assert table[3, 7] == "" and table[0, 7] == "0.6"  # sufficiency: missing values have no number
 
 
 def test_the_page_explains_the_marks_of_its_layer_table(run):
@@ -540,7 +540,7 @@ def test_in_a_browser_the_table_sorts(opened):
     assert browser.js(order) == LAYERS and browser.js(state)[0] == "ascending"
     browser.js(press.format("importance"))
     by_importance = browser.js(order)
-    assert by_importance == [LAYERS[3], LAYERS[2], LAYERS[0], LAYERS[1]] and browser.js(state)[3] == "descending"
+    assert by_importance == [LAYERS[3], LAYERS[2], LAYERS[0], LAYERS[1]] and browser.js(state)[4] == "descending"
     browser.js(press.format("importance"))
     assert browser.js(order) == by_importance[::-1] and browser.js(state).count("none") == len(browser.js(state)) - 1
     browser.js(press.format("depth"))

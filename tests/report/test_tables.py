@@ -335,5 +335,8 @@ def test_the_compact_table_has_short_words_above_and_statistics_below(full):
     )
     assert tables.to_markdown(table).rstrip().endswith(markdown(table.note, 2000))
     assert len(whole.caption.split()) < 30 and "bootstrap" in whole.note and "bootstrap" not in whole.caption
+    for other in contents.of_setting(found, first(frame)):
+        assert len(other.caption.split()) < 35, other.caption
+        assert not {"Intervals:", "Holm-corrected", "%"} & set(other.caption.split()), other.caption
     source = tables.to_latex(whole)
     assert "Part 2 of 2" in source and source.count("bootstrap-t over prompts") == 1, "the note stands once"

@@ -219,7 +219,7 @@ def test_what_a_layer_alone_brings_through_stands_beside_the_control():
         "relation mid (1.000, 0.000 with every layer lesioned)." in said
     )
     (table,) = [table for table in contents.of_setting(found, setting) if table.stem.startswith("alone--")]
-    assert "colour 0.042, relation 0.000" in table.caption
+    assert "colour 0.042, relation 0.000" in table.note
     assert [[cell.text for cell in row] for row in table.cells] == [["up", "1.000", "0.000"], ["mid", "0.250", "1.000"]]
     assert [[cell.bold for cell in row] for row in table.cells] == [[False, True, False], [False, False, True]]
 

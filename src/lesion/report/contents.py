@@ -179,14 +179,13 @@ def aspects(found: Findings, setting: Setting) -> Table | None:
     table = table[table["measure"] == "importance"] if len(table) else table
     if table.empty:
         return None
-    words = (
-        "Importance of each layer for the aspects of prompts, with 95 % intervals over the prompts of that aspect; "
-        "bold: the most important layer for the aspect. " + interaction_words(found, setting)
+    note = (
+        "95 % intervals over the prompts of an aspect; bold: the most important layer for it; in brackets: prompts "
+        "with the aspect. " + interaction_words(found, setting) + interval_words(table, ["method"])
     )
-    words += interval_words(table, ["method"])
     columns, rows = _by_aspect({name: aspect_table(table, value=name) for name in ("mean", *_LIMITS)})
-    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts with the aspect."
-    return Table(f"aspects--{setting.slug}", full, columns, table, rows, title="Layers by aspects")
+    words = caption(found.rows(setting), setting, "Importance of each layer for the aspects of prompts.", found.metric)
+    return Table(f"aspects--{setting.slug}", words, columns, table, rows, title="Layers by aspects", note=note)
 
 
 def reading(found: Findings, setting: Setting) -> Table | None:
@@ -195,12 +194,13 @@ def reading(found: Findings, setting: Setting) -> Table | None:
     if table.empty:
         return None
     right = table.groupby("aspect", sort=False)["baseline"].max()
-    words = (
+    note = (
         "Share of images in which leaving the layer out breaks what the prompt asks for, less the share in which it "
-        "mends it, read from pixels by rule; 95 % intervals over the prompts that ask; bold: the most broken. Right in "
-        f"baselines: {', '.join(f'{name} {number(float(value))}' for name, value in right.items())}."
+        "mends it, read from pixels by rule; bold: the most broken. Right in baselines: "
+        f"{', '.join(f'{name} {number(float(value))}' for name, value in right.items())}. "
     )
-    return _read(found, setting, "reading", table, "drop", words, "What a layer's absence breaks")
+    what = "What the prompt asks for and leaving the layer out breaks."
+    return _read(found, setting, "reading", table, "drop", what, note, "What a layer's absence breaks")
 
 
 def alone(found: Findings, setting: Setting) -> Table | None:
@@ -209,25 +209,26 @@ def alone(found: Findings, setting: Setting) -> Table | None:
     if table.empty:
         return None
     control = table.groupby("aspect", sort=False)["control"].max()
-    words = (
+    note = (
         "Share of images that still show what the prompt asks for when this layer is the only one that is intact, read "
-        "from pixels by rule; 95 % intervals over the prompts that ask; bold: the layer that brings most through. "
+        "from pixels by rule; bold: the layer that brings most through. "
     )
     if control.notna().any():
         shares = ", ".join(f"{name} {number(float(value))}" for name, value in control.items())
-        words += f"With every layer lesioned: {shares}."
-    return _read(found, setting, "alone", table, "share", words, "What a layer alone brings through")
+        note += f"With every layer lesioned: {shares}. "
+    what = "What the prompt asks for and the layer alone brings through."
+    return _read(found, setting, "alone", table, "share", what, note, "What a layer alone brings through")
 
 
 def _read(
-    found: Findings, setting: Setting, stem: str, table: pd.DataFrame, value: str, words: str, title: str
+    found: Findings, setting: Setting, stem: str, table: pd.DataFrame, value: str, what: str, note: str, title: str
 ) -> Table:
     """A table of layers by aspects that are read from pixels; value: the column of its figures."""
-    words += interval_words(table, ["method"])
+    note += "95 % intervals over the prompts that ask; in brackets: how many." + interval_words(table, ["method"])
     shown = {"mean": value, **{name: name for name in _LIMITS}}
     columns, rows = _by_aspect({name: reading_table(table, column) for name, column in shown.items()})
-    full = caption(found.rows(setting), setting, words, found.metric) + " In brackets: prompts that ask."
-    return Table(f"{stem}--{setting.slug}", full, columns, table, rows, title=title)
+    words = caption(found.rows(setting), setting, what, found.metric)
+    return Table(f"{stem}--{setting.slug}", words, columns, table, rows, title=title, note=note)
 
 
 _LIMITS = ("low", "high", "n_prompts")
@@ -275,14 +276,15 @@ def adherence(found: Findings, setting: Setting) -> Table | None:
         for end, source in (("", "lost"), ("_low", "low"), ("_high", "high"), ("_p", "p_holm")):
             whole[f"{name}{end}"] = part[source].to_numpy(dtype=float)
         columns.append(_measure(str(name), head, f"{name}_p", str(name)))
-    words = (
-        "How much less images fit their prompts without the layer (baseline minus lesioned, paired over the same "
-        "images; below 0: they fit better), beside how much they change; 95 % intervals; * above, † below 0 with "
-        f"p < 0.05, {CORRECTED}, two 0.01, three 0.001. " + fit_against_change(found, setting)
+    note = (
+        "Fit: baseline minus lesioned, paired over the same images; below 0: they fit better. 95 % intervals; * above, "
+        f"† below 0 with p < 0.05, {CORRECTED}, two 0.01, three 0.001. " + fit_against_change(found, setting)
     )
-    words += interval_words(table, ["method"])
-    words = caption(found.rows(setting), setting, words, found.metric)
-    return Table.of(f"adherence--{setting.slug}", "Change and adherence", words, columns, whole, table, count="depth")
+    note += interval_words(table, ["method"])
+    what = "How much less images fit their prompts without the layer, beside how much they change."
+    words = caption(found.rows(setting), setting, what, found.metric)
+    made = Table.of(f"adherence--{setting.slug}", "Change and adherence", words, columns, whole, table, count="depth")
+    return replace(made, note=note)
 
 
 def fit_against_change(found: Findings, setting: Setting) -> str:
@@ -317,8 +319,8 @@ def order(found: Findings, setting: Setting) -> Table | None:
     table = found.of("neighbours", setting)
     if table.empty:
         return None
-    words = (
-        "Neighbouring ranks compared: mean difference of importance with 95 % interval, paired test over prompts (p); "
+    note = (
+        "Difference: mean difference of importance with 95 % interval, paired test over prompts (p); more, less: "
         "prompts on which the layer changes the image more and less than the next, exact sign test (p, sign); both "
         f"{CORRECTED}; {STARS}." + interval_words(table, ["method"])
     )
@@ -333,8 +335,8 @@ def order(found: Findings, setting: Setting) -> Table | None:
         Column("p_wins", "p, sign", "p"),
         Column("n_prompts", "prompts", "count"),
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
-    return Table.of(f"order--{setting.slug}", "Neighbouring ranks", words, columns, table)
+    words = caption(found.rows(setting), setting, "Neighbouring ranks compared.", found.metric)
+    return replace(Table.of(f"order--{setting.slug}", "Neighbouring ranks", words, columns, table), note=note)
 
 
 def pairs(found: Findings, setting: Setting) -> Table | None:
@@ -342,9 +344,9 @@ def pairs(found: Findings, setting: Setting) -> Table | None:
     table = found.of("interactions", setting)
     if table.empty:
         return None
-    words = (
-        "Two layers lesioned together: effect, sum of the single effects, and interaction (their difference; above 0: "
-        "each can stand in for the other) with 95 % interval." + interval_words(table, ["method"])
+    note = (
+        "Both: effect of the two; sum: of the single effects; interaction: their difference with 95 % interval, above "
+        "0 where each can stand in for the other." + interval_words(table, ["method"])
     )
     columns = [
         Column("layer_a", "layer", "code"),
@@ -354,20 +356,19 @@ def pairs(found: Findings, setting: Setting) -> Table | None:
         Column("interaction", "interaction", "number", "low", "high"),
         *COUNTS[:1],
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
-    return Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2)
+    words = caption(found.rows(setting), setting, "Two layers lesioned together.", found.metric)
+    made = Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2)
+    return replace(made, note=note)
 
 
 def cumulative(found: Findings, setting: Setting) -> Table | None:
-    """Effect by number of lesioned layers, areas in the caption."""
+    """Effect by number of lesioned layers, areas in the note."""
     table = found.of("cumulative", setting)
     if table.empty:
         return None
     table = table.assign(order_text=table["order"].replace("", "as given"))
-    words = (
-        "Layers lesioned one after the other: effect (1 - similarity) with 95 % interval. "
-        + area_words(found, setting)
-        + interval_words(table, ["method"])
+    note = (
+        "Effect: 1 - similarity with 95 % interval. " + area_words(found, setting) + interval_words(table, ["method"])
     )
     columns = [
         Column("order_text", "order", "text", spare=True),
@@ -376,9 +377,10 @@ def cumulative(found: Findings, setting: Setting) -> Table | None:
         Column("mean", "effect", "number", "low", "high"),
         *COUNTS[:1],
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
+    words = caption(found.rows(setting), setting, "Layers lesioned one after the other.", found.metric)
     raw = table.drop(columns="order_text")
-    return Table.of(f"cumulative--{setting.slug}", "Layers one after the other", words, columns, table, raw, 2)
+    made = Table.of(f"cumulative--{setting.slug}", "Layers one after the other", words, columns, table, raw, 2)
+    return replace(made, note=note)
 
 
 def area_words(found: Findings, setting: Setting) -> str:
@@ -395,9 +397,9 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
     table = found.of("shapley", setting)
     if table.empty:
         return None
-    words = (
-        f"Shapley values of layers: share of the effect of losing all, from {table['n_orders'].max()} sampled orders; "
-        "se: of the sampling of orders; 95 % interval over prompts and orders." + interval_words(table, ["method"])
+    note = (
+        f"Share of the effect of losing all, from {table['n_orders'].max()} sampled orders; se: of the sampling of "
+        "orders; 95 % interval over prompts and orders." + interval_words(table, ["method"])
     )
     columns = [
         Column("layer", "layer", "code"),
@@ -406,8 +408,8 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
         Column("n_orders", "orders", "count"),
         *COUNTS[:1],
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
-    return Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table)
+    words = caption(found.rows(setting), setting, "Shapley values of layers.", found.metric)
+    return replace(Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table), note=note)
 
 
 def affected(found: Findings, setting: Setting) -> Table | None:
@@ -416,9 +418,9 @@ def affected(found: Findings, setting: Setting) -> Table | None:
     if table.empty:
         return None
     table["few"] = np.where(table["n_effective"] < ENOUGH, "few", "")
-    words = (
-        "Prompts of which leaving the layer out changes an image by more than 0.0001, their share with exact 95 % "
-        "limits (Clopper-Pearson; one-sided where it is 0 or 1), and mean importance among them. Rests on: effective "
+    note = (
+        "Affected: prompts of which leaving the layer out changes an image by more than 0.0001; share with exact 95 % "
+        "limits (Clopper-Pearson; one-sided where it is 0 or 1); mean importance among them. Rests on: effective "
         f"number of prompts, (sum m)^2 / sum m^2 of what their importance m is beyond {SMALL}; few: below {ENOUGH:g}, "
         "where the sample says little of prompts that are not in it."
     )
@@ -431,9 +433,10 @@ def affected(found: Findings, setting: Setting) -> Table | None:
         Column("n_effective", "rests on"),
         Column("few", "", "text"),
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
+    words = caption(found.rows(setting), setting, "How many prompts leaving the layer out affects.", found.metric)
     raw = table.drop(columns="few")
-    return Table.of(f"affected--{setting.slug}", "How many prompts a layer affects", words, columns, table, raw)
+    made = Table.of(f"affected--{setting.slug}", "How many prompts a layer affects", words, columns, table, raw)
+    return replace(made, note=note)
 
 
 def variance(found: Findings, setting: Setting) -> Table | None:
@@ -441,9 +444,9 @@ def variance(found: Findings, setting: Setting) -> Table | None:
     table = found.of("variance", setting)
     if table.empty:
         return None
-    words = (
-        "Where effects vary: standard deviations of the parts of prompts, of seeds (the same noise for every prompt) "
-        f"and of the rest, from the mean squares; F test of seeds, {CORRECTED}; {STARS}."
+    note = (
+        "Standard deviations of the parts of prompts, of seeds (the same noise for every prompt) and of the rest, from "
+        f"the mean squares; F test of seeds, {CORRECTED}; {STARS}."
     )
     columns = [
         Column("layer", "layer", "code"),
@@ -456,8 +459,10 @@ def variance(found: Findings, setting: Setting) -> Table | None:
         Column("n_prompts", "n, prompts", "count"),
         Column("n_seeds", "n, seeds", "count"),
     ]
-    words = caption(found.rows(setting), setting, words, found.metric)
-    return Table.of(f"variance--{setting.slug}", "Prompts, seeds and the rest", words, columns, table)
+    words = caption(found.rows(setting), setting, "Where effects vary.", found.metric)
+    return replace(
+        Table.of(f"variance--{setting.slug}", "Prompts, seeds and the rest", words, columns, table), note=note
+    )
 
 
 def of_setting(found: Findings, setting: Setting) -> list[Table]:

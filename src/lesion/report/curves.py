@@ -170,7 +170,9 @@ def side_by_side(one: Beside, metric: str) -> Figure:
                         table["v"][held], place[held], xerr=reach, **style, label=clean(name, 48), elinewidth=0.8
                     )
                 else:
-                    depth = rows[f"depth {side[0]}"][held]
+                    # Sides of one model have the same depths: beside one another, or the last would cover the others.
+                    apart = 0.6 / max(1, len(rows) - 1) * ((number + 0.5) / n_sides - 0.5)
+                    depth = rows[f"depth {side[0]}"][held] + apart
                     axes.errorbar(depth, table["v"][held], yerr=reach, **style, label=clean(name, 48), elinewidth=0.7)
             axes.set(**{"xlabel" if across else "ylabel": labels[measure]})
             axes.grid(axis="both")
