@@ -8,8 +8,9 @@ shortest. Nothing depends on what the store held before, on time or on chance: t
 
 A lesion (a layer under one selection, replacement, window, branch and strength) is closed when half the width of the
 95 % interval of its importance or sufficiency (`analysis.bootstrap`) is at most `ci_halfwidth`. Looking after every
-round and stopping at the first good look is optional stopping, so these intervals are approximate: they cover the truth
-less often than they say, see docs/budget.md. A minimum of prompts (`start`) comes before the first look.
+round and stopping at the first good look is optional stopping: it prefers samples that spread little by chance. So a
+stop asks that the interval be narrow enough with the largest spread that is likely, too (`_reach`), and a minimum of
+prompts (`start`) comes before the first look. What then holds by simulation is in docs/budget.md.
 """
 
 from __future__ import annotations
