@@ -14,7 +14,8 @@ PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
     *("errors", "study", "denoising", "tasks", "toy_world", "tracking", "store", "surgery", "models", "scoring"),
-    *("analysis", "rounds", "generation", "replacements", "report", "config", "run", "audit", "api", "cli", "__main__"),
+    *("analysis", "rounds", "generation", "replacements", "attribution", "report", "config", "run", "audit", "api"),
+    *("cli", "__main__"),
 )
 PURE = ("errors", "study", "tasks", "toy_world", "scoring", "analysis", "rounds")
 

@@ -25,6 +25,7 @@ GROUPS = (
     "selection",
     "replacement",
     "capture",
+    "attribution",
     "steering",
     "scorer",
     "tracker",

@@ -19,6 +19,7 @@ from lesion.models import ModelSpec, check_offload
 from lesion.models.defaults import filled
 from lesion.models.devices import HERE, Place, devices
 from lesion.scoring import BOXES, ScorerSpec
+from lesion.study.attribution import Attribution
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
 from lesion.study.checks import one_of
@@ -40,6 +41,7 @@ class Request:
     or cuda:N. derived: which settings the model said, and where, in words; "" if the request said all.
     capture: which attention maps are kept; None for none. confirm: the plan of a confirmatory study, if it is one.
     notes: what was guessed or left out of the prompts, in sentences.
+    attribution: which lesions are estimated, and how many of them made; None where all are made.
     devices: of each process that makes images; the first is `device`, where this one scores them.
     """
 
@@ -62,6 +64,7 @@ class Request:
     shard: Shard = WHOLE
     confirm: Confirmation | None = None
     notes: tuple[str, ...] = ()
+    attribution: Attribution | None = None
     devices: tuple[str, ...] = ()
 
     def described_replacements(self) -> tuple[Replacement, ...]:
@@ -112,6 +115,9 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
     _check_steering(settings, prompts.prompts, given)
     budget = Budget.of(data["budget"])
     scorer = _with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts)
+    attribution = Attribution.of(data["attribution"])
+    if attribution:
+        _check_attribution(attribution, model, settings, scorer, budget, data, given)
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -133,7 +139,42 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         derived=derived,
         capture=capture,
         notes=prompts.notes,
+        attribution=attribution,
     )
+
+
+def _check_attribution(
+    attribution: Attribution,
+    model: ModelSpec,
+    settings: Settings,
+    scorer: ScorerSpec,
+    budget: Budget | None,
+    data: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:
+    """Refuse what gradients cannot flow through, and what decides itself which lesions are made."""
+    for key, wrong, allowed in (
+        ("performance.compile", model.compile, "false"),
+        ("model.offload", model.offload != "none", "none"),
+        ("steering", settings.steering, "none"),
+        ("capture", data["capture"]["name"] != "none", "none"),
+        ("budget.ci_halfwidth", budget, "null"),
+        ("confirm.hypotheses", data["confirm"]["hypotheses"], "[]"),
+        ("shard.count", data["shard"]["count"] > 1, "1"),
+    ):
+        if wrong:
+            raise RequestError(key, f"does not go with attribution={attribution.name}; allowed with it: {allowed}")
+    for name in given:
+        one = replacements.find(name)
+        if one.changes != "output" or one.donor_images:
+            others = [n for n in replacements.known() if (c := replacements.find(n)).changes == "output"
+                       and not c.donor_images]  # fmt: skip
+            raise RequestError(
+                "replacement", f"{name} has no strength that gradients can be taken of; with attribution: "
+                f"{', '.join(others)}"
+            )  # fmt: skip
+    if scorer.importance != "clip_similarity":
+        raise RequestError("scorer.importance", f"attribution estimates clip_similarity; got {scorer.importance}")
 
 
 def _check_steering(settings: Settings, prompts: Sequence[Prompt], replacements: Mapping[str, Any]) -> None:

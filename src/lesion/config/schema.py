@@ -126,6 +126,19 @@ class SteeringConf:
 
 
 @dataclass
+class AttributionConf:
+    name: str = "none"
+    top: Any = 10
+    sample: Any = 10
+    threshold: Any = None
+    view: str = "clip"
+    probes: Any = 4
+    points: Any = 0.0
+    seed: Any = 0
+    checkpointing: Truth = False
+
+
+@dataclass
 class BudgetConf:
     ci_halfwidth: Any = None
     max_images: Any = None
@@ -172,6 +185,7 @@ class LesionConf:
     scorer: ScorerConf = field(default_factory=ScorerConf)
     capture: CaptureConf = field(default_factory=CaptureConf)
     steering: SteeringConf = field(default_factory=SteeringConf)
+    attribution: AttributionConf = field(default_factory=AttributionConf)
     tracker: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConf = field(default_factory=BudgetConf)

@@ -8,6 +8,7 @@ events that it needs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Client:
     gradients: ClassVar[bool] = False
     """Whether its events compute gradients. The run is then under `no_grad` instead of `inference_mode`; an event that
     wants gradients says `torch.enable_grad()` itself."""
+    throughout: ClassVar[bool] = False
+    """Whether gradients flow through the whole run, from what its events change to the images."""
 
     def attached(self, run: Denoising) -> AbstractContextManager[None]:
         """Return a context that is entered before the pipeline is called and left after it, whatever happens."""
@@ -141,12 +144,31 @@ class Denoising:
         finally:
             self._aside = before
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through the whole run."""
+        return any(client.throughout for client in self.clients)
+
+    @property
+    def pipeline(self) -> Callable[..., Any]:
+        """The pipeline's call. Diffusers forbids gradients around it: where they flow it is what stands within.
+
+        Raises RuntimeError for a pipeline whose call cannot be had without that.
+        """
+        if not self.differentiable:
+            return self.pipe  # type: ignore[no-any-return]
+        plain = getattr(type(self.pipe).__call__, "__wrapped__", None)
+        if plain is None:
+            raise RuntimeError(f"gradients cannot flow through {type(self.pipe).__name__}: its call is not `no_grad`'s")
+        return functools.partial(plain, self.pipe)
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Call the pipeline within this block, once."""
+        """Call `pipeline` within this block, once."""
         with ExitStack() as stack:
-            differentiable = any(client.gradients for client in self.clients)
-            stack.enter_context(torch.no_grad() if differentiable else torch.inference_mode())
+            looks = any(client.gradients for client in self.clients)
+            mode = torch.enable_grad if self.differentiable else torch.no_grad if looks else torch.inference_mode
+            stack.enter_context(mode())
             if self.clients:
                 stack.enter_context(forward_replaced(self.denoiser, self.told))
                 if hasattr(self.denoiser, "cache_context"):

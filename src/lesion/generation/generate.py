@@ -140,7 +140,7 @@ def call(
         _precision_kept(getattr(pipe, "vae", None)),
         decoding(getattr(pipe, "vae", None), model.decodable, model.decoder),
     ):
-        images = pipe(**asked).images
+        images = run.pipeline(**asked).images
     if not isinstance(images, Tensor):  # of a pipeline that makes arrays, whatever it is asked for
         images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
     if images.shape[2:] != (settings.height, settings.width):

@@ -28,6 +28,8 @@ FILES = (
     "environment.json",
     "report.json",
     "confirmation.json",
+    "attribution.parquet",
+    "certificate.json",
 )
 HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one

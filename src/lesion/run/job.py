@@ -24,7 +24,7 @@ from lesion.errors import RequestError, StudyFailed, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
-from lesion.run import environment
+from lesion.run import attribution, environment
 from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
 from lesion.run.folder import asked, planned, prune, reserved
 from lesion.run.sweep import Sweep
@@ -89,6 +89,8 @@ def survey(request: Request) -> tuple[models.Source, Study]:
         **vars(request.axes),
     )
     len(study)  # makes every selection choose, so that one that makes no sense is refused here
+    if request.attribution:
+        request.attribution.check(study)
     rounds = _rounds(study, request.budget)
     scoring.check(request.scorer)
     captured(request, source)
@@ -171,7 +173,7 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
     source, study = surveyed
     if request.dry_run:
         store = Store(request.store)
-        counts = tally(study, known(store, maps_of(request, source)))
+        counts = tally(attribution.part_of(request, study, store), known(store, maps_of(request, source)))
         print("\n".join(map(visible, plan_lines(source, study, counts, store, request))))
         return
     outcome = complete(request, context, surveyed, report=study.shard.count == 1)
@@ -179,6 +181,10 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
         from lesion.report import ranking_lines
 
         print("\n".join(ranking_lines(outcome.said)))
+    if outcome.certificate:
+        from lesion.report.attribution import certificate_lines
+
+        print("\n".join(["", *certificate_lines(outcome.certificate)]))
     if study.shard.count > 1:
         folders = visible(context.group or "FOLDERS-OF-ALL-SHARDS")
         print(f"shard {study.shard.index} of {study.shard.count} is done; a report over all: lesion-report {folders}")
@@ -198,6 +204,7 @@ class Outcome:
     said: what the report says of it; None where there is no report.
     trouble: in one line why it is not all well; "" if it is.
     stopped: the error that stopped it, if one did.
+    certificate: of an attribution, as certificate.json has it.
     """
 
     frame: pd.DataFrame
@@ -205,13 +212,15 @@ class Outcome:
     said: Findings | None = None
     trouble: str = ""
     stopped: Exception | None = None
+    certificate: dict[str, Any] | None = None
 
 
 @dataclass
 class Work:
     """A study between its request and its tables.
 
-    study: of a study in rounds the part of this round, else all of it.
+    study: of a study in rounds the part of this round, of an attribution the lesions that are made, else all of it.
+    estimates: of an attribution, once they are there.
     """
 
     request: Request
@@ -222,6 +231,7 @@ class Work:
     maps: Maps | None
     scores: ScoreQueue
     publisher: Publisher
+    estimates: attribution.Estimates | None = None
 
     @classmethod
     def of(cls, request: Request, surveyed: tuple[models.Source, Study], folder: Path | None) -> Work:
@@ -235,7 +245,29 @@ class Work:
         scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
         maps = maps_of(request, source)
         publisher = Publisher(store, folder, study.settings.steering is not None, maps)
-        return cls(request, source, study, rounds, store, maps, scores, publisher)
+        estimates = attribution.kept(request, study, store) if request.attribution else None
+        study = attribution.part_of(request, study, store)
+        return cls(request, source, study, rounds, store, maps, scores, publisher, estimates)
+
+    def attribute(self, study: Study) -> None:
+        """Estimate the lesions of a study, and go on with those that are made.
+
+        Raises StudyFailed where gradients cannot be had.
+        """
+        from lesion.models import loading
+
+        if self.estimates or not self.request.attribution:
+            return
+        try:
+            self.estimates = attribution.estimated(self.request, study, self.store, self.scores, lambda: loaded(self))
+        except RequestError:
+            raise
+        except Exception as error:  # whatever a model can raise
+            raise StudyFailed(f"the lesions could not be estimated: {place_of(error)}") from error
+        finally:
+            if len(self.request.devices) > 1:  # each worker loads a model of its own
+                loading.forget()
+        self.study = self.estimates.part
 
     @property
     def whole(self) -> Study:
@@ -280,6 +312,10 @@ class Work:
             frame, tables["budget"] = self.rounds.marked(frame), self.rounds.table()
         return {"results": frame, **tables}
 
+    def value(self, cell: Cell, metric: str) -> float:
+        """What a metric says of an image; NaN where it has none, or is not valid."""
+        return self.scores.values(cell).get(metric, float("nan"))
+
     def pictured(self, frame: pd.DataFrame) -> list[Cell]:
         """The cells whose images a run folder shows. frame: the table of results."""
         study = self.whole
@@ -301,10 +337,11 @@ def complete(
     """
     from lesion.run import table  # with pandas and pyarrow, which a dry run does without
 
-    source, _ = surveyed
+    source, whole = surveyed
     for note in (*request.notes, *source.notes):
         log.info(visible(note))
     work = Work.of(request, surveyed, context.folder)
+    work.attribute(whole)
     counts = work.tally()
     if request.confirm:
         planned(context.folder, request.confirm.written([prompt.id for prompt in request.prompts]))
@@ -335,6 +372,11 @@ def complete(
                 work.scores.complete(work.study, failures)
         beside = work.tables(failures, lenient=stopped is not None)
         frame = beside.pop("results")
+        certificate = None
+        if work.estimates and (judged := attribution.certified(work.estimates, work.value)):
+            beside["attribution"], certificate = judged
+        elif work.estimates:
+            log.error("the estimates have no certificate, since lesions have no valid image; they are not shown")
         if several := table.mixed(frame):
             log.warning(
                 "the images of this study were made by several cards or versions, which may round differently; compare "
@@ -346,6 +388,8 @@ def complete(
         places = [work.publisher.place(cell) for cell in pictured]
         room.close()
         written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report)
+        if certificate:
+            written += attribution.write(context.folder, beside["attribution"], certificate)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
             written.append(environment.record(context.folder, context.config, request.device, making))
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
@@ -366,7 +410,7 @@ def complete(
     finally:
         room.close()
         tracker.close(code)
-    return Outcome(frame, written, said, trouble, stopped)
+    return Outcome(frame, written, said, trouble, stopped, certificate)
 
 
 def results(request: Request) -> pd.DataFrame:
@@ -406,6 +450,7 @@ def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store,
         f"  already in the store {_shown(store.folder)}: {counts.stored}",
         f"  to make: {counts.missing}, about {mebibytes(study, counts.missing):.1f} MiB on disk",
         *_capture_lines(source, study, counts, request),
+        *attribution.plan_lines(request, study),
         *_budget_lines(study, request.budget),
         "dry run: nothing was generated",
     ]

@@ -67,7 +67,7 @@ def generate(
     context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
     running: dict[Connection, BaseProcess] = {}
     ended: list[_Done] = []
-    request = replace(work.request, budget=None, check_store=False)
+    request = replace(work.request, budget=None, attribution=None, check_store=False)
     try:
         for number, device in enumerate(work.request.devices):
             here, there = context.Pipe(duplex=False)

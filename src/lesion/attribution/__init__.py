@@ -1,0 +1,1 @@
+"""Estimates of many lesions' effects from gradients of few images (docs/attribution.md)."""

@@ -1,0 +1,120 @@
+"""The effects of many lesions, estimated from gradients of un-lesioned images.
+
+Similarity to the baseline is greatest where nothing is lesioned, so its gradient there is zero. The second order is
+not: with g(s) the unit vector of an image (`views`) under strengths s, and J_l = dg/ds_l at s = 0,
+
+    1 - <g(e_l), g(0)> = 1/2 |g(e_l) - g(0)|^2 ~ 1/2 |J_l|^2.
+
+All |J_l| come at once by reverse mode: for directions q_1 … q_K, orthonormal and drawn at random among d dimensions,
+d/K sum (q_k' J_l)^2 has the mean |J_l|^2, and is equal to it for K = d. The similarity to the prompt's text is not
+greatest there: its first order, signed, is <text, J_l>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lesion.attribution.strengths import Strengths
+from lesion.attribution.views import View
+from lesion.generation.generate import call, generators
+from lesion.models import Model
+from lesion.study.grid import Cell
+from lesion.study.lesions import Lesion, digest_of
+from lesion.surgery.intervention import Intervention
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a batch of images.
+
+    effects: 1/2 |J|^2, (lesions, images). towards: <text, J>, (lesions, images); None without texts.
+    images: made at strength 0, (images, 3, height, width) in [0, 1].
+    """
+
+    effects: Floats
+    towards: Floats | None
+    images: Tensor
+
+
+def estimate(
+    model: Model,
+    lesions: Sequence[Lesion],
+    cells: Sequence[Cell],
+    interventions: Mapping[str, Intervention],
+    view: View,
+    probes: int,
+    seed: int = 0,
+    text: Tensor | None = None,
+    checkpointing: bool = False,
+    base: float = 0.0,
+) -> Found:
+    """Estimate the effect of each lesion on each of these images, which are made once, together.
+
+    lesions: by replacements that change a site's output, of one kind of site.
+    cells: baselines of one setting.
+    interventions: by `replacement_key`.
+    probes: directions, at least 1; as many as the view has dimensions, or more, are exact.
+    seed: of the directions; an image's also depend on its prompt and seed, not on its batch.
+    text: what `towards` goes to, (images, d).
+    base: strength of all lesions at which the gradients are taken.
+    """
+    prompts, settings = [cell.prompt for cell in cells], cells[0].settings
+    device = next(model.denoiser.parameters()).device
+    strengths = torch.full((len(lesions), len(cells)), base, device=device, requires_grad=True)
+    client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing)
+    with frozen(model):
+        images = call(model, prompts, generators([cell.noise_seed for cell in cells]), settings, [client])
+        assert client.latents is not None
+        with torch.enable_grad():
+            vectors = view(images, client.latents)
+        directions = torch.stack([_directions(cell, vectors.shape[1], probes, seed) for cell in cells], dim=1)
+        directions = directions.to(vectors)
+        total = torch.zeros_like(strengths, dtype=torch.float64)
+        for number, direction in enumerate(directions):
+            last = text is None and number == len(directions) - 1
+            total += _gradient(vectors, strengths, direction, not last).double() ** 2
+        towards = None if text is None else _gradient(vectors, strengths, text.to(vectors), False)
+    scale = vectors.shape[1] / len(directions) / 2
+    return Found(
+        (scale * total).cpu().numpy(),
+        None if towards is None else towards.double().cpu().numpy(),
+        images.detach(),
+    )
+
+
+def _gradient(vectors: Tensor, strengths: Tensor, direction: Tensor, again: bool) -> Tensor:
+    """Of <direction, vector> of each image with respect to its strengths, (lesions, images)."""
+    slopes = torch.autograd.grad(vectors, strengths, direction, retain_graph=again, allow_unused=True)
+    found: Tensor | None = slopes[0]
+    return torch.zeros_like(strengths) if found is None else found
+
+
+def _directions(cell: Cell, dimensions: int, probes: int, seed: int) -> Tensor:
+    """Orthonormal directions of an image, (probes, dimensions), all of them where there are no more."""
+    if probes >= dimensions:
+        return torch.eye(dimensions)
+    number = int(digest_of([cell.prompt.text, cell.seed, seed])[:15], 16)
+    drawn = torch.randn(dimensions, probes, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    found: Tensor = torch.linalg.qr(drawn).Q.T
+    return found
+
+
+@contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """No weight wants a gradient within the block: a backward pass then costs little more than a forward one."""
+    parts = [part for part in model.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    weights = [one for part in parts for one in part.parameters() if one.requires_grad]
+    with ExitStack() as stack:
+        for one in weights:
+            stack.callback(one.requires_grad_, True)
+            one.requires_grad_(False)
+        yield

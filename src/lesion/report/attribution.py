@@ -1,0 +1,94 @@
+"""What an attribution shows: its certificate in sentences, a table, and a figure of estimates against real lesions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lesion.report import figures
+from lesion.report.text import number, short_layer
+from lesion.store.files import atomically
+
+STEM = "attribution"
+
+
+def certificate_lines(data: Mapping[str, Any]) -> list[str]:
+    """What a certificate says, in sentences. data: as certificate.json has it."""
+
+    def of(name: str) -> str:
+        one = data[name]
+        if one["value"] is None:
+            return "n/a"
+        limits = "" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]"
+        return f"{one['value']:.2f}{limits}"
+
+    rest = data["lesions"] - data["top"]
+    share = data["share_of_grid"]
+    return [
+        f"attribution of {data['lesions']} lesions by gradients, certified by {data['top'] + data['sampled']} that "
+        f"were made: the {data['top']} ranked highest and {data['sampled']} of the others at random",
+        f"  estimate and importance in the complete grid, as these show it: Spearman {of('spearman')}, "
+        f"Kendall {of('kendall')}",
+        f"  of the {data['top']} ranked highest, {of('precision')} are among the {data['top']} most important",
+        f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.3f} or more "
+        f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {data['top']}",
+        f"  estimates took {data['estimates']['seconds']:.0f} s, {100 * share['estimates']:.1f} % of what the complete "
+        f"grid's {data['grid']['images']} images take; with the images made {100 * share['in_all']:.1f} %",
+    ]
+
+
+def drawn(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Path]:
+    """Write the table and the figure into a run folder; the paths.
+
+    table: of all lesions, as attribution.parquet has it. data: its certificate.
+    """
+    tables, pictures = folder / "tables", folder / "figures"
+    tables.mkdir(exist_ok=True)
+    pictures.mkdir(exist_ok=True)
+    csv, text = tables / f"{STEM}.csv", tables / f"{STEM}.md"
+    with atomically(csv) as temporary:
+        table.sort_values("rank").to_csv(temporary, index=False)
+    with atomically(text) as temporary:
+        temporary.write_text(_markdown(table, data), encoding="utf-8")
+    return [csv, text, *figures.save(figure(table, data), pictures / STEM)]
+
+
+def _markdown(table: pd.DataFrame, data: Mapping[str, Any]) -> str:
+    """The certificate, and the lesions that were made with both values."""
+    made = table[table["lesioned"]].sort_values("rank")
+    rows = [
+        f"| {one.rank} | {one.layer} | {one.window_start:g} to {one.window_end:g} | {one.branch} | {one.chosen} "
+        f"| {number(one.estimate, 4)} | {number(one.real, 4)} |"
+        for one in made.itertuples()
+    ]
+    head = [
+        "| rank | layer | window | branch | made as | estimate | importance |",
+        "| ---: | --- | --- | --- | --- | ---: | ---: |",
+    ]
+    said = [line.strip() for line in certificate_lines(data)]
+    return "\n".join(["\n".join(f"{line[0].upper()}{line[1:]}." for line in said), "", *head, *rows, ""])
+
+
+def figure(table: pd.DataFrame, data: Mapping[str, Any]) -> Figure:
+    """The lesions that were made: estimates against importance, the top ones and the sample apart."""
+    made = table[table["lesioned"]]
+    with figures.styled():
+        found = figures.blank(figures.SINGLE, figures.SINGLE)
+        axes = found.add_subplot()
+        least = float(made.loc[made["estimate"] > 0, "estimate"].min()) if (made["estimate"] > 0).any() else 1.0
+        for name, colour, marker in (("top", figures.VERMILION, "o"), ("sample", figures.BLUE, "s")):
+            some = made[made["chosen"] == name]
+            label = "ranked highest" if name == "top" else "sample of the others"
+            axes.plot(np.maximum(some["estimate"], least), some["real"], marker, color=colour, label=label, ls="none")
+        for one in made.nlargest(3, "real").to_dict("records"):
+            axes.annotate(short_layer(str(one["layer"])), (max(one["estimate"], least), one["real"]), (3, 3),
+                          textcoords="offset points", fontsize=5.5)  # fmt: skip
+        axes.axhline(data["threshold"], color=figures.GREY, linestyle="--", linewidth=0.9)
+        axes.set(xscale="log", xlabel="estimate, 1/2 |J|\u00b2", ylabel="importance of the lesion made")
+        axes.legend(loc="upper left")
+    return found

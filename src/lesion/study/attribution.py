@@ -1,0 +1,117 @@
+"""What an attribution asks for, and the part of a study whose lesions are made to certify it. Imports no torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lesion.errors import RequestError
+from lesion.study.checks import one_of
+from lesion.study.grid import Study
+from lesion.study.lesions import Lesion, digest_of
+
+FORMAT = 1  # raise it when the same request would give other estimates
+NAMES = ("none", "gradients")
+VIEWS = ("clip", "latent")
+SELECTION = "leave_one_out"  # whose lesions are estimated
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """All lesions of a grid are estimated, some of them made.
+
+    top: how many of those ranked highest are made. sample: how many of the rest.
+    threshold: importance from which a lesion counts as important; None for the median of the top.
+    view: what effects are measured in, the scorer's CLIP embedding or the final latents.
+    probes: random directions an image. points: strengths of all lesions at which gradients are taken.
+    seed: of directions and sample. checkpointing: keep less of each denoiser call, and run it again.
+    """
+
+    name: str = field(default=NAMES[1], init=False)
+    top: int = 10
+    sample: int = 10
+    threshold: float | None = None
+    view: str = "clip"
+    probes: int = 4
+    points: tuple[float, ...] = (0.0,)
+    seed: int = 0
+    checkpointing: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Attribution | None:
+        """From the `attribution` group of a request; None for none. Raises RequestError naming the key."""
+        if one_of("attribution", config["name"], NAMES) == "none":
+            return None
+        for name, low in (("top", 2), ("sample", 2), ("probes", 1), ("seed", 0)):
+            number = config[name]
+            if isinstance(number, bool) or not isinstance(number, int) or number < low:
+                raise RequestError(f"attribution.{name}", f"must be a whole number >= {low}; got {number!r}")
+        limit = config["threshold"]
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 2):
+            raise RequestError("attribution.threshold", f"must be null or a number in (0, 2); got {limit!r}")
+        given = config["points"]
+        points = given if isinstance(given, list) else [given]
+        if not points or any(isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 for p in points):
+            raise RequestError("attribution.points", f"must be a number in [0, 1], or a list of such; got {given!r}")
+        return cls(
+            config["top"],
+            config["sample"],
+            None if limit is None else float(limit),
+            one_of("attribution.view", config["view"], VIEWS),
+            config["probes"],
+            tuple(map(float, points)),
+            config["seed"],
+            bool(config["checkpointing"]),
+        )
+
+    @property
+    def estimator(self) -> dict[str, Any]:
+        """What of it can change estimates, as JSON data; checkpointing only rounds."""
+        others = ("top", "sample", "threshold", "checkpointing")
+        return {"format": FORMAT, **{name: value for name, value in asdict(self).items() if name not in others}}
+
+    def check(self, study: Study) -> None:
+        """Raise RequestError where the lesions of this study cannot be estimated."""
+        if set(study.selections) != {SELECTION}:
+            others = ", ".join(name for name in study.selections if name != SELECTION)
+            raise RequestError("selection", f"attribution is for {SELECTION} alone; got {others or 'none'} besides")
+        if len(study.replacements) != 1:
+            raise RequestError("replacement", "attribution is of one replacement; a sweep (-m) takes several")
+        if study.strengths != (1.0,):
+            raise RequestError("strength", "attribution is of whole lesions; allowed with it: 1")
+        number = sum(1 for _ in study.lesions())
+        if number <= self.top:
+            raise RequestError(
+                "attribution.top",
+                f"the study has {number} lesions, so all would be made; allowed: fewer, or attribution=none",
+            )
+
+    def chosen(self, lesions: Sequence[Lesion], ranking: Sequence[float]) -> tuple[list[int], list[int]]:
+        """Places of the lesions to make: those ranked highest, and a random sample of the rest, sorted.
+
+        ranking: the estimate of each lesion; of equal ones the first come first.
+        """
+        order = sorted(range(len(lesions)), key=lambda place: -ranking[place])
+        top, rest = order[: self.top], sorted(order[self.top :])
+        digest = digest_of([self.seed, [lesion.digest for lesion in lesions]])
+        return top, sorted(random.Random(digest).sample(rest, min(self.sample, len(rest))))
+
+
+@dataclass(frozen=True)
+class Some(Study):
+    """A study with some of its lesions. kept: their digests."""
+
+    kept: frozenset[str] = field(default=frozenset(), kw_only=True)
+
+    @classmethod
+    def of(cls, study: Study, lesions: Sequence[Lesion]) -> Some:
+        values = {one.name: getattr(study, one.name) for one in fields(Study)}
+        return cls(**values, kept=frozenset(lesion.digest for lesion in lesions))
+
+    def lesions(self) -> Iterator[Lesion]:
+        return (lesion for lesion in super().lesions() if lesion.digest in self.kept)
+
+    def __len__(self) -> int:
+        return self._subjects * (1 + sum(1 for _ in self.lesions()))

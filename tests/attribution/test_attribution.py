@@ -1,0 +1,200 @@
+"""Gradients against finite lesions, planted truths, and the ways in which models are built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import pipelines
+from conftest import settings, tiny_spec
+from lesion import models
+from lesion.attribution import views
+from lesion.attribution.estimate import estimate
+from lesion.attribution.strengths import Strengths
+from lesion.denoising.run import Denoising
+from lesion.generation.generate import generate
+from lesion.models import loading
+from lesion.replacements.mean import Mean
+from lesion.replacements.zero import Zero
+from lesion.scoring._clip import _embedder
+from lesion.scoring._clip_weights import resolve
+from lesion.study.grid import Cell
+from lesion.study.lesions import Lesion, Replacement
+from lesion.study.prompts import Prompt
+from lesion.surgery.anatomy import Anatomy, Layer, Site, examine
+from lesion.surgery.hook_points import HookPoint
+from lesion.surgery.operation import replacement_key
+
+ZERO = Replacement("zero")
+
+
+def lesions_of(model, kind="cross_attention", by="attention", **more):
+    return [
+        Lesion("leave_one_out", path, (path,), **{"replacement": ZERO, **more}, kind=kind)
+        for path in model.anatomy.paths
+    ]
+
+
+def precise(model, by="attention", kind=None):
+    """In float64, where differences of strength 0.01 are exact to seven digits."""
+    model.pipe.to(torch.float64)
+    kind = kind or model.anatomy.kind
+    return replace(model, anatomy=examine(model.denoiser, by, kind), identity=replace(model.identity, dtype="float64"))
+
+
+def cells_of(model, lesion=None, **changes):
+    asked = settings(**{"steps": 2, **changes})
+    return [Cell(model.identity, Prompt(text), 7, asked, lesion) for text in ("a cat", "two dogs")]
+
+
+def view(images, latents):
+    """Four numbers of an image, so that four directions are exact."""
+    drawn = torch.randn(images[0].numel(), 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return images.double().flatten(1) @ drawn
+
+
+def seen(model, lesion, interventions, **changes):
+    images = generate(model, cells_of(model, lesion, **changes), interventions)
+    return view(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), None).numpy()
+
+
+def by_differences(model, lesions, interventions, **changes):
+    """1/2 |J|^2 from the study's own lesions at strengths 0.01 and 0.02, to second order."""
+    base = seen(model, None, {}, **changes)
+    found = []
+    for lesion in lesions:
+        one, two = (seen(model, replace(lesion, strength=h), interventions, **changes) for h in (0.01, 0.02))
+        found.append(0.5 * (((-3 * base + 4 * one - two) / 0.02) ** 2).sum(axis=1))
+    return np.array(found)
+
+
+@pytest.fixture
+def wide_open(monkeypatch):
+    """Images that are not clipped to [0, 1]: random weights leave that range, where nothing changes any more."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    monkeypatch.setattr(VaeImageProcessor, "denormalize", staticmethod(lambda images: images * 0.5 + 0.5))
+
+
+def test_effects_are_those_of_small_lesions_and_nothing_changes_at_strength_0(tiny_model, wide_open):
+    model = precise(tiny_model)
+    window = [(lesion, half) for lesion in lesions_of(model) for half in ((0.0, 0.5), (0.5, 1.0))]
+    lesions = [replace(lesion, window=half) for lesion, half in window]
+    lesions += [replace(lesions_of(model)[2], branch="cond"), replace(lesions_of(model)[2], branch="uncond")]
+    interventions = {replacement_key(lesions[0]): Zero()}
+    cells = cells_of(model)
+    found = estimate(model, lesions, cells, interventions, view, probes=4)
+    expected = by_differences(model, lesions, interventions)
+    assert expected.max() > 1e-4
+    np.testing.assert_allclose(found.effects, expected, rtol=0.02, atol=1e-4 * expected.max())
+    plain = generate(model, cells, {})
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
+    again = estimate(model, lesions, cells, interventions, view, probes=2, seed=5)
+    kept = estimate(model, lesions, cells, interventions, view, probes=2, seed=5, checkpointing=True)
+    assert np.array_equal(estimate(model, lesions, cells, interventions, view, probes=2, seed=5).effects, again.effects)
+    np.testing.assert_allclose(kept.effects, again.effects, rtol=1e-9)
+    assert not np.allclose(again.effects, estimate(model, lesions, cells, interventions, view, 2, 6).effects)
+
+
+def test_a_site_that_puts_out_nothing_has_exactly_no_effect(tiny_model):
+    lesions = lesions_of(tiny_model)
+    dead = tiny_model.denoiser.get_submodule(f"{lesions[3].layer}.transformer_blocks.0.attn2.to_out.0")
+    for weight in dead.parameters():
+        weight.data.zero_()
+    found = estimate(tiny_model, lesions, cells_of(tiny_model), {replacement_key(lesions[0]): Zero()}, view, 4)
+    assert (found.effects[3] == 0).all() and (np.delete(found.effects, 3, axis=0) > 0).any(axis=1).all()
+
+
+def test_heads_of_a_unet_and_the_direction_of_the_mean(tiny_model, wide_open):
+    model = precise(tiny_model, by="head")
+    one = Replacement("mean", {"calibration": "planted"})
+    lesions = lesions_of(model, replacement=one)[:4]
+    drawn = torch.Generator().manual_seed(1)
+    means = {
+        path: torch.randn(2, 2, site.channels + 1, generator=drawn, dtype=torch.float64)
+        for path, site in model.anatomy.by_path.items()
+    }
+    interventions = {replacement_key(lesions[0]): Mean(means)}
+    found = estimate(model, lesions, cells_of(model), interventions, view, 4)
+    np.testing.assert_allclose(found.effects, by_differences(model, lesions, interventions), rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "block", "text_stream"])
+def test_joint_transformers(kind, joint_folder, wide_open):
+    loading.forget()
+    model = precise(models.load(models.resolve(tiny_spec(joint_folder)), "cpu"), kind=kind)
+    lesions = lesions_of(model, kind)
+    interventions = {replacement_key(lesions[0]): Zero()}
+    asked = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
+    found = estimate(model, lesions, cells_of(model, **asked), interventions, view, 4)
+    expected = by_differences(model, lesions, interventions, **asked)
+    np.testing.assert_allclose(found.effects, expected, rtol=0.03, atol=1e-4 * expected.max())
+    plain = generate(model, cells_of(model, **asked), {})
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
+
+
+@pytest.fixture(scope="module")
+def joint_folder(tmp_path_factory):
+    return pipelines.build("sd3", tmp_path_factory.mktemp("joint"))
+
+
+class Sum(nn.Module):
+    """x + sum A_i x: linear in the strength of every site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList(nn.Linear(3, 3, dtype=torch.float64) for _ in range(4)).requires_grad_(False)
+
+    def forward(self, sample):
+        return sample + sum(part(sample) for part in self.parts)
+
+
+def test_on_a_linear_model_gradients_are_the_lesions_and_add_up():
+    denoiser = Sum()
+    paths = [f"parts.{number}" for number in range(4)]
+    sites = [Site(path, 3, 0, 0, 0, HookPoint(path)) for path in paths]
+    anatomy = Anatomy(tuple(Layer(site.path, n, "", 0, (site,)) for n, site in enumerate(sites)))
+    lesions = [Lesion("custom", path, (path,), ZERO) for path in paths] + [Lesion("custom", "", tuple(paths[:2]), ZERO)]
+    sample = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def made(strengths):
+        pipe = SimpleNamespace(_num_timesteps=1, scheduler=SimpleNamespace(step=None))
+        client = Strengths(anatomy, lesions, strengths, {replacement_key(lesions[0]): Zero()})
+        with Denoising(pipe, denoiser, 2, [client]).running():
+            return denoiser(sample)
+
+    base = made(torch.zeros(5, 2, dtype=torch.float64))
+    real = [made(one[:, None].expand(5, 2)) - base for one in torch.eye(5, dtype=torch.float64)]
+    jacobian = torch.autograd.functional.jacobian(made, torch.zeros(5, 2, dtype=torch.float64))
+    slopes = [jacobian[..., number, :].diagonal(dim1=0, dim2=-1).permute(2, 0, 1) for number in range(5)]
+    for slope, change in zip(slopes, real, strict=True):
+        torch.testing.assert_close(slope, change)
+    torch.testing.assert_close(real[4], real[0] + real[1])
+    assert float(real[0].abs().max()) > 0.1
+
+
+def test_the_view_is_the_scorers_embedding(tiny_clip):
+    embedder = _embedder(*resolve(f"local-dir:{tiny_clip}", None), torch.device("cpu"))
+    smooth = np.linspace(0, 255, 48 * 48 * 3).reshape(48, 48, 3)
+    images = np.stack([smooth, smooth[::-1], smooth.transpose(1, 0, 2)]).astype(np.uint8)
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    found = views.embedded(embedder)(tensors, tensors).detach().numpy()
+    assert np.linalg.norm(found - embedder.images(list(images), 3), axis=1).max() < 0.01
+    assert Image.fromarray(images[0]).size == (48, 48)
+
+
+def test_a_pipeline_whose_call_cannot_be_had_is_refused():
+    class Odd:
+        def __call__(self):
+            return None
+
+    client = SimpleNamespace(throughout=True)
+    with pytest.raises(RuntimeError, match="gradients cannot flow through Odd"):
+        _ = Denoising(Odd(), nn.Identity(), 1, [client]).pipeline  # type: ignore[list-item]

@@ -1,0 +1,106 @@
+"""attribution=gradients from the command line: what is made, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lesion.config.schema import AttributionConf
+from lesion.errors import RequestError
+from lesion.study.attribution import Attribution
+from lesion.study.lesions import Lesion, Replacement
+
+ASKED = ["attribution=gradients", "attribution.top=2", "attribution.sample=2", "window=[[0,0.5],[0.5,1]]",
+         "scorer.metrics=[clip_similarity,clip_text]"]  # fmt: skip
+
+
+def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypatch):
+    code, out, err = cli(*ASKED, "dry_run=true")
+    assert code == 0, err
+    assert "6 lesions estimated from gradients of 2 images" in out and "the complete grid is 14 images" in out
+    assert "to make: 10" in out
+
+    code, out, err = cli(*ASKED)
+    assert code == 0, err
+    folder = cli.newest()
+    table, results = pd.read_parquet(folder / "attribution.parquet"), pd.read_parquet(folder / "results.parquet")
+    told = json.loads((folder / "certificate.json").read_text())
+    assert len(table) == 6 and table["lesioned"].sum() == 4 and (table["estimate"] > 0).all()
+    assert table["chosen"].value_counts().to_dict() == {"": 2, "top": 2, "sample": 2}
+    assert set(table.loc[table["rank"] <= 2, "chosen"]) == {"top"}
+    assert (table["low"] <= table["estimate"]).all() and (table["estimate"] <= table["high"]).all()
+    made = table[table["lesioned"]].set_index(["layer", "window_start"])
+    rows = results[results["selection"] == "leave_one_out"]
+    real = 1 - rows.groupby(["layer", "window_start"])["clip_similarity"].mean()
+    pd.testing.assert_series_equal(made["real"], real, check_names=False, check_like=True)
+    text = rows.merge(results[results["selection"] == "none"], on="prompt_id")
+    change = (text["clip_text_x"] - text["clip_text_y"]).groupby([text["layer_x"], text["window_start_x"]]).mean()
+    for place, value in change.items():
+        assert made.loc[place, "text_real"] == pytest.approx(value)
+    assert told["identical_at_zero"] is True and told["lesions"] == 6
+    assert told["grid"]["images"] == 14 and told["made"]["images"] == 10 and told["share_of_grid"]["in_all"] > 0
+    assert f"Spearman {told['spearman']['value']:.2f}" in out and "at most" in out
+    assert {path.name for path in (folder / "tables").glob("attribution*")} == {"attribution.csv", "attribution.md"}
+    assert (folder / "figures" / "attribution.png").stat().st_size > 1000
+
+    import lesion.run.job as job
+
+    def refuse(*args, **more):
+        raise AssertionError("nothing is left to make")
+
+    monkeypatch.setattr(job, "loaded", refuse)  # the same estimates, images and certificate, without a model
+    code, _, err = cli(*ASKED, "attribution.checkpointing=true")
+    assert code == 0, err
+    again = cli.newest()
+    assert again != folder and json.loads((again / "certificate.json").read_text()) == told
+    pd.testing.assert_frame_equal(pd.read_parquet(again / "attribution.parquet"), table)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("probes", 0, "must be a whole number >= 1; got 0"),
+        ("points", [0, 2], "must be a number in [0, 1], or a list of such; got [0, 2]"),
+        ("threshold", 3, "must be null or a number in (0, 2); got 3"),
+        ("view", "pixels", "got 'pixels'; allowed: clip, latent"),
+    ],
+)
+def test_values_that_are_refused(key, value, words):
+    config = vars(AttributionConf(name="gradients")) | {key: value}
+    with pytest.raises(RequestError) as refused:
+        Attribution.of(config)
+    assert str(refused.value) == f"attribution.{key}: {words}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["attribution.top=6"], "attribution.top: the study has 6 lesions"),
+        (["selection=[leave_one_out,only_one]"], "selection: attribution is for leave_one_out alone"),
+        (["replacement=null_prompt"], "replacement: null_prompt has no strength that gradients can be taken of"),
+        (["strength=0.5"], "strength: attribution is of whole lesions"),
+        (["capture=maps"], "capture: does not go with attribution=gradients; allowed with it: none"),
+        (["shard.count=2"], "shard.count: does not go with attribution=gradients"),
+        (["scorer.metrics=[clip_similarity,ssim]", "scorer.importance=ssim"], "scorer.importance: attribution"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(cli, overrides, words):
+    given = {override.split("=")[0] for override in overrides}
+    code, _, err = cli(*(one for one in ASKED if one.split("=")[0] not in given), *overrides)
+    assert code == 2 and words in err and err.count("\n") == 1, err
+    assert not list(cli.folder.iterdir())
+
+
+def test_chosen_are_the_highest_and_a_sample_that_the_seed_decides():
+    lesions = [Lesion("leave_one_out", str(n), (str(n),), Replacement("zero")) for n in range(30)]
+    ranking = [float((7 * n) % 30) for n in range(30)]
+    top, sample = Attribution(top=4, sample=5).chosen(lesions, ranking)
+    assert [ranking[place] for place in top] == [29, 28, 27, 26]
+    assert len({*sample} - {*top}) == 5 and (top, sample) == Attribution(top=4, sample=5).chosen(lesions, ranking)
+    samples = [Attribution(top=4, sample=5, seed=seed).chosen(lesions, ranking)[1] for seed in range(300)]
+    drawn = [place for sample in samples for place in sample]
+    counts = [drawn.count(place) for place in range(30) if place not in top]
+    assert stats.chisquare(counts).pvalue > 1e-3  # every other lesion is as likely
