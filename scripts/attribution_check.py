@@ -3,10 +3,10 @@
     python scripts/attribution_check.py --store STORE        prints a table, one line a grid and estimator
 
 Two grids of 8 steps: the 16 cross-attention layers, and the 64 heads of cross- and self-attention in 4 windows. Each is
-made completely (again from the store), and estimated in several ways from the same baselines. Correlations are Spearman's
-between estimates and importance, means over prompts; `with effect` is over the lesions that change similarity by 0.001 or
-more; precision is how many of the 10 (of layers 5) ranked highest are among as many most important. Seconds are CPU
-seconds of this process, those of the grid an ordinary batch's times its number of images.
+made completely (again from the store), and estimated in several ways from the same baselines. Correlations are
+Spearman's between estimates and importance, means over prompts; `with effect` is over the lesions that change similarity
+by 0.001 or more; precision is how many of the 10 (of layers 5) ranked highest are among as many most important. Seconds
+are CPU seconds of this process, those of the grid an ordinary batch's times its number of images.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GRIDS: dict[str, tuple[int, list[list[str]]]] = {
     "16 layers": (5, [["prompts.limit=4"]]),
     "64 heads x 4 windows": (
         10,
-        [["prompts.limit=2", "layers.by=head", WINDOWS, f"layers.kind={k}"] for k in ("cross_attention", "self_attention")],
+        [["prompts.limit=2", "layers.by=head", WINDOWS, f"layers.kind={k}_attention"] for k in ("cross", "self")],
     ),
 }  # fmt: skip
 # Name, view, strengths at which gradients are taken, directions.
