@@ -4,9 +4,9 @@
 
 Two grids of 8 steps: the 16 cross-attention layers, and the 64 heads of cross- and self-attention in 4 windows. Each is
 made completely (again from the store), and estimated in several ways from the same baselines. Correlations are
-Spearman's between estimates and importance, means over prompts; `with effect` is over the lesions that change similarity
-by 0.001 or more; precision is how many of the 10 (of layers 5) ranked highest are among as many most important. Seconds
-are CPU seconds of this process, those of the grid an ordinary batch's times its number of images.
+Spearman's between estimates and importance, means over prompts; `with effect` is over the lesions that change
+similarity by 0.001 or more; precision is how many of the 10 (of layers 5) ranked highest are among the most important.
+Seconds are CPU seconds of this process, those of the grid an ordinary batch's times its number of images.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import open_dict
 from scipy import stats
 
 import lesion
@@ -70,7 +71,10 @@ class Part:
 def part(overrides: Sequence[str], store: Path, folder: Path) -> Part:
     asked = [*SHARED, *overrides, f"store.dir={store}"]
     frame = lesion.study(*asked).run(folder).frame
-    source, study = survey(parse(compose(asked)))
+    config = compose(asked)
+    with open_dict(config):
+        del config["hydra"]
+    source, study = survey(parse(config))
     lesions, cells = list(study.lesions()), subjects(study)
     values = frame.set_index("cell")["clip_similarity"]
     real = 1 - np.array([[values[study.cell(c.prompt, c.seed, one).key] for c in cells] for one in lesions])
