@@ -204,7 +204,7 @@ def test_what_the_other_commands_do_not_foresee_is_one_line_too(program, capsys,
     [
         ("generation.guidance_scale=1", "generation.guidance_scale: there is no such key; near: generation.guidance,"),
         ("genration.steps=1", "genration: there is no such key; near: generation,"),
-        ("foo=1", "foo: there is no such key; allowed: branch, budget,"),
+        ("foo=1", "foo: there is no such key; allowed: attribution, branch, budget,"),
         ("store=3", "store: must be a mapping; got 3"),
         ("generation=null", "generation: must have a value; got null"),
         ("generation.steps=abc", "generation.steps: must be a whole number; got 'abc'"),
