@@ -544,3 +544,19 @@ def test_lesion_report_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypa
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("lesion-report: ") and printed.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_page_holds_the_first_prompts_of_a_study_that_is_too_large_for_it(tmp_path, monkeypatch):
+    import lesion.report as room
+
+    seen = []
+    page_data = room.page_data
+    monkeypatch.setattr(room, "page_data", lambda frame, *rest: seen.append(frame) or page_data(frame, *rest))
+    frame = study(tmp_path, ("p", "q", "r"), (0,))
+    monkeypatch.setattr(room, "PAGED", 2 * len(frame) // 3)
+    for all_grids, prompts in ((False, "pq"), (True, "pqr")):
+        write_report(tmp_path, frame, all_grids=all_grids)
+        assert "".join(seen.pop()["prompt_id"].unique()) == prompts
+        said = "are of the first 2 of 3 prompts" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert said == (not all_grids)
+    assert room._first_prompts(frame, 1)["prompt_id"].unique().tolist() == ["p"]

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--all-grids",
         action="store_true",
-        help="draw every picture and figure of a large study, not just the first (the page shows every image anyway)",
+        help="draw every picture and figure of a large study, not just the first, and show every image on the page (it "
+        "shows the first 100,000 anyway)",
     )
     parser.add_argument("--clustered", action="store_true", help="heat maps with layers and prompts in clusters too")
     parser.add_argument(

@@ -29,6 +29,7 @@ __all__ = ["OPTIONS", "findings", "ranking_lines", "write_report"]
 MAPS = "maps.parquet"
 OPTIONS = "report.json"
 ALL = "lesion-report --all-grids draws all."
+PAGED = 100_000  # rows that the page holds: a browser keeps all of them in memory
 
 
 def _link(path: Path, root: Path) -> str:
@@ -168,14 +169,30 @@ def _write(
         sections.append(seen)
         written += [run_dir / unquote(path) for path in seen.files]
     written += tables.write(run_dir / "tables", contents.status(frame), siunitx)
-    thumbs = _thumbnails(run_dir, frame)
+    paged = frame if all_grids else _first_prompts(frame, PAGED)
+    if len(paged) < len(frame):
+        many, few = frame["prompt_id"].nunique(), paged["prompt_id"].nunique()
+        notes = [
+            *notes,
+            f"The heat map by prompts and the images below are of the first {few} of {many} prompts; sentences, tables "
+            f"and figures cover all. {ALL}",
+        ]
+    thumbs = _thumbnails(run_dir, paged)
     written += [run_dir / path for path in thumbs.values()]
     shown = {
         subject: [html.Word(one.word, _word_pictures(one, run_dir)) for one in words]
         for subject, words in attention.by_subject(looks).items()
     }
-    data = page_data(frame, thumbs, known.metric, pictures.page_marks(run_dir, frame))
+    data = page_data(paged, thumbs, known.metric, pictures.page_marks(run_dir, paged))
     return written + html.write(run_dir, frame, sections, data, known.metric, notes, shown)
+
+
+def _first_prompts(frame: pd.DataFrame, most: int) -> pd.DataFrame:
+    """The rows of the first prompts, so many that there are at most `most`, and of one at least."""
+    if len(frame) <= most:
+        return frame
+    counts = frame.groupby("prompt_id", sort=False).size().cumsum()
+    return frame[frame["prompt_id"].isin(counts.index[: max(1, int((counts <= most).sum()))])]
 
 
 def _word_pictures(one: attention.WordPicture, root: Path) -> list[html.Picture]:

@@ -13,6 +13,7 @@ import re
 import secrets
 import shlex
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +65,7 @@ class Options:
 
 
 class ServiceSilent(Exception):
-    """W&B's own process, wandb-core, does not answer: it may be stopped, or wait for a disk."""
+    """W&B's own process, wandb-core, does not answer: it may be stopped, dead, or wait for a disk."""
 
 
 class WandbTracker:
@@ -199,6 +200,14 @@ class WandbTracker:
                 f"wandb-core has not answered for {most + (extra or 0):g} s (tracker.service_timeout); what it had "
                 f"logged is in {self.folder / 'wandb'}"
             ) from None
+        except Exception as error:
+            if not _service_died():
+                raise
+            self.run = None
+            _end_service()  # or it would be looked for at exit, with a traceback
+            raise ServiceSilent(
+                f"wandb-core has died ({error}); what it had logged is in {self.folder / 'wandb'}"
+            ) from None
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[wandb.Run]:
@@ -296,6 +305,18 @@ def _locked(path: Path | None) -> TextIO | None:
         raise
     file.seek(0)
     return file
+
+
+def _service_died() -> bool:
+    """Whether this process has started wandb-core, and it has ended."""
+    from wandb.sdk import wandb_setup
+
+    try:  # internals, as in `_end_service`; the kernel may tell of the lost connection before the dead process
+        process = wandb_setup._singleton._connection._proc._process
+        process.wait(1)
+    except (AttributeError, subprocess.TimeoutExpired):
+        return False
+    return True
 
 
 def _end_service() -> None:
