@@ -265,7 +265,7 @@ def _best_alone(table: pd.DataFrame) -> _Said:
     top = alone.sort_values("sufficiency", ascending=False, kind="stable").iloc[0]
     return [
         f"With only {_named(top['layer'])} intact, images stay closest to the baseline: similarity "
-        f"{_interval_of(top, 'sufficiency')}, where 1 is the same image."
+        f"{_interval_of(top, 'sufficiency')}, where 1 is the same image. That no other layer keeps more is not tested."
     ], []
 
 
@@ -389,7 +389,7 @@ def _sufficiency(found: Findings, setting: Setting, table: pd.DataFrame) -> list
     best = next(iter(alone.itertuples()))
     out = [
         f"Alone, {clean(best.layer)} keeps the image closest to the baseline "
-        f"(sufficiency {_with_interval(best, 'sufficiency')})."
+        f"(sufficiency {_with_interval(best, 'sufficiency')}); which layer does so is not tested."
     ]
     agreed = found.of("agreement", setting)
     agreed = agreed[agreed["between"] == "measure"] if len(agreed) else agreed
@@ -538,8 +538,8 @@ def _together(found: Findings, setting: Setting) -> list[str]:
         top = shapley.sort_values("shapley", ascending=False).iloc[0]
         error = "n/a" if missing(top["se"]) else number(float(top["se"]))
         out.append(
-            f"Largest Shapley value: {clean(top['layer'])} {number(float(top['shapley']))} (standard error {error}, "
-            f"{top['n_orders']} orders)."
+            f"Largest Shapley value, which layer has it not being tested: {clean(top['layer'])} "
+            f"{number(float(top['shapley']))} (standard error {error}, {top['n_orders']} orders)."
         )
     return out
 
