@@ -42,11 +42,12 @@ EFFECT = 1e-3
 WINDOWS = "window=[[0,0.25],[0.25,0.5],[0.5,0.75],[0.75,1]]"
 SHARED = ("selection=leave_one_out", "prompts=demo", "seeds=[0]", "generation.steps=8", "generation.batch_size=8",
           "scorer.metrics=[clip_similarity,clip_text]", "tracker=none")  # fmt: skip
-# Name, lesions counted as highest, and the overrides of each study that is part of it.
-GRIDS: dict[str, tuple[int, list[list[str]]]] = {
-    "16 layers": (5, [["prompts.limit=4"]]),
+# Name, lesions counted as highest, how many of ESTIMATORS, and the overrides of each study that is part of it.
+GRIDS: dict[str, tuple[int, int, list[list[str]]]] = {
+    "16 layers": (5, 4, [["prompts.limit=4"]]),
     "64 heads x 4 windows": (
         10,
+        3,
         [["prompts.limit=2", "layers.by=head", WINDOWS, f"layers.kind={k}_attention"] for k in ("cross", "self")],
     ),
 }  # fmt: skip
@@ -109,14 +110,14 @@ def main() -> None:
     print("| grid | estimator | Spearman | with effect | precision | CPU s | share of the grid |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
     for name in arguments.grid or GRIDS:
-        most, studies = GRIDS[name]
+        most, ways, studies = GRIDS[name]
         with tempfile.TemporaryDirectory() as folder:
             parts = [part(one, arguments.store.absolute(), Path(folder) / str(n)) for n, one in enumerate(studies)]
         real = np.concatenate([one.real.mean(axis=1) for one in parts])
         images = sum(one.real.size + one.real.shape[1] for one in parts)
         grid = sum((one.real.size + one.real.shape[1]) * one.ordinary for one in parts)
         print(f"| {name} | all {images} images made | 1 | 1 | 1 | {grid:.0f} | 100 % |", flush=True)
-        for title, *how in ESTIMATORS:
+        for title, *how in ESTIMATORS[:ways]:
             found = [one.effects(*how) for one in parts]
             effects, seconds = np.concatenate([one.mean(axis=1) for one, _ in found]), sum(took for _, took in found)
             best = {*np.argsort(-real)[:most]} & {*np.argsort(-effects)[:most]}

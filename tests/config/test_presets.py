@@ -18,7 +18,8 @@ from lesion.study.lesions import choices, covers
 from lesion.surgery.anatomy import examine
 from test_configs import CONF, FILES, composed
 
-PRESETS = [name for group, name in FILES if group == "experiment" and name not in ("demo", "lora", "shards", "study")]
+OWN = ("demo", "lora", "shards", "study", "attribution")  # of no publication
+PRESETS = [name for group, name in FILES if group == "experiment" and name not in OWN]
 DOCS = CONF.parent / "docs" / "presets.md"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
