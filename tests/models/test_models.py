@@ -187,6 +187,14 @@ def _gated(folder):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_type": "gated"}))
 
 
+def _with(**values):
+    def changed(folder):
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+    return changed
+
+
 def _changed(part, change):
     def changed(folder):
         (file,) = (folder / part).glob("*.safetensors")
@@ -209,6 +217,7 @@ TEXT, CONV = "encoder.layers.0.layer_norm1.weight", "conv_out.weight"
         (_gated, r"lacks weights that its configs ask for: .*(fuser|position_net).* and \d+ more$"),  # GLIGEN's
         (_changed("text_encoder", lambda weights: weights.update({TEXT: torch.ones(3)})), f"another shape .*: {TEXT}$"),
         (_changed("unet", lambda weights: weights.update({CONV: torch.ones(3)})), f"cannot be loaded: .*{CONV}"),
+        (_with(hidden_act="none_such"), "cannot be loaded: a config has 'none_such', which its library does not know"),
     ],
 )
 def test_weights_that_do_not_fit_the_configs_are_refused(tiny_folder, tmp_path, spoil, words, capfd):
