@@ -254,10 +254,10 @@ class Work:
 
         Raises StudyFailed where gradients cannot be had.
         """
-        from lesion.models import loading
-
         if self.estimates or not self.request.attribution:
             return
+        from lesion.models import loading
+
         try:
             self.estimates = attribution.estimated(self.request, study, self.store, self.scores, lambda: loaded(self))
         except RequestError:
