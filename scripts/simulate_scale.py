@@ -1,4 +1,4 @@
-"""Large studies without a model and without pixels: what claims, listings, score files and the merge cost (scale.md).
+"""What claims, listings, score files and the merge of large studies cost, without a model or pixels (docs/scale.md).
 
     python scripts/simulate_scale.py merge --rows 1000000 --shards 256
     python scripts/simulate_scale.py open --rows 1000000

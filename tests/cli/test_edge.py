@@ -49,6 +49,7 @@ from lesion.study import layer_patterns
         ("prompts.items=" + "[" * 60 + "]" * 60, ["prompts.items: ", "nested"]),
         ("performance.compile=5", ["performance.compile: ", "true or false", "got 5"]),
         ("store.check=-1", ["store.check: ", "true or false"]),
+        ("store.dir=s3://bucket/store", ["store.dir: 's3://bucket/store' is no folder", "a file system"]),
         ("prompts.items=" + "[" * 600 + "]" * 600, ["prompts.items: ", "nested"]),
         ("generation.steps=100000000000000000000", ["generation.steps: ", "64 bits"]),
         ("generation.width=80000000000000000000", ["generation.width: ", "64 bits"]),

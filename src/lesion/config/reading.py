@@ -133,6 +133,8 @@ def _absolute(data: dict[str, Any], start: Path) -> dict[str, Any]:
         for name in above:
             inner = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and isinstance(value := inner.get(last), str) and value:
+            if key == "store.dir" and "://" in value:
+                raise RequestError(key, f"{value!r} is no folder; allowed: a folder of a file system, docs/scale.md")
             inner[last] = value if value == STDIN else _path(value, start, always=key in PATHS)
     for lora in data["model"].get("loras") or []:
         if isinstance(lora, dict) and isinstance(lora.get("path"), str):

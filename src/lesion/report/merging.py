@@ -91,11 +91,11 @@ def read(run: Path, out: Path) -> Run:
     texts = list(TEXTS)
     frame[texts] = frame[texts].astype(object).fillna("")
     floor = _parquet(run / FLOOR) if (run / FLOOR).is_file() else None
-    new = _ids(frame)
-    frame["prompt_id"] = frame["prompt_id"].replace(new)
-    for name in ("prompt_id_a", "prompt_id_b"):
-        if floor is not None and name in floor:
-            floor[name] = floor[name].replace(new)
+    if new := _ids(frame):
+        frame["prompt_id"] = frame["prompt_id"].replace(new)
+        for name in ("prompt_id_a", "prompt_id_b"):
+            if floor is not None and name in floor:
+                floor[name] = floor[name].replace(new)
     maps = _parquet(run / MAPS) if (run / MAPS).is_file() else None
     if maps is not None and (maps.empty or not {"model", "prompt_id", "cell"} <= set(maps)):
         maps = None
