@@ -356,3 +356,12 @@ def test_arguments_are_only_those_a_class_takes(tiny_model):
     assert (
         arguments(tiny_model.pipe, settings(negative_prompt="b"), ["a"] * 2, [None] * 2)["negative_prompt"] == ["b"] * 2
     )
+
+
+def test_what_only_loading_finds_is_refused_without_a_trace(cli, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "odd")
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "none_such"}))
+    code, _, err = cli(f"model.id={folder}")
+    assert code == 2 and "cannot be loaded: a config has 'none_such'" in err
+    assert [path.name for path in cli.folder.iterdir()] == ["odd"]

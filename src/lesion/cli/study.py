@@ -117,7 +117,12 @@ def _job(config: DictConfig, details: Any) -> None:
         folder.claim(context.folder, folder.asked(context.config, surveyed[1]), "hydra.run.dir")
     _started.append(context.folder)
     sweep.job()
-    run(request, context, surveyed)
+    try:
+        run(request, context, surveyed)
+    except RequestError:  # found only while the model was loaded
+        if not multirun:
+            folder.emptied(context.folder, f"{details.job.name}.log")
+        raise
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -119,6 +120,15 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def emptied(folder: Path, log: str) -> None:
+    """Remove a run folder that has nothing but what Hydra and `claim` write at the start; another is left alone."""
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {RECORD.parts[0], log}:
+            shutil.rmtree(folder)
+            for parent in folder.parents[:2]:  # outputs/DATE, if it was the first of all
+                parent.rmdir()
 
 
 def planned(folder: Path, plan: Mapping[str, Any]) -> None:

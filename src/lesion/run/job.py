@@ -433,13 +433,17 @@ def remembered(
     return work.tables(dict.fromkeys(absent, "not made yet"))
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store, request: Request) -> list[str]:
     """What a study would make, for `dry_run=true`."""
     settings = study.settings
     each = (counts.rows - counts.baselines) // counts.baselines
     return [
-        f"study of {study.model.name}: {len(study.prompts)} prompts, {len(study.seeds)} seeds, "
-        f"{len(study.layers)} layers{study.shard}",
+        f"study of {study.model.name}: {counted(len(study.prompts), 'prompt')}, {counted(len(study.seeds), 'seed')}, "
+        f"{counted(len(study.layers), 'layer')}{study.shard}",
         f"  each of {settings.height} x {settings.width} pixels (height x width), {settings.steps} steps, guidance "
         f"{settings.guidance:g}, {settings.scheduler}",
         *([f"  not given: {request.derived}"] if request.derived else []),
