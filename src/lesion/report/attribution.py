@@ -35,7 +35,7 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
         f"  estimate and importance in the complete grid, as these show it: Spearman {of('spearman')}, "
         f"Kendall {of('kendall')}",
         f"  of the {data['top']} ranked highest, {of('precision')} are among the {data['top']} most important",
-        f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.3f} or more "
+        f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.2g} or more "
         f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {data['top']}",
         f"  estimates took {data['estimates']['seconds']:.0f} s, {100 * share['estimates']:.1f} % of what the complete "
         f"grid's {data['grid']['images']} images take; with the images made {100 * share['in_all']:.1f} %",
