@@ -86,9 +86,10 @@ def figure(table: pd.DataFrame, data: Mapping[str, Any]) -> Figure:
             label = "ranked highest" if name == "top" else "sample of the others"
             axes.plot(np.maximum(some["estimate"], least), some["real"], marker, color=colour, label=label, ls="none")
         for one in made.nlargest(3, "real").to_dict("records"):
-            axes.annotate(short_layer(str(one["layer"])), (max(one["estimate"], least), one["real"]), (3, 3),
-                          textcoords="offset points", fontsize=5.5)  # fmt: skip
+            axes.annotate(short_layer(str(one["layer"])), (max(one["estimate"], least), one["real"]), (-4, 3),
+                          textcoords="offset points", fontsize=5.5, ha="right")  # fmt: skip
         axes.axhline(data["threshold"], color=figures.GREY, linestyle="--", linewidth=0.9)
         axes.set(xscale="log", xlabel="estimate, 1/2 |J|\u00b2", ylabel="importance of the lesion made")
+        axes.xaxis.set_major_formatter("{x:g}")  # the style draws no maths
         axes.legend(loc="upper left")
     return found
