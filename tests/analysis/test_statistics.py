@@ -377,6 +377,7 @@ def test_floors_of_seeds_that_prompts_share_have_limits_for_other_seeds():
     assert [one[f"normalised_other_seeds{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.5] * 3, abs=0.01)
 
 
+@pytest.mark.slow  # a simulation
 def test_the_floor_of_other_prompts_covers_its_mean():
     # similarity = 1 - (a + b) / 2 with a, b of the two prompts: dependent pairs, mean 1 - E[a].
     rng, covered, runs = np.random.default_rng(5), 0, 100
@@ -403,6 +404,7 @@ def test_normalised_importance_is_a_ratio_of_means_beside_the_raw_value():
     assert math.isnan(nothing["normalised_other_seeds"]) and nothing["normalised_other_seeds_method"] == "n/a (no data)"
 
 
+@pytest.mark.slow  # a simulation
 def test_the_interval_of_the_ratio_covers_a_planted_ratio():
     rng, covered, runs = np.random.default_rng(6), 0, 100
     for _ in range(runs):
@@ -427,6 +429,7 @@ def of_pairs(own):
     return pd.DataFrame(rows, columns=list(floor.PAIR))
 
 
+@pytest.mark.slow  # a simulation
 def test_the_interval_of_the_ratio_to_other_prompts_minds_that_prompts_share_pairs():
     rng, covered, runs = np.random.default_rng(13), 0, 100
     for _ in range(runs):

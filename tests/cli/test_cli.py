@@ -89,6 +89,7 @@ def test_a_second_run_makes_nothing_and_an_amended_one_only_what_is_new(cli, mon
     assert len(set(made)) == 28
 
 
+@pytest.mark.slow  # five jobs
 def test_lists_in_a_job_and_a_sweep_over_jobs_are_the_same(cli, monkeypatch):
     loads = []
     monkeypatch.setattr(models, "load", lambda *args, load=models.load: loads.append(load(*args)) or loads[-1])

@@ -71,6 +71,7 @@ def run(cli, tiny_folder, tiny_sdxl_folder, tiny_clip, tmp_path):
     return execute
 
 
+@pytest.mark.slow  # four jobs and a report with its figures
 def test_the_worked_multirun_and_its_report(run, drawn, monkeypatch, tmp_path):
     swept, reported = (command for command in COMMANDS if " -m " in command or command.startswith("lesion-report"))
     with monkeypatch.context() as patch:  # its jobs draw what every other study draws

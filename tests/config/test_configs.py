@@ -198,8 +198,16 @@ BESIDE = {
 }
 
 
+LONG = ("prompt_swap_windows", "sd15_layout", "sdxl_style_layout", "sd15_per_layer_prompts")
+
+
 @pytest.mark.parametrize(
-    "name", [name for group, name in FILES if group == "experiment" and name not in ("lora", "shards")]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for group, name in FILES
+        if group == "experiment" and name not in ("lora", "shards")
+    ],
 )
 def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
     """On a tiny model of the same class: few steps, one prompt, one seed.

@@ -64,7 +64,7 @@ def test_figures_are_written_only_where_the_data_have_them(tmp_path):
     assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0]) == []
 
 
-def test_what_a_layers_absence_breaks_has_its_figure(tmp_path):
+def test_what_a_layers_absence_breaks_has_its_figure(tmp_path, drafts):
     frame, _ = planted()
     broken = (frame["selection"] == "leave_one_out") & (frame["layer"] == LAYERS[2])
     frame = frame.assign(read_shape=np.where(broken, 0.0, 1.0), read_count=np.nan)
@@ -74,6 +74,7 @@ def test_what_a_layers_absence_breaks_has_its_figure(tmp_path):
         assert {f"reading--{one.slug}", f"alone--{one.slug}"} <= stems(drawn)
 
 
+@pytest.mark.slow
 def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_path, drafts, monkeypatch):
     frame, floor = planted(prompts=2, seeds=1)
     monkeypatch.setattr(illustrations, "SETTINGS", 1)
@@ -83,6 +84,7 @@ def test_of_many_settings_the_first_have_every_figure_and_the_page_says_so(tmp_p
     assert "Only the first 1 settings have every figure" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_replacements_of_different_layers_have_no_scatter_and_cost_nothing(tmp_path, drafts):
     frame, floor = planted()
     frame = frame[(frame["layer"] == "") | (frame["layer_index"] < 2) == (frame["replacement"] == "zero")]

@@ -546,7 +546,7 @@ def test_lesion_report_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_page_holds_the_first_prompts_of_a_study_that_is_too_large_for_it(tmp_path, monkeypatch):
+def test_a_page_holds_the_first_prompts_of_a_study_that_is_too_large_for_it(tmp_path, drafts, monkeypatch):
     import lesion.report as room
 
     seen = []

@@ -154,6 +154,7 @@ def test_figures_by_layer_by_depth_and_of_many_models():
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == LAYERS  # a row a layer
 
 
+@pytest.mark.slow
 def test_a_multirun_has_the_table_everywhere_and_the_audit_knows_it(tmp_path, monkeypatch):
     for name in ("comparisons", "layer_grids"):
         monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))

@@ -40,6 +40,7 @@ def statuses(record):
     return {part["name"]: part["status"] for part in record["parts"]}
 
 
+@pytest.mark.slow
 def test_lesions_and_late_windows_are_checked_against_plain_hooks(check, monkeypatch):
     code, record, out = check("--only", "window", "offload")
     assert (code, statuses(record)) == (0, {"window": "passed", "offload": "skipped"})

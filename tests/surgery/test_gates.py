@@ -62,6 +62,7 @@ def test_gates_make_what_hooks_make_and_compile_once(tiny_model, compiled, tiny_
     assert not any(float(module.lesion_weight.abs().max()) for module, _ in compiled.gates.modules.values())
 
 
+@pytest.mark.slow
 def test_another_size_of_batch_is_compiled_once(compiled):
     """A study's last batch is smaller, running out of memory halves them: code for any size serves all of these."""
     layers = compiled.anatomy.paths
@@ -111,7 +112,8 @@ def test_lesions_leave_nothing_behind(tiny_model, compiled, tmp_path):
         assert float(values.abs().max()) > 1e-3  # not the zeros of the lesion
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_calibration_and_half_made_baselines_may_come_first(compiled, tiny_folder, tmp_path, dtype):
     """Nothing has fitted the gates to the rows and the precision of such a call before."""
     model = models.load(models.resolve(tiny_spec(tiny_folder, compile=True, dtype=dtype)), "cpu")
@@ -129,7 +131,9 @@ def test_calibration_and_half_made_baselines_may_come_first(compiled, tiny_folde
     assert all(torch.equal(values, measured[site]) for site, values in found.items())
 
 
-@pytest.mark.parametrize("by", ["transformer_block", "block", "stage"])
+@pytest.mark.parametrize(
+    "by", ["block", *(pytest.param(by, marks=pytest.mark.slow) for by in ("stage", "transformer_block"))]
+)
 def test_layers_of_other_sizes_pass_through_gates(tiny_model, compiled, by):
     images = []
     for model in (tiny_model, compiled):

@@ -6,7 +6,9 @@ Rows that are not ok, or have no score, are left out of every mean and counted: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,31 @@ def lesioned_rows(frame: pd.DataFrame, metric: str | None = None) -> tuple[pd.Da
     Adds the columns of its setting where the frame lacks them, and `effect` (float, NaN unless ok and scored).
     ValueError for a metric that is no similarity (see `importance.similarity`).
     """
+    known = _known.get()
+    if known is None:
+        return _lesioned_rows(frame, metric)
+    if (id(frame), metric) not in known:
+        known[id(frame), metric] = (*_lesioned_rows(frame, metric), frame)  # held, so that its id stays its own
+    part, keys, _ = known[id(frame), metric]
+    return part.copy(), [*keys]
+
+
+@contextmanager
+def worked_out_once() -> Iterator[None]:
+    """Within it `lesioned_rows` of a frame are worked out once; no frame may be changed meanwhile."""
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+_known: ContextVar[dict[tuple[int, str | None], tuple[pd.DataFrame, list[str], pd.DataFrame]] | None] = ContextVar(
+    "known", default=None
+)
+
+
+def _lesioned_rows(frame: pd.DataFrame, metric: str | None) -> tuple[pd.DataFrame, list[str]]:
     frame = frame.assign(effect=1.0 - similarity(frame, metric))
     parts, keys = [], ["model", *LESION]
     for setting in settings(frame):
@@ -142,7 +169,8 @@ def matched(part: pd.DataFrame, columns: str = "layer", value: str = "effect") -
 
     Index: prompt_id, seed, sorted. Columns: layers in depth order, else sorted.
     """
-    wide = part.pivot_table(index=["prompt_id", "seed"], columns=columns, values=value, aggfunc="mean", sort=False)
+    known = part[part[value].notna()]
+    wide = known.groupby(["prompt_id", "seed", columns], sort=False)[value].mean().unstack()  # a pivot_table is slow
     if columns == "layer":
         wide = wide.reindex(columns=[layer for layer in layers_in_order(part) if layer in wide])
     else:

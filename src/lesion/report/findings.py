@@ -13,7 +13,7 @@ from lesion.analysis.affected import affected_prompts
 from lesion.analysis.agreement import BETWEEN, correlations
 from lesion.analysis.aspects import aspect_estimates, aspect_interaction
 from lesion.analysis.bootstrap import METHODS
-from lesion.analysis.cells import images, shared_noise
+from lesion.analysis.cells import images, shared_noise, worked_out_once
 from lesion.analysis.estimates import layer_estimates
 from lesion.analysis.floor import FLOORS, PAIR, noise_floor, normalised_importance, of_setting
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, importance_metric, layer_table
@@ -178,6 +178,7 @@ def _take(table: pd.DataFrame, source: pd.DataFrame, names: dict[str, str]) -> N
         table[new] = found if name.endswith("method") else found.astype("float64")
 
 
+@worked_out_once()
 def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: str = METHODS[0]) -> Findings:
     """Work out everything; what the analysis refuses for some rows is left out and named in `troubles`.
 
