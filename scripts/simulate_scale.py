@@ -25,37 +25,25 @@ from typing import Any
 
 import numpy as np
 
-from bench.child import peak
+from bench.child import made_up, peak
 from lesion.run import table
 from lesion.run.publish import Publisher
 from lesion.store import tables
 from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.scores import Scores
-from lesion.study.grid import Cell, ModelIdentity, Study
-from lesion.study.lesions import Replacement
-from lesion.study.prompts import Prompt
-from lesion.study.settings import Settings
-from lesion.study.shards import WHOLE, Shard
+from lesion.study.grid import Cell, Study
+from lesion.study.shards import Shard
 
 LAYERS = 12  # leave_one_out and only_one of these, and a baseline: 25 cells a subject
 SEEDS = 4
 METRIC = "clip_similarity"
 
 
-def study(rows: int, shard: Shard = WHOLE) -> Study:
+def study(rows: int) -> Study:
     """Lay out a study of about so many cells: prompts with 4 seeds and 25 cells each."""
-    prompts = max(1, round(rows / (1 + 2 * LAYERS) / SEEDS))
-    return Study(
-        model=ModelIdentity("model", "f" * 32, "float16", "cuda"),
-        settings=Settings("txt2img", 30, 5.0, 1024, 1024, "EulerDiscreteScheduler"),
-        prompts=tuple(Prompt(f"prompt number {i} of a large study", id=f"p{i}") for i in range(prompts)),
-        seeds=tuple(range(SEEDS)),
-        layers=tuple(f"down_blocks.0.attentions.{i}" for i in range(LAYERS)),
-        selections={"leave_one_out": {}, "only_one": {}},
-        replacements=(Replacement("zero"),),
-        shard=shard,
-    )
+    whole: Study = made_up(max(1, round(rows / (1 + 2 * LAYERS) / SEEDS)), SEEDS, LAYERS)
+    return whole
 
 
 class Scored:

@@ -29,17 +29,14 @@ def peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
-    """Lay out, count and put in batches a study of leave-one-out and only-one over an empty store."""
-    from lesion.store.images import Store
+def made_up(prompts: int, seeds: int, layers: int) -> Any:
+    """Lay out a study of leave-one-out and only-one, with no model behind it."""
     from lesion.study.grid import ModelIdentity, Study
     from lesion.study.lesions import Replacement
-    from lesion.study.plan import batches, tally
     from lesion.study.prompts import Prompt
     from lesion.study.settings import Settings
 
-    began = time.perf_counter()
-    study = Study(
+    return Study(
         model=ModelIdentity("model", "f" * 32, "float16", "cuda"),
         settings=Settings("txt2img", 30, 5.0, 1024, 1024, "EulerDiscreteScheduler"),
         prompts=tuple(Prompt(f"prompt number {i} of a large study", id=f"p{i}") for i in range(prompts)),
@@ -48,6 +45,15 @@ def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
         selections={"leave_one_out": {}, "only_one": {}},
         replacements=(Replacement("zero"),),
     )
+
+
+def plan(prompts: int, seeds: int, layers: int, folder: str) -> dict[str, Any]:
+    """Lay out, count and put in batches a study over an empty store."""
+    from lesion.store.images import Store
+    from lesion.study.plan import batches, tally  # and with them all that a study is of
+
+    began = time.perf_counter()
+    study = made_up(prompts, seeds, layers)
     known = Store(Path(folder)).known()
     counts = tally(study, known.lists)
     batched = sum(len(batch) for batch in batches(study, 32, known.__contains__))

@@ -23,6 +23,11 @@ def visible(text: str, keep: str = "") -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def place_of(error: BaseException) -> str:
     """Kind and message of an error, and the module and line of ours in which it arose, in one line."""
     frames = traceback.extract_tb(error.__traceback__)

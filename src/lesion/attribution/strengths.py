@@ -57,11 +57,8 @@ class Strengths(Client):
             for path in (site for layer in lesion.layers for site in anatomy.sites[layer]):
                 self._of_site.setdefault(path, []).append((number, lesion, intervention))
         self._sites = [site for path, site in anatomy.by_path.items() if path in self._of_site]
-        self._at: tuple[int, int, int | None] = (
-            0,
-            1,
-            None,
-        )  # the denoiser call under way: its number, of how many, of which branch alone
+        # The denoiser call under way: its number, of how many, of which branch alone.
+        self._at: tuple[int, int, int | None] = (0, 1, None)
 
     @contextmanager
     def attached(self, run: Denoising) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -118,8 +118,9 @@ def _layers(found: Findings, one: Beside, stem: str) -> Table:
         columns += [_with_limits(f"{measure} {name}", name, over, best=True) for name in one.names]
     by = " and ".join(one.differ)
     words = _caption(found, one, f"{' and '.join(one.measures).capitalize()} of each layer by {by}.")
-    made = Table.of(stem, f"Layers by {by}", words, columns, one.table, lead=1 + len(one.depths), count="depth")
-    return replace(made, note=note)
+    return Table.of(
+        stem, f"Layers by {by}", words, columns, one.table, lead=1 + len(one.depths), count="depth", note=note
+    )
 
 
 def _caption(found: Findings, one: Beside, what: str) -> str:
@@ -150,6 +151,6 @@ def _differences(found: Findings, one: Beside, table: pd.DataFrame, stem: str) -
             wide[f"{key}{end}"] = wide["layer"].map(of[column].astype("float64"))
         columns.append(_with_limits(key, head, over))
     what = f"Paired differences of {' and '.join(one.measures)} of each layer, over the same prompts and seeds."
-    made = Table.of(stem, "Paired differences", _caption(found, one, what), columns, wide, count="depth")
     note = "Means over seeds, then prompts; 95 % intervals in brackets, each for itself: some leave out 0 by chance."
-    return replace(made, note=note + interval_words(table, ["method"]))
+    note += interval_words(table, ["method"])
+    return Table.of(stem, "Paired differences", _caption(found, one, what), columns, wide, count="depth", note=note)

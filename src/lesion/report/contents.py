@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -100,8 +99,7 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     what = "Importance and sufficiency of each layer, in depth order."
     title = caption(found.rows(setting), setting, what, found.metric)
     raw = table.drop(columns="effect_text")
-    made = Table.of(f"layers--{setting.slug}", "Layer table", title, columns, table, raw, count="depth")
-    return replace(made, note=words)
+    return Table.of(f"layers--{setting.slug}", "Layer table", title, columns, table, raw, count="depth", note=words)
 
 
 def compact(found: Findings, setting: Setting) -> Table | None:
@@ -119,8 +117,9 @@ def compact(found: Findings, setting: Setting) -> Table | None:
     part = found.rows(setting)
     raw = table[["layer", *(f"{name}{end}" for name in measures for end in ("", "_low", "_high"))]]
     words = caption(part, setting, f"{' and '.join(measures).capitalize()} of each layer.", found.metric)
-    made = Table.of(f"layers-compact--{setting.slug}", "Layers, compact", words, columns, table, raw, count="depth")
-    return replace(made, note=note)
+    return Table.of(
+        f"layers-compact--{setting.slug}", "Layers, compact", words, columns, table, raw, count="depth", note=note
+    )
 
 
 def ranks_words(table: pd.DataFrame) -> str:
@@ -284,8 +283,9 @@ def adherence(found: Findings, setting: Setting) -> Table | None:
     note += interval_words(table, ["method"])
     what = "How much less images fit their prompts without the layer, beside how much they change."
     words = caption(found.rows(setting), setting, what, found.metric)
-    made = Table.of(f"adherence--{setting.slug}", "Change and adherence", words, columns, whole, table, count="depth")
-    return replace(made, note=note)
+    return Table.of(
+        f"adherence--{setting.slug}", "Change and adherence", words, columns, whole, table, count="depth", note=note
+    )
 
 
 def fit_against_change(found: Findings, setting: Setting) -> str:
@@ -337,7 +337,7 @@ def order(found: Findings, setting: Setting) -> Table | None:
         Column("n_prompts", "prompts", "count"),
     ]
     words = caption(found.rows(setting), setting, "Neighbouring ranks compared.", found.metric)
-    return replace(Table.of(f"order--{setting.slug}", "Neighbouring ranks", words, columns, table), note=note)
+    return Table.of(f"order--{setting.slug}", "Neighbouring ranks", words, columns, table, note=note)
 
 
 def pairs(found: Findings, setting: Setting) -> Table | None:
@@ -358,8 +358,7 @@ def pairs(found: Findings, setting: Setting) -> Table | None:
         *COUNTS[:1],
     ]
     words = caption(found.rows(setting), setting, "Two layers lesioned together.", found.metric)
-    made = Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2)
-    return replace(made, note=note)
+    return Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2, note=note)
 
 
 def cumulative(found: Findings, setting: Setting) -> Table | None:
@@ -380,8 +379,9 @@ def cumulative(found: Findings, setting: Setting) -> Table | None:
     ]
     words = caption(found.rows(setting), setting, "Layers lesioned one after the other.", found.metric)
     raw = table.drop(columns="order_text")
-    made = Table.of(f"cumulative--{setting.slug}", "Layers one after the other", words, columns, table, raw, 2)
-    return replace(made, note=note)
+    return Table.of(
+        f"cumulative--{setting.slug}", "Layers one after the other", words, columns, table, raw, 2, note=note
+    )
 
 
 def area_words(found: Findings, setting: Setting) -> str:
@@ -410,7 +410,7 @@ def shapley(found: Findings, setting: Setting) -> Table | None:
         *COUNTS[:1],
     ]
     words = caption(found.rows(setting), setting, "Shapley values of layers.", found.metric)
-    return replace(Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table), note=note)
+    return Table.of(f"shapley--{setting.slug}", "Shapley values", words, columns, table, note=note)
 
 
 def affected(found: Findings, setting: Setting) -> Table | None:
@@ -436,8 +436,9 @@ def affected(found: Findings, setting: Setting) -> Table | None:
     ]
     words = caption(found.rows(setting), setting, "How many prompts leaving the layer out affects.", found.metric)
     raw = table.drop(columns="few")
-    made = Table.of(f"affected--{setting.slug}", "How many prompts a layer affects", words, columns, table, raw)
-    return replace(made, note=note)
+    return Table.of(
+        f"affected--{setting.slug}", "How many prompts a layer affects", words, columns, table, raw, note=note
+    )
 
 
 def variance(found: Findings, setting: Setting) -> Table | None:
@@ -461,9 +462,7 @@ def variance(found: Findings, setting: Setting) -> Table | None:
         Column("n_seeds", "n, seeds", "count"),
     ]
     words = caption(found.rows(setting), setting, "Where effects vary.", found.metric)
-    return replace(
-        Table.of(f"variance--{setting.slug}", "Prompts, seeds and the rest", words, columns, table), note=note
-    )
+    return Table.of(f"variance--{setting.slug}", "Prompts, seeds and the rest", words, columns, table, note=note)
 
 
 def of_setting(found: Findings, setting: Setting) -> list[Table]:

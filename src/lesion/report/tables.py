@@ -157,11 +157,12 @@ class Table:
         raw: pd.DataFrame | None = None,
         lead: int = 1,
         count: str = "row",
+        note: str = "",
     ) -> Table:
         """With the columns' cells of the frame `shown`; raw: what the CSV holds where it is another."""
         made = [column.cells(shown) for column in columns]
         cells = [list(row) for row in zip(*made, strict=True)]
-        return cls(stem, caption, list(columns), shown if raw is None else raw, cells, lead, title, count)
+        return cls(stem, caption, list(columns), shown if raw is None else raw, cells, lead, title, count, note=note)
 
     def without_spare(self) -> Table:
         """Without spare columns that say the same everywhere."""

@@ -11,6 +11,7 @@ from lesion.analysis.bootstrap import BOUNDED
 from lesion.analysis.cells import reasons, shared_noise
 from lesion.analysis.importance import NO_EFFECT
 from lesion.analysis.settings import BASELINE, Setting, settings
+from lesion.errors import counted
 from lesion.report.contents import (
     CORRECTED,
     area_words,
@@ -82,10 +83,6 @@ def _listed(names: list[str], most: int | None = None) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def _with_interval(record: Any, name: str) -> str:
     mean, low, high = (getattr(record, f"{name}{end}") for end in ("", "_low", "_high"))
     return number(float(mean)) + ("" if missing(low) else f", 95 % {number(float(low))} to {number(float(high))}")
@@ -113,8 +110,8 @@ def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
     bad = [f"{counts[name]} {name}" for name in ("invalid", "failed") if counts.get(name, 0)]
     said: dict[str, list[str]] = {name: [] for name in QUESTIONS}
     said["layers"].append(
-        f"{_count(len(part), 'image')} of {_count(part['prompt_id'].nunique(), 'prompt')} and "
-        f"{_count(part['seed'].nunique(), 'seed')}, {_count(len(table), 'layer')} lesioned; "
+        f"{counted(len(part), 'image')} of {counted(part['prompt_id'].nunique(), 'prompt')} and "
+        f"{counted(part['seed'].nunique(), 'seed')}, {counted(len(table), 'layer')} lesioned; "
         + (f"{_listed(bad)}, left out of every mean." if bad else "none invalid or failed.")
     )
     if len(table):
@@ -125,7 +122,7 @@ def answers(found: Findings, setting: Setting) -> dict[str, list[str]]:
     if not missing(control):
         blind = part[(part["selection"] == "all") & (part["status"] == "ok")]
         said["alone"].append(
-            f"With every layer lesioned the similarity is {control:.3f} ({_count(len(blind), 'image')})."
+            f"With every layer lesioned the similarity is {control:.3f} ({counted(len(blind), 'image')})."
         )
     said["prompts"] += _prompts(found, setting)
     said["aspects"] += [*_fits(found, setting), *_aspects(found, setting), *_read(found, setting)]
@@ -158,7 +155,9 @@ def answer(found: Findings, setting: Setting) -> list[str]:
         sure += _together(found, setting)[:2]
     bad = found.rows(setting)["status"].isin(("invalid", "failed")).sum()
     if bad:
-        open_.insert(0, f"{_count(int(bad), 'image')} failed or {'is' if bad == 1 else 'are'} invalid and not counted.")
+        open_.insert(
+            0, f"{counted(int(bad), 'image')} failed or {'is' if bad == 1 else 'are'} invalid and not counted."
+        )
     if not sure and not open_:
         return ["These are baselines only: no layer is lesioned."]
     return [*sure, *open_][:MOST_SENTENCES]
@@ -186,7 +185,7 @@ def _first_layer(found: Findings, setting: Setting, table: pd.DataFrame) -> _Sai
         "where 0 is no change."
     )
     none = int((ranked["effect"] == "none").sum())
-    quiet = [f"{none} of {_count(len(ranked), 'layer')} change{'s' if none == 1 else ''} no image."] if none else []
+    quiet = [f"{none} of {counted(len(ranked), 'layer')} change{'s' if none == 1 else ''} no image."] if none else []
     if top["rank_high"] is not pd.NA and top["rank_high"] == 1:
         return [f"{first} That it comes first is settled.", *quiet], []
     beaten, beating = _sure_wins(found, setting, str(top["layer"]))
@@ -253,7 +252,7 @@ def _beyond_noise(table: pd.DataFrame) -> _Said:
     seeds = number(1 - float(tested["other_seeds"].mean()), 2)
     if more:
         verb = "changes" if more == 1 else "change"
-        return [f"{more} of {_count(len(tested), 'layer')} {verb} images more than another seed does ({seeds})."], []
+        return [f"{more} of {counted(len(tested), 'layer')} {verb} images more than another seed does ({seeds})."], []
     return [], [f"No layer's absence can be shown to change images more than another seed does ({seeds})."]
 
 
@@ -296,7 +295,7 @@ def _importance(found: Findings, setting: Setting, table: pd.DataFrame) -> list[
         if len(rare):
             names = _listed([f"{clean(one.layer)} ({_touched(one)})" for one in rare.itertuples()], MOST)
             out.append(
-                f"The means of {_count(len(rare), 'layer')} rest on few prompts, so that limits allow for prompts "
+                f"The means of {counted(len(rare), 'layer')} rest on few prompts, so that limits allow for prompts "
                 f"that were not asked: {names}."
             )
     silent = table[table["effect"] == "none"]
@@ -327,7 +326,7 @@ def _typical(found: Findings, setting: Setting, ranked: pd.DataFrame) -> list[st
 
 
 def _touched(one: Any) -> str:
-    return f"{int(one.n_affected)} of {_count(int(one.n_prompts), 'prompt')} affected"
+    return f"{int(one.n_affected)} of {counted(int(one.n_prompts), 'prompt')} affected"
 
 
 def _seeds(found: Findings, setting: Setting) -> list[str]:
@@ -344,7 +343,7 @@ def _seeds(found: Findings, setting: Setting) -> list[str]:
         return []
     sure = int(table["p_holm"].map(certain).sum())
     return [
-        f"All prompts share the noise of {_count(part['seed'].nunique(), 'seed')}, for which intervals are widened; "
+        f"All prompts share the noise of {counted(part['seed'].nunique(), 'seed')}, for which intervals are widened; "
         f"the seeds differ for {sure} of {len(table)} means of layers (F tests, {CORRECTED}, 5 %)."
     ]
 
@@ -374,7 +373,9 @@ def _noise(found: Findings, table: pd.DataFrame) -> list[str]:
         for verb, group in groups:
             if len(group):
                 layers = group.sort_values("importance", ascending=False)["layer"]
-                said.append(f"{_count(len(group), 'layer')} {verb} ({_listed([clean(name) for name in layers], MOST)})")
+                said.append(
+                    f"{counted(len(group), 'layer')} {verb} ({_listed([clean(name) for name in layers], MOST)})"
+                )
         said = [text.replace("1 layer change ", "1 layer changes ", 1) for text in said]
         out.append(f"Against another seed (paired tests over prompts, {CORRECTED}, 5 %): {'; '.join(said)}.")
     elif not missing(seeds):
@@ -526,7 +527,7 @@ def _together(found: Findings, setting: Setting) -> list[str]:
         apart = pairs[pairs["p_holm"].map(certain)]
         largest = pairs.iloc[int(pairs["interaction"].abs().to_numpy().argmax())]
         out.append(
-            f"Of {_count(len(pairs), 'pair')} of layers {len(apart)} have an interaction that differs from 0 (paired "
+            f"Of {counted(len(pairs), 'pair')} of layers {len(apart)} have an interaction that differs from 0 (paired "
             f"tests, {CORRECTED}, 5 %); the largest is {number(float(largest['interaction']))} for "
             f"{clean(largest['layer_a'])} and {clean(largest['layer_b'])}."
         )
@@ -551,7 +552,7 @@ def _unsaid(table: pd.DataFrame) -> list[str]:
         methods = table.loc[table[measure].notna(), f"{measure}_method"] if len(table) else pd.Series(dtype=str)
         found = reasons(methods).value_counts(sort=False)
         if len(found):
-            why = [f"{_count(int(n), 'layer')}: {reason}" for reason, n in found.items()]
+            why = [f"{counted(int(n), 'layer')}: {reason}" for reason, n in found.items()]
             out.append(f"No interval of {measure} for {'; '.join(why)}.")
     return out
 
@@ -572,7 +573,7 @@ def comparison(found: Findings) -> list[str]:
         if not missing(one["mean"]):
             limits = "no interval" if missing(one["low"]) else f"95 % {number(one['low'])} to {number(one['high'])}"
             out.append(
-                f"Baselines of {what} are similar by {number(one['mean'])} ({limits}; {_count(one['n_pairs'], 'pair')}"
+                f"Baselines of {what} are similar by {number(one['mean'])} ({limits}; {counted(one['n_pairs'], 'pair')}"
                 f"{', ' + clean(one['model']) if found.floors['model'].nunique() > 1 else ''})."
             )
     return out + [f"Could not be worked out: {clean(text)}." for text in found.troubles]

@@ -107,12 +107,10 @@ def kept(request: Request, study: Study, store: Store) -> Estimates | None:
 
 
 def estimated(request: Request, study: Study, store: Store, scores: ScoreQueue, load: Callable[[], Model]) -> Estimates:
-    """The estimates that are asked for, made and kept where the store has none.
+    """Make the estimates that are asked for, and keep them in the store.
 
     scores: whose CLIP effects are measured in. load: the model.
     """
-    if found := kept(request, study, store):
-        return found
     arrays, facts = _estimate(request, study, store, scores, load())
     tensors.write(_path(store, name := _name(request, study)), arrays, {**facts, "name": name})
     assert request.attribution
@@ -134,8 +132,6 @@ def _name(request: Request, study: Study) -> str:
 def _estimate(
     request: Request, study: Study, store: Store, scores: ScoreQueue, model: Model
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, str]]:
-    import torch
-
     from lesion.attribution import views
     from lesion.attribution.estimate import estimate
     from lesion.generation.generate import generate
@@ -151,6 +147,7 @@ def _estimate(
     interventions = {replacement_key(lesions[0]): replacements.build(name, request.replacements[name], bench)}
     metrics = {metric.name: metric for metric in scores.scorer.metrics}
     embedder: Any = getattr(metrics["clip_similarity"], "embedder", None)
+    has_text = asked.view == "clip" and TEXT in metrics
     view = views.latent if asked.view == "latent" else views.embedded(embedder)
     log.info("attribution: gradients of %d images for %d lesions", len(cells), len(lesions))
     effects, towards = np.zeros((2, len(lesions), len(cells)))
@@ -160,7 +157,7 @@ def _estimate(
         done = 0
         while done < len(cells):
             batch = cells[done : done + size]
-            text = views.texts(embedder, [cell.prompt.text for cell in batch]) if _has_text(asked, metrics) else None
+            text = views.texts(embedder, [cell.prompt.text for cell in batch]) if has_text else None
             try:
                 for number, point in enumerate(asked.points):
                     found = estimate(
@@ -197,9 +194,7 @@ def _estimate(
         "images": str(len(cells)),
         "identical": "yes" if identical else "no",
     }
-    if not torch.isfinite(torch.tensor(towards)).all():
-        towards[:] = np.nan
-    if not _has_text(asked, metrics):
+    if not (has_text and np.isfinite(towards).all()):
         towards[:] = np.nan
     return {"effects": effects, "towards": towards}, facts
 
@@ -207,10 +202,6 @@ def _estimate(
 def torch_name(model: Model) -> str:
     """The precision of the denoiser, as `performance.dtype` says it."""
     return str(next(model.denoiser.parameters()).dtype).removeprefix("torch.")
-
-
-def _has_text(asked: Attribution, metrics: Mapping[str, Any]) -> bool:
-    return asked.view == "clip" and TEXT in metrics
 
 
 def certified(
@@ -226,8 +217,8 @@ def certified(
 
     top, sample = found.chosen
     places = [*top, *sample]
-    study = found.study
-    cells = [[study.cell(c.prompt, c.seed, found.lesions[p]) for c in subjects(study)] for p in places]
+    study, baselines = found.study, subjects(found.study)
+    cells = [[study.cell(c.prompt, c.seed, found.lesions[p]) for c in baselines] for p in places]
     real = found.by_prompt(np.array([[1 - value(cell, "clip_similarity") for cell in row] for row in cells]))
     if not np.isfinite(real).any(axis=1).all():
         return None
@@ -249,7 +240,7 @@ def certified(
     signed = None
     if np.isfinite(found.towards).all():
         towards = found.by_prompt(found.towards).mean(axis=1)
-        was = np.array([value(study.cell(c.prompt, c.seed, None), TEXT) for c in subjects(study)])
+        was = np.array([value(cell, TEXT) for cell in baselines])
         now = np.array([[value(cell, TEXT) for cell in row] for row in cells])
         change = np.nanmean(now - was, axis=1)
         table["text_estimate"], table["text_real"] = towards, np.nan

@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lesion import models, scoring, tasks
 from lesion.config.parsing import Request
-from lesion.errors import RequestError, StudyFailed, place_of, visible
+from lesion.errors import RequestError, StudyFailed, counted, place_of, visible
 from lesion.models import layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
@@ -246,7 +246,7 @@ class Work:
         maps = maps_of(request, source)
         publisher = Publisher(store, folder, study.settings.steering is not None, maps)
         estimates = attribution.kept(request, study, store) if request.attribution else None
-        study = attribution.part_of(request, study, store)
+        study = estimates.part if estimates else attribution.part_of(request, study, store)
         return cls(request, source, study, rounds, store, maps, scores, publisher, estimates)
 
     def attribute(self, study: Study) -> None:
@@ -431,10 +431,6 @@ def remembered(
     while not absent and work.next_round():
         absent |= work.scores.complete(work.study, {})
     return work.tables(dict.fromkeys(absent, "not made yet"))
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def plan_lines(source: models.Source, study: Study, counts: Tally, store: Store, request: Request) -> list[str]:

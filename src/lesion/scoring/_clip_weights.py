@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from huggingface_hub import constants as hub
 
 from lesion import models
 from lesion.models import facts
-from lesion.store.digests import sha256_of
+from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,14 +81,10 @@ def identity(model: str, pretrained: str | None) -> str:
         folder = Path(model.removeprefix(LOCAL))
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in PARTS)
         name = "embedded" if folder == EMBEDDED else folder.name
-        return f"{name} {_digest(files)}"
+        return f"{name} {digest_of(files)}"
     if pretrained and Path(pretrained).is_file():
-        return f"{model} {_digest([Path(pretrained)])}"
+        return f"{model} {digest_of([Path(pretrained)])}"
     return f"{model} {pretrained}" if pretrained else model
-
-
-def _digest(files: list[Path]) -> str:
-    return hashlib.sha256(b"".join(map(sha256_of, files))).hexdigest()[:16]
 
 
 def hub_answers() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,8 +16,25 @@ if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 Vectors = NDArray[np.float64]
 KEPT = 4096  # embeddings that a memory holds, 32 MB at 1024 dimensions; baselines are asked for again and again
+
+
+class Kept(Generic[Key, Value]):
+    """What was worked out, each once; of more than `most` the first goes."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._kept: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, work_out: Callable[[], Value]) -> Value:
+        if key not in self._kept:
+            self._kept[key] = work_out()
+            if len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return self._kept[key]
 
 
 class Memory(Generic[Item]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import huggingface_hub
 
 from lesion.scoring._clip_weights import hub_answers
-from lesion.store.digests import sha256_of
+from lesion.store.digests import digest_of
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -149,8 +148,3 @@ def loaded(model_class: Any, folder: Path, device: Any, dtype: str = "float32") 
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     return model.to(device).eval().requires_grad_(False)
-
-
-def digest_of(files: tuple[Path, ...]) -> str:
-    """Return a digest of the bytes of these files, 16 hex digits."""
-    return hashlib.sha256(b"".join(map(sha256_of, files))).hexdigest()[:16]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.scoring import _hub_models
-from lesion.scoring._embeddings import digest
+from lesion.scoring._embeddings import Kept, digest
 
 MASKS, BOXES = "Mask2FormerForUniversalSegmentation", "ForObjectDetection"
 KEPT = 256  # images whose objects are kept, with their masks
@@ -52,20 +52,17 @@ class Detector:
 
     def __init__(self, model: Any, processor: Any, device: Any, masks: bool):
         self.model, self.processor, self.device, self.masks = model, processor, device, masks
-        self._kept: OrderedDict[tuple[str, float], dict[str, list[Seen]]] = OrderedDict()
+        self._kept: Kept[tuple[str, float], dict[str, list[Seen]]] = Kept(KEPT)
 
     def __call__(self, image: NDArray[np.uint8], threshold: float) -> dict[str, list[Seen]]:
         """Objects by class, best first, with scores above `threshold`. image: (height, width, 3), 0-255."""
-        name = digest(image), threshold
-        if name not in self._kept:
-            found = sorted(self._detect(image, threshold), key=lambda pair: -pair[1].score)
-            several: defaultdict[str, list[Seen]] = defaultdict(list)
-            for label, seen in found:
-                several[called(self.model.config.id2label[label])].append(seen)
-            self._kept[name] = dict(several)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[name]
+        return self._kept.get((digest(image), threshold), lambda: self._by_class(image, threshold))
+
+    def _by_class(self, image: NDArray[np.uint8], threshold: float) -> dict[str, list[Seen]]:
+        several: defaultdict[str, list[Seen]] = defaultdict(list)
+        for label, seen in sorted(self._detect(image, threshold), key=lambda pair: -pair[1].score):
+            several[called(self.model.config.id2label[label])].append(seen)
+        return dict(several)
 
     def _detect(self, image: NDArray[np.uint8], threshold: float) -> list[tuple[int, Seen]]:
         from lesion.scoring._exact import exact

@@ -6,7 +6,6 @@ default) those that overlap a better one (IoU above 0.5) are left out.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lesion.scoring import _hub_models
-from lesion.scoring._embeddings import digest
+from lesion.scoring._embeddings import Kept, digest
+from lesion.store.digests import digest_of
 from lesion.study.boxes import Corners
 
 FILES = ("config.json", "model.safetensors")  # and the processor's: a tokenizer, and how pictures are brought to size
@@ -47,16 +47,11 @@ class Detector:
             raise ValueError(f"the weights lack {missing[0]}")
         self.device = torch.device(device)
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
-        self._kept: OrderedDict[tuple[str, tuple[str, ...]], list[list[Corners]]] = OrderedDict()
+        self._kept: Kept[tuple[str, tuple[str, ...]], list[list[Corners]]] = Kept(KEPT)
 
     def __call__(self, image: NDArray[np.uint8], words: Sequence[str]) -> list[list[Corners]]:
         """Detect what each of `words` names in an image, (height, width, 3), 0-255."""
-        name = (digest(image), tuple(words))
-        if name not in self._kept:
-            self._kept[name] = self._detect(image, words)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[name]
+        return self._kept.get((digest(image), tuple(words)), lambda: self._detect(image, words))
 
     def _detect(self, image: NDArray[np.uint8], words: Sequence[str]) -> list[list[Corners]]:
         from lesion.scoring._exact import exact
@@ -104,7 +99,7 @@ def resolve(name: str) -> Path:
 
 def weights_digest(folder: Path) -> str:
     """16 hex digits of what its detections depend on."""
-    return _hub_models.digest_of(tuple(folder / file for file in FILES))
+    return digest_of(tuple(folder / file for file in FILES))
 
 
 @lru_cache(maxsize=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.scoring import _hub_models
-from lesion.scoring._embeddings import KEPT, digest
+from lesion.scoring._embeddings import KEPT, Kept, digest
 
 if TYPE_CHECKING:
     import torch
@@ -72,16 +71,11 @@ class Answerer(ABC):
     def __init__(self, model: Any, processor: Any, device: torch.device):
         self.model, self.processor, self.device = model, processor, device
         self.tokenizer = processor.tokenizer
-        self._kept: OrderedDict[tuple[str, Question], float] = OrderedDict()
+        self._kept: Kept[tuple[str, Question], float] = Kept(KEPT)
 
     def __call__(self, image: NDArray[np.uint8], question: Question) -> float:
         """The probability of a question's answer, any spelling, in [0, 1]. image: (height, width, 3), 0-255."""
-        name = digest(image), question
-        if name not in self._kept:
-            self._kept[name] = self._probability(image, question)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[name]
+        return self._kept.get((digest(image), question), lambda: self._probability(image, question))
 
     def _probability(self, image: NDArray[np.uint8], question: Question) -> float:
         import torch

@@ -22,6 +22,7 @@ from PIL import Image
 
 from lesion.scoring import Metric, OptionError, ScorerError, Shot, _hub_models
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit, with_baselines
+from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ class DinoSimilarity(Metric):
 
     def identity(self) -> str:
         name = self.model.rstrip("/").rpartition("/")[2]
-        return f"{self.name}/1 ({name} {_hub_models.digest_of(resolve(self.model))})"
+        return f"{self.name}/1 ({name} {digest_of(resolve(self.model))})"
 
     def check(self) -> None:
         try:

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lesion.scoring import Metric, OptionError, ScorerError, Shot, _hub_models
+from lesion.scoring import Metric, OptionError, ScorerError, Shot
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit, with_baselines
+from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class DreamSim(Metric):
         self.folder, self.kind = folder, kind
 
     def identity(self) -> str:
-        return f"{self.name}/1 ({self.kind} {_hub_models.digest_of(self._files())})"
+        return f"{self.name}/1 ({self.kind} {digest_of(self._files())})"
 
     def check(self) -> None:
         if importlib.util.find_spec("dreamsim") is None:

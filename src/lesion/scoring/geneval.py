@@ -26,6 +26,7 @@ from lesion.errors import RequestError
 from lesion.scoring import OptionError, ScorerError, Shot, _hub_models, _objects
 from lesion.scoring._clip import ClipMetric
 from lesion.scoring._objects import Seen
+from lesion.store.digests import digest_of
 from lesion.study import prompt_files
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -94,7 +95,7 @@ class GenEval(ClipMetric):
         folder = self._folder()
         clip = super().identity().partition(" ")[2]
         name = self.detector.rstrip("/").rpartition("/")[2]
-        file = _hub_models.digest_of((Path(self.metadata).expanduser(),))
+        file = digest_of((Path(self.metadata).expanduser(),))
         limits = f"{self.threshold:g} {self.counting_threshold:g}"
         return f"{self.name}/1 ({name} {_hub_models.digest_of_folder(folder)}, {file}, {limits}) {clip}"
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lesion.scoring import Metric, OptionError, ScorerError, Shot, _hub_models
 from lesion.scoring._embeddings import Memory, Vectors, cosine, digest, unit
+from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class PickScore(Metric):
     def identity(self) -> str:
         config, weights = self._resolved()
         files = (config, weights, *(config.parent / file for file in FILES))
-        return f"{self.name}/1 ({self.model.rstrip('/').rpartition('/')[2]} {_hub_models.digest_of(files)})"
+        return f"{self.name}/1 ({self.model.rstrip('/').rpartition('/')[2]} {digest_of(files)})"
 
     def check(self) -> None:
         try:

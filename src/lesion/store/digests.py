@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -60,6 +61,11 @@ def cache_folder() -> Path:
 def sha256_of(path: Path) -> bytes:
     """Return the SHA-256 of a file's bytes, 32 bytes. Raises OSError."""
     return _sha256(path, _Facts.of(path))
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Return a digest of the bytes of these files, 16 hex digits. Raises OSError."""
+    return hashlib.sha256(b"".join(map(sha256_of, files))).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4096)
