@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from torch.utils.flop_counter import FlopCounterMode
 
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
 from lesion.replacements.resample import Resample
@@ -127,6 +128,26 @@ def test_text_to_image_is_a_masked_softmax(name, layer):
     ours = under(denoiser, anatomy, [lesion(layer, kind="text_to_image")] * 2, calls)
     assert apart(ours, reference) < 1e-5
     assert apart(ours, hooked(denoiser, {}, calls)) > 1e-3
+
+
+@each_layer
+def test_the_second_pass_takes_projections_from_the_first_and_runs_on_lesioned_rows(name, layer):
+    """Counted on a device that computes nothing: image to image attention and, behind it, the output projection."""
+    with torch.device("meta"):
+        denoiser = build(name)
+    call = {key: value.to("meta") for key, value in inputs(name, 6)[0].items()}  # three images, both branches
+    anatomy = examine(denoiser, kind="text_to_image")
+
+    def operations(lesions):
+        with FlopCounterMode(display=False) as counter:
+            under(denoiser, anatomy, lesions, [call])
+        return counter.get_total_flops()
+
+    given, tokens = lesion(layer, kind="text_to_image"), 16 if name == "sd3" else 9
+    a_row = 4 * tokens**2 * 24 + (0 if layer.startswith("single") else 2 * tokens * 24**2)
+    bare = operations([None] * 3)
+    for lesions, rows in {(given, None, None): 2, (None, given, given): 4, (given, given, given): 6}.items():
+        assert operations(lesions) - bare == rows * a_row
 
 
 def test_text_to_image_of_all_blocks_leaves_pooled_text_alone():

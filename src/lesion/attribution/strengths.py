@@ -104,7 +104,7 @@ class Strengths(Client):
             call = Call(module, forward, args, kwargs, text.image)
             output = hook.placeholder(call) if hook.of_input and not self._whole else None
             if output is None:
-                output = call.run()
+                output = hook.run(call)
             changes = [change for site in sites for change in self._changes(site, call, output)]
             if not changes:
                 return output

@@ -8,13 +8,16 @@ second in 4-D feature maps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
+
+from lesion.denoising.wrapping import forward_replaced
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,29 @@ class Share:
     column: Tensor
     whole: bool  # every row wholly
     mixed: bool  # some row in part, or beyond
+    rows: tuple[int, ...] = ()  # that are replaced at all
 
     @classmethod
     def of(cls, column: Tensor, weights: Sequence[float], rank: int) -> Share:
         """column: (rows,), where the output is. weights: the same, >= 0. rank: how many dimensions it has."""
         shaped = column.reshape(-1, *[1] * (rank - 1))
-        return cls(shaped, all(w == 1 for w in weights), any(w > 0 and w != 1 for w in weights))
+        rows = tuple(row for row, weight in enumerate(weights) if weight)
+        return cls(shaped, all(w == 1 for w in weights), any(w > 0 and w != 1 for w in weights), rows)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """`rows`, where the output is: copied once for as long as the share is kept."""
+        return torch.tensor(self.rows).to(self.column.device, non_blocking=True)
+
+    def picked(self, values: Tensor) -> Tensor:
+        """Those rows of a tensor that has as many as the output, or one for all."""
+        return values[self.index] if values.dim() and len(values) == len(self.column) > 1 else values
+
+    @cached_property
+    def of_picked(self) -> Share:
+        """The share of those rows alone."""
+        weights = self.column[self.index]
+        return Share(weights, not self.mixed, self.mixed, tuple(range(len(self.rows))))
 
 
 def wide(like: Tensor) -> torch.dtype:
@@ -152,6 +172,10 @@ class HookPoint:
     block: str = ""
     everything: ClassVar[bool] = True  # whether the quantity is all that the module puts out or adds
     of_input: ClassVar[bool] = False  # whether the quantity goes in: `write` then runs the module itself
+
+    def run(self, call: Call) -> Any:
+        """What the module puts out un-lesioned."""
+        return call.run()
 
     def parts(self, output: Any) -> int:
         """How many tensors make up the quantity; each gets values of its own."""
@@ -328,6 +352,8 @@ class FromText(HookPoint):
     a second pass in which the image is alone. Without it (zero) image queries cannot see text keys: the softmax runs
     over the image's keys only. The text's own half stays as it was.
 
+    The second pass takes queries, keys and values from the first, and runs on the replaced rows only.
+
     single: whether text and image come concatenated.
     """
 
@@ -337,34 +363,56 @@ class FromText(HookPoint):
     def placeholder(self, call: Call) -> Any | None:
         return None
 
+    def run(self, call: Call) -> Any:
+        def noted(name: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def note(hidden: Tensor) -> Tensor:
+                found[name] = [*found.get(name, ()), forward(hidden)]
+                return found[name][-1]
+
+            return note
+
+        found: dict[str, list[Tensor]] = {}
+        with _projections(call.module, {name: partial(noted, name) for name in _PROJECTIONS}):
+            output = call.run()
+        call.memo.update({name: values[0] for name, values in found.items() if len(values) == 1})
+        return output
+
     def read(self, call: Call, output: Any, part: int) -> Tensor:
+        if "alone" not in call.memo:
+            call.memo["alone"] = self._second_pass(call, lambda values: values)
         image = self.like(call, output, part)
-        return image.to(wide(image)) - self._alone(call).to(wide(image))
+        return image.to(wide(image)) - call.memo["alone"].to(wide(image))
 
     def like(self, call: Call, output: Any, part: int) -> Tensor:
         image: Tensor = output[:, call.image] if self.single else output[0]
         return image
 
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
-        image, alone = self.like(call, output, 0), self._alone(call)
+        image = self.like(call, output, 0)
         for _, values, share in changes:
-            image = blend(image, alone + values, share)
+            if share.whole or "alone" in call.memo:
+                alone = call.memo.get("alone")
+                alone = self._second_pass(call, lambda kept: kept) if alone is None else alone
+                image = blend(image, alone + values, share)
+            elif share.rows:
+                alone = self._second_pass(call, share.picked)
+                replaced = blend(share.picked(image), alone + share.picked(values), share.of_picked)
+                image = image.index_copy(0, share.index, replaced)
         return _with(output, call.image, image) if self.single else (image, *output[1:])
 
-    def _alone(self, call: Call) -> Tensor:
-        if "alone" not in call.memo:
-            call.memo["alone"] = self._second_pass(call)
-        return call.memo["alone"]
-
-    def _second_pass(self, call: Call) -> Tensor:
+    def _second_pass(self, call: Call, picked: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what the module puts out for the image alone, of the rows that `picked` takes of a tensor."""
         from diffusers.models.attention_processor import Attention
 
         kwargs = dict(call.kwargs)
         mask, rotary = kwargs.get("attention_mask"), kwargs.get("image_rotary_emb")
         if len(call.args) > int(self.single) or (mask is not None and not (self.single and mask.dim() == 2)):
             raise RuntimeError(f"{self.module} is called in a way in which its image cannot be told from its text")
+        for name in ("hidden_states", "encoder_hidden_states", "attention_mask", "freqs_cis"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = picked(kwargs[name])
         if self.single:
-            args: tuple[Tensor, ...] = (call.hidden[:, call.image],)
+            args: tuple[Tensor, ...] = (picked(call.hidden)[:, call.image],)
             kwargs.pop("hidden_states", None)
             for name in ("attention_mask", "freqs_cis"):  # of Z-Image, (rows, tokens, …)
                 if kwargs.get(name) is not None:
@@ -379,9 +427,29 @@ class FromText(HookPoint):
             kwargs["encoder_hidden_states"] = None if isinstance(call.module, Attention) else text[:, :0]
             if rotary is not None:
                 kwargs["image_rotary_emb"] = tuple(table[text.shape[1] :] for table in rotary)
-        output = call.forward(*args, **kwargs)
+
+        def known(projected: Tensor, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda hidden: picked(projected)[:, call.image] if self.single else picked(projected)
+
+        with _projections(
+            call.module, {name: partial(known, call.memo[name]) for name in _PROJECTIONS & call.memo.keys()}
+        ):
+            output = call.forward(*args, **kwargs)
         alone: Tensor = output[0] if isinstance(output, tuple) else output
         return alone
+
+
+_PROJECTIONS = frozenset({"to_q", "to_k", "to_v", "to_qkv", "to_qkv_mlp_proj"})  # of the image's tokens, token by token
+
+
+@contextmanager
+def _projections(module: nn.Module, made: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within it those projections that the module has, by name, run what `made` makes of their forward."""
+    with ExitStack() as stack:
+        for name, make in made.items():
+            if isinstance(part := getattr(module, name, None), nn.Module):
+                stack.enter_context(forward_replaced(part, make))
+        yield
 
 
 @dataclass(frozen=True)

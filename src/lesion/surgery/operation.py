@@ -192,13 +192,13 @@ class SiteLesions:
         A row with a strength other than 0 and 1 gets a mixture of both outputs.
         """
         if not self.texts and not self.reruns:
-            return call.run()
+            return self.site.hook.run(call)
         hook, shares = self.site.hook, self.rows(call.hidden).shares
         if hook.everything and len(self.interventions) == 1 and self.reruns and shares[self.reruns[0]].whole:
             return self._rerun(self.reruns[0], call)
         mixed = [key for key in self.texts if shares[key].mixed]
         at_once = tuple(key for key in self.texts if key not in mixed)
-        output = self._reading(call, at_once) if at_once else call.run()
+        output = self._reading(call, at_once) if at_once else hook.run(call)
         for key in mixed:
             output = hook.merge(call, output, self._reading(call, (key,)), shares[key])
         for key in self.reruns:
