@@ -202,7 +202,7 @@ def test_half_made_images_of_version_0_1_are_taken_under_their_name(tmp_path):
 def a_bench(folder: Path, **changes: object) -> SimpleNamespace:
     anatomy = SimpleNamespace(kind="cross_attention", by="attention", **changes)
     model = SimpleNamespace(identity=ModelIdentity("tiny", "f" * 32, "float32"), anatomy=anatomy)
-    return SimpleNamespace(model=model, settings=settings(), folder=folder, batch_size=2)
+    return SimpleNamespace(model=model, settings=settings(), folder=folder, batch_size=2, components=("denoiser",))
 
 
 def test_means_of_another_calibration_or_site_set_are_noticed(tmp_path, caplog, monkeypatch):

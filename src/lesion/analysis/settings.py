@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lesion.study.columns import GENERATION, LESION
+from lesion.study.components import COMPONENTS, component_of
 from lesion.study.lesions import Lesion
 
 BASELINE = "none"
@@ -128,12 +129,13 @@ def only_setting(frame: pd.DataFrame, **wanted: Any) -> Setting:
 
 
 def layers_in_order(frame: pd.DataFrame) -> list[str]:
-    """The layers named in the frame, by forward depth (`layer_index`), then name."""
+    """The layers named in the frame, by component, forward depth in it (`layer_index`), then name."""
     named = frame[frame["layer"].fillna("") != ""]
     if named.empty:
         return []
     depth = named.groupby("layer", sort=False)["layer_index"].min()
-    return [layer for _, layer in sorted(zip(depth, depth.index, strict=True))]
+    order = {str(layer): (COMPONENTS.index(component_of(str(layer))), place) for layer, place in depth.items()}
+    return sorted(order, key=lambda layer: (order[layer], layer))
 
 
 def in_order(values: Iterable[Any]) -> list[Any]:

@@ -382,9 +382,9 @@ def remake(
     size: of batches; None: as asked.
     """
     from lesion.generation.generate import make_deterministic
+    from lesion.run.job import examined
     from lesion.run.maker import Maker
     from lesion.store.images import Known
-    from lesion.surgery.anatomy import examine
 
     class Others(Known):
         def __contains__(self, key: str) -> bool:
@@ -400,8 +400,7 @@ def remake(
             return key not in keys or super().has(key)
 
     make_deterministic(tf32=source.spec.tf32)
-    model = models.load(source, request.device)
-    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
+    model = examined(models.load(source, request.device), source, request.layers)
     if size:
         study = replace(study, settings=replace(study.settings, batch_size=size))
     if type(study) is Study:  # a replacement that no chosen cell has need not be made ready

@@ -23,6 +23,7 @@ from lesion.study.attribution import Attribution
 from lesion.study.budget import Budget
 from lesion.study.capture import Capture
 from lesion.study.checks import one_of
+from lesion.study.components import DENOISER, check_axes
 from lesion.study.confirmation import Confirmation
 from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
@@ -96,6 +97,7 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         raise RequestError(
             "generation.negative_prompt", "is not read with generation.guidance <= 1; allowed there: null"
         )
+    check_axes(layers.components, axes)
     capture = Capture.of(data["capture"], task.steps(settings), settings.guidance > 1)
     if capture and model.compile:
         raise RequestError("capture", "works without performance.compile only; allowed here: none")
@@ -109,7 +111,7 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         if task.init and "calibration" in options:
             options["init"] = generation["init"]
         replacements.describe(name, options)
-        replacements.check(name, layers.kind, axes.branches, layers.by, axes.strengths)
+        replacements.check(name, layers.kind, axes.branches, layers.by, axes.strengths, layers.components)
         replacements.check_model(name, model)
     prompts = parse_prompts(data["prompts"])
     _check_steering(settings, prompts.prompts, given)
@@ -117,7 +119,7 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
     scorer = _with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts)
     attribution = Attribution.of(data["attribution"])
     if attribution:
-        _check_attribution(attribution, model, settings, scorer, budget, data, given)
+        _check_attribution(attribution, model, settings, scorer, budget, data, given, layers.components)
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -151,6 +153,7 @@ def _check_attribution(
     budget: Budget | None,
     data: Mapping[str, Any],
     given: Mapping[str, Any],
+    components: Sequence[str],
 ) -> None:
     """Refuse what gradients cannot flow through, and what decides itself which lesions are made."""
     for key, wrong, allowed in (
@@ -158,6 +161,7 @@ def _check_attribution(
         ("model.offload", model.offload != "none", "none"),
         ("steering", settings.steering, "none"),
         ("capture", data["capture"]["name"] != "none", "none"),
+        ("layers.component", components != (DENOISER,), DENOISER),
         ("budget.ci_halfwidth", budget, "null"),
         ("confirm.hypotheses", data["confirm"]["hypotheses"], "[]"),
         ("shard.count", data["shard"]["count"] > 1, "1"),

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from lesion import replacements
+from lesion.study.components import DENOISER
 from lesion.study.lesions import SELECTIONS, Lesion
 from lesion.study.settings import DECLARED, Declaration
 
@@ -62,6 +63,7 @@ class PromptsConf:
 
 @dataclass
 class LayersConf:
+    component: Any = DENOISER
     by: str = "attention"
     kind: str = Lesion.kind
     include: Any = None

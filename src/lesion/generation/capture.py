@@ -24,6 +24,7 @@ from lesion.models import Model
 from lesion.models.words import Words, words_of
 from lesion.store.maps import ImageMaps
 from lesion.study.capture import REST, SPECIAL, Capture
+from lesion.study.components import DENOISER, part_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, covers
 from lesion.study.steering import STEERING_OFF
@@ -82,6 +83,7 @@ class Capturing(Client):
     def _dead(self, model: Model, lesion: Lesion | None) -> dict[str, set[int] | None]:
         """Sites of which a lesion leaves nothing, and which of their heads; None for all."""
         found: dict[str, set[int] | None] = {}
+        lesion = part_of(lesion, DENOISER)
         if lesion is None or lesion.strength < 1 or lesion.replacement.name == STEERING_OFF:
             return found
         for path in (path for layer in lesion.layers for path in model.anatomy.sites[layer]):

@@ -13,6 +13,8 @@ from torch import Tensor
 from lesion.denoising.wrapping import method_replaced
 from lesion.models import memory
 from lesion.models.precision import tf32
+from lesion.study.components import VAE
+from lesion.surgery.components import ComponentLesions
 
 log = logging.getLogger(__name__)
 INDEXED = 2**31  # elements of a tensor from which on CUDA's kernels take slower ways, or fail
@@ -66,6 +68,51 @@ def decoding(vae: Any, fitting: dict[torch.Size, int], precision: str = "") -> I
 
     with method_replaced(vae, "decode", sliced):
         yield
+
+
+@contextmanager
+def decoding_apart(vae: Any, lesions: ComponentLesions | None) -> Iterator[None]:
+    """Within it `vae.decode` makes images with different lesions of the decoder in calls of their own."""
+    if lesions is None or not hasattr(vae, "decode"):
+        yield
+        return
+
+    def apart(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def decoded(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            groups: dict[Any, list[int]] = {}
+            for row, what in enumerate(lesions.of_images(VAE, len(z))):
+                groups.setdefault(what, []).append(row)
+            outputs = []
+            for what, rows in groups.items():
+                picked = slice(None) if len(groups) == 1 else rows
+                parts = [_picked(value, picked, len(z)) for value in args]
+                named = {name: _picked(value, picked, len(z)) for name, value in kwargs.items()}
+                with lesions.at_work(VAE, vae, what):
+                    outputs.append(decode(z[picked], *parts, **named))
+            if len(outputs) == 1:
+                return outputs[0]
+            order = [row for rows in groups.values() for row in rows]
+            return _reordered(_joined(outputs, z.dtype), [order.index(row) for row in range(len(z))])
+
+        return decoded
+
+    with method_replaced(vae, "decode", apart):
+        yield
+
+
+def _picked(value: Any, rows: Any, images: int) -> Any:
+    if rows == slice(None) or not _an_image(value, images):
+        return value
+    return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
+
+
+def _reordered(output: Any, rows: list[int]) -> Any:
+    """What `_joined` gives with its images in another order."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    if isinstance(output, tuple):
+        return (output[0][rows], *output[1:])
+    return type(output)(sample=output.sample[rows])
 
 
 def _slices(z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], size: int) -> Iterator[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lesion import tasks
 from lesion.denoising.run import Client, Denoising, Enough
 from lesion.generation.capture import Capturing
-from lesion.generation.decoding import decoding
+from lesion.generation.decoding import decoding, decoding_apart
 from lesion.generation.layout import Steering, Target
 from lesion.generation.snapshots import OtherCount, Recording, Resuming, State, States, first_step
 from lesion.models import Model
@@ -26,12 +26,14 @@ from lesion.models.calling import arguments
 from lesion.models.precision import set_tf32
 from lesion.models.text_cache import text_projected_once
 from lesion.models.words import truncated, words_of
+from lesion.study.components import DENOISER, begins, part_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
 from lesion.study.steering import STEERING_OFF
 from lesion.surgery.attention import text_attention
+from lesion.surgery.components import ComponentLesions
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 
@@ -68,6 +70,8 @@ def under_lesions(
     On a compiled denoiser lesions are put on its gates. One of the loss that steers is for `steering`, not for these.
     """
     lesions = [None if lesion and lesion.replacement.name == STEERING_OFF else lesion for lesion in lesions]
+    if model.components:
+        lesions = [part_of(lesion, DENOISER) for lesion in lesions]
     if model.gates:
         return [model.gates.lesions(model.anatomy, lesions, interventions)]
     client = Lesions(model.anatomy, lesions, interventions)
@@ -121,8 +125,11 @@ def call(
     noise: Sequence[torch.Generator],
     settings: Settings,
     clients: Sequence[Client] = (),
+    once: ComponentLesions | None = None,
 ) -> Tensor:
     """Call the pipeline with these clients taking part: (n, 3, height, width) in [0, 1], on the device.
+
+    once: the lesions of the images in text encoders and the decoder.
 
     Raises ValueError where the pipeline makes another size than is asked for.
     """
@@ -135,10 +142,11 @@ def call(
     run = Denoising(pipe, model.denoiser, len(prompts), clients)
     with (
         run.running(),
-        model.texts.attached(model.pipe),
+        model.texts.attached(model.pipe, once),
         text_projected_once(model.denoiser, sites),
         _precision_kept(getattr(pipe, "vae", None)),
         decoding(getattr(pipe, "vae", None), model.decodable, model.decoder),
+        decoding_apart(getattr(pipe, "vae", None), once),
     ):
         images = run.pipeline(**asked).images
     if not isinstance(images, Tensor):  # of a pipeline that makes arrays, whatever it is asked for
@@ -180,7 +188,7 @@ def generate(
     interventions: the replacements at work, by `operation.replacement_key`.
     states: where snapshots of baselines are kept, from which late lesions are resumed; None: every image is made from
         its noise.
-    windows: those of the study, for which a baseline leaves its snapshot.
+    windows: those in which lesions of the study begin (`Study.begins`), for which a baseline leaves its snapshot.
     capturing: what keeps the attention maps of these cells; their images are then made from noise, since a snapshot
         has no maps of the steps before it.
     masses: gets `Steering.mass` of each steered cell, by its key.
@@ -220,6 +228,7 @@ def _generate(
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
     clients = under_lesions(model, lesions, interventions)
+    once = ComponentLesions(model.components, lesions, interventions) if model.components else None
     steers = steering(model, cells, lesions)
     if steers:
         clients.append(steers)
@@ -233,7 +242,7 @@ def _generate(
             clients.append(Resuming(noise, *kept))
     if capturing:
         clients.append(capturing)
-    images = call(model, prompts, noise, settings, clients)[: len(cells)]
+    images = call(model, prompts, noise, settings, clients, once)[: len(cells)]
     if steers and masses is not None:
         masses |= {cell.key: mass for cell, mass in zip(cells, steers.mass, strict=False)}
     if states and recording and recording.calls:
@@ -256,7 +265,7 @@ def _states(model: Model, cells: Sequence[Cell], states: States) -> tuple[list[S
 
     Read, or made by running the baselines that far; None if the first lesion begins at once, or no state can be had.
     """
-    window = min(cell.lesion.window for cell in cells if cell.lesion)
+    window = min(begins(cell.lesion) for cell in cells if cell.lesion)
     if window[0] == 0:
         return None
     baselines = {cell.baseline.key: cell.baseline for cell in cells}

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ class Model:
     texts: TextMemory = field(default_factory=TextMemory)
     gates: Gates | None = None  # of a compiled denoiser
     others: dict[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Anatomy] = field(default_factory=dict)  # of text encoders and the decoder, where studied
     arguments: dict[str, Any] = field(default_factory=dict)
     unseen: dict[str, tuple[int | None, tuple[str, ...]]] = field(default_factory=dict)  # `words.truncated` of prompts
     decodable: dict[torch.Size, int] = field(default_factory=dict)  # images decoded at once, by their latents' shape

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lesion.denoising.wrapping import forward_replaced
+from lesion.surgery.components import ComponentLesions
 
 _CAPTURING = "transformers.utils.output_capturing"  # puts hooks that only look on a model at its first call
 KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used first out
@@ -63,8 +64,9 @@ class TextMemory:
 
     Holds for any encoder that is called with token ids (n, length), alone or with an attention mask (n, …) or other
     tensors of n rows, and gives tensors of n rows, each made of its own row. Any other call goes through as it is.
-    Features are remembered by all that can change them: the arguments of the call and the state of the encoder
-    (`state_of`). A single row is kept apart from rows of larger batches: its features differ in the last bits.
+    Features are remembered by all that can change them: the arguments of the call, the state of the encoder
+    (`state_of`) and the lesion under which a row is encoded.
+    A single row is kept apart from rows of larger batches: its features differ in the last bits.
     """
 
     def __init__(self, limit: int = KEPT_BYTES):
@@ -77,37 +79,47 @@ class TextMemory:
         self.held = 0
 
     @contextmanager
-    def attached(self, pipe: Any) -> Iterator[None]:
+    def attached(self, pipe: Any, lesions: ComponentLesions | None = None) -> Iterator[None]:
+        """Within it the encoders of a pipeline remember. lesions: of the images of its call in these encoders."""
         with ExitStack() as stack:
             for name, part in getattr(pipe, "components", {}).items():
                 if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                    stack.enter_context(forward_replaced(part, functools.partial(self._remembering, name, part)))
+                    make = functools.partial(self._remembering, name, part, lesions or ComponentLesions({}, [], {}))
+                    stack.enter_context(forward_replaced(part, make))
             yield
 
-    def _remembering(self, name: str, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering(
+        self, name: str, part: nn.Module, lesions: ComponentLesions, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def remembering(*args: Any, **kwargs: Any) -> Any:
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
             ids = tensors.get(0, tensors.get("input_ids"))
-            if ids is None or ids.is_floating_point() or ids.dim() != 2:
+            fit = ids is not None and not ids.is_floating_point() and ids.dim() == 2
+            if ids is None or not fit or any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
+                lesions.refuse(name)
                 return forward(*args, **kwargs)
-            if any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
-                return forward(*args, **kwargs)
+            done = lesions.of_text(name, len(ids))
             alone = len(ids) == 1  # one row takes other kernels than several, which round differently
             plain = [(key, value) for key, value in given.items() if key not in tensors]
             settings = str([alone, torch.is_autocast_enabled(), *plain, state_of(part, forward)])
             shapes = str([(key, value.shape[1:], value.dtype) for key, value in tensors.items()])
             columns = [value.contiguous().view(torch.uint8).cpu().numpy() for value in tensors.values()]
             names = [
-                (name, settings, shapes, *(column[row].tobytes() for column in columns)) for row in range(len(ids))
+                (name, settings, shapes, done[row], *(column[row].tobytes() for column in columns))
+                for row in range(len(ids))
             ]
-            new = {key: row for row, key in enumerate(names) if key not in self.kept}
-            if new:
+            absent: dict[Any, dict[tuple[Any, ...], int]] = {}  # by what is done to them: row by key
+            for row, key in enumerate(names):
+                if key not in self.kept:
+                    absent.setdefault(done[row], {})[key] = row
+            for what, new in absent.items():
                 rows = list(new.values()) * (2 if len(new) == 1 and not alone else 1)
                 some = {key: value[rows] if key in tensors else value for key, value in given.items()}
-                found = forward(*(some[place] for place in range(len(args))), **{key: some[key] for key in kwargs})
-                for row, key in enumerate(new):
-                    self._keep(key, _row(found, row))
+                with lesions.at_work(name, part, what):
+                    found = forward(*(some[place] for place in range(len(args))), **{key: some[key] for key in kwargs})
+                for place, key in enumerate(new):
+                    self._keep(key, _row(found, place))
             for key in names:
                 self.kept.move_to_end(key)
             whole = _joined([self.kept[key] for key in names])
@@ -123,6 +135,14 @@ class TextMemory:
     def _forget(self) -> None:
         while self.held > self.limit and self.kept:
             self.held -= _size(self.kept.popitem(last=False)[1])
+
+
+class Forgetful(TextMemory):
+    """Remembers nothing: encoders run whenever they are called."""
+
+    @contextmanager
+    def attached(self, pipe: Any, lesions: ComponentLesions | None = None) -> Iterator[None]:
+        yield
 
 
 def state_of(part: nn.Module, forward: Callable[..., Any]) -> int:

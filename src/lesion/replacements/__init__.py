@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
+from lesion.study.components import DENOISER
 from lesion.study.lesions import Replacement
 from lesion.surgery.intervention import Intervention
 
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a replacement may use to get ready: the loaded model, the settings of the cells, a folder to keep things."""
+    """What a replacement may use to get ready: the loaded model, the settings of the cells, a folder to keep things.
+
+    components: those under study.
+    """
 
     model: Model
     settings: Settings
     folder: Path
     batch_size: int
+    components: tuple[str, ...] = (DENOISER,)
 
 
 def known() -> tuple[str, ...]:
@@ -60,9 +65,15 @@ def check(
     branches: Sequence[str],
     by: str = "attention",
     strengths: Sequence[float] = (),
+    components: Sequence[str] = (DENOISER,),
 ) -> None:
-    """Raise RequestError if the replacement makes no sense for this kind of site, these branches or strengths."""
+    """Raise RequestError if the replacement makes no sense for this kind of site, these branches, strengths or
+    components.
+    """
     one = find(name)
+    if not one.once and (others := [component for component in components if component != DENOISER]):
+        allowed = ", ".join(other for other in known() if find(other).once)
+        raise RequestError("replacement", f"{name} suits the denoiser only; with {others[0]}: {allowed}")
     if one.kinds is not None and kind not in one.kinds:
         raise RequestError("replacement", f"{name} suits layers.kind={', '.join(one.kinds)} only; got {kind}")
     if by == "head" and not one.heads:

@@ -11,15 +11,18 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lesion.denoising.run import Client, Denoising
+from lesion.denoising.run import COND, UNCOND, Client, DenoiserCall, Denoising, Enough
 from lesion.generation.generate import call, generators, under_lesions
+from lesion.models.text_cache import Forgetful
 from lesion.store import tensors as tensorfiles
+from lesion.study.components import DENOISER, VAE
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import Anatomy, Site
 from lesion.surgery.hook_points import Call, TextLength
@@ -41,6 +44,24 @@ def calibrated(
     Kept as safetensors with their provenance in the bench's folder, and read back if they are there. The provenance
     is compared with what is asked, so means of another calibration under this name are noticed, also of version 0.1.
     """
+    found: dict[str, Tensor] = {}
+    for component in bench.components:
+        anatomy = bench.model.anatomy if component == DENOISER else bench.model.components[component]
+        found |= _calibrated(bench, component, anatomy, name, prompts, seeds, updates)
+    return found
+
+
+def _calibrated(
+    bench: Bench,
+    component: str,
+    anatomy: Anatomy,
+    name: str,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    updates: int,
+) -> dict[str, Tensor]:
+    """Those of the sites of one component. Of text encoders and the decoder there is one call; what is encoded for the
+    unconditional branch counts as that."""
     identity = bench.model.identity
     provenance = {
         "format": FORMAT,
@@ -61,10 +82,11 @@ def calibrated(
         provenance["device"] = identity.device
     if identity.switches:
         provenance["switches"] = list(identity.switches)
-    anatomy = bench.model.anatomy
+    if component != DENOISER:
+        provenance["component"] = component
     if anatomy.kind != "cross_attention":
         provenance["kind"] = anatomy.kind
-    if anatomy.by == "head" or anatomy.kind == "block":  # then sites depend on how they are grouped
+    if component == DENOISER and (anatomy.by == "head" or anatomy.kind == "block"):  # sites depend on the grouping
         provenance["by"] = anatomy.by
     key = _key(provenance)
     path = bench.folder / f"{key}.safetensors"
@@ -74,12 +96,13 @@ def calibrated(
     if updates:
         from lesion.replacements._optimal import optimised
 
-        means = calibrated(bench, name, prompts, seeds)
+        means = _calibrated(bench, component, anatomy, name, prompts, seeds, 0)
         log.info("optimising constants on %r: %d updates of every layer", name, updates)
         found = optimised(bench, list(itertools.product(prompts, seeds)), means, updates)
     else:
         log.info("calibrating means on %r: %d prompts x %d seeds", name, len(prompts), len(seeds))
-        found = measure(bench, list(itertools.product(prompts, seeds)))
+        subjects = list(itertools.product(prompts, seeds))
+        found = measure(bench, subjects) if component == DENOISER else _once(bench, subjects, component, anatomy)
     try:
         tensorfiles.write(path, found, {"provenance": json.dumps(provenance)})
     except OSError as error:
@@ -101,6 +124,15 @@ def measure(bench: Bench, subjects: Sequence[tuple[Prompt, int]]) -> dict[str, T
     return calibration.means()
 
 
+def _once(bench: Bench, subjects: Sequence[tuple[Prompt, int]], component: str, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The same of a component that runs once an image."""
+    if component != VAE:  # every prompt is encoded, whether it has been before or not
+        bench = replace(bench, model=replace(bench.model, texts=Forgetful()))
+    calibration = CalibrationOnce(component, anatomy)
+    watched(bench, subjects, calibration)
+    return calibration.means()
+
+
 def watched(bench: Bench, subjects: Sequence[tuple[Prompt, int]], client: Client) -> None:
     """Make the images of (prompt, seed) pairs in batches, un-lesioned, with this client looking on."""
     model = bench.model
@@ -108,7 +140,7 @@ def watched(bench: Bench, subjects: Sequence[tuple[Prompt, int]], client: Client
         batch = subjects[start : start + bench.batch_size]
         clients = [*under_lesions(model, [None] * len(batch), {}), client]
         # Compiled code would not run the hooks.
-        with torch.compiler.set_stance("force_eager") if model.gates else nullcontext():
+        with suppress(Enough), torch.compiler.set_stance("force_eager") if model.gates else nullcontext():
             noise = generators([seed for _, seed in batch])
             call(model, [prompt for prompt, _ in batch], noise, bench.settings, clients)
 
@@ -144,6 +176,41 @@ class Calibration(Client):
             for part, name in site.parts(output):
                 quantity = site.hook.read(seen, output, part)
                 self._sums[name].add(run.call, run.branches(len(quantity)), quantity)
+
+        return add
+
+
+class CalibrationOnce(Calibration):
+    """Sums up what the sites of a text encoder or of the decoder put out: one call, of which both branches are
+    encoded one after the other.
+    """
+
+    def __init__(self, component: str, anatomy: Anatomy):
+        super().__init__(anatomy)
+        self.component = component
+
+    @contextmanager
+    def attached(self, run: Denoising) -> Iterator[None]:
+        part = getattr(run.pipe, self.component)
+        with ExitStack() as stack:
+            for site in self.anatomy.by_path.values():
+                module = part.get_submodule(site.hook.module)
+                stack.callback(module.register_forward_hook(self._once(site), with_kwargs=True).remove)
+            yield
+
+    def before_call(self, run: Denoising, call: DenoiserCall) -> None:
+        if self.component != VAE:  # all text is encoded
+            raise Enough
+
+    def _once(self, site: Site) -> Callable[..., None]:
+        calls = itertools.count()
+
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            branch = UNCOND if self.component != VAE and next(calls) else COND
+            seen = Call(module, module.forward, args, kwargs)
+            for part, name in site.parts(output):
+                quantity = site.hook.read(seen, output, part)
+                self._sums[name].add(0, torch.full((len(quantity),), branch), quantity)
 
         return add
 

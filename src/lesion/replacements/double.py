@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Double(Intervention):
     """Twice a site's own contribution."""
 
+    once = True
     compiled = False
     most_strength = MOST
     reads_output = True

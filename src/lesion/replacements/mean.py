@@ -46,6 +46,7 @@ class Mean(Intervention):
     means: for each site a tensor (calls, 2, channels): unconditional branch first.
     """
 
+    once = True
     kinds: ClassVar[tuple[str, ...] | None] = (
         "cross_attention",
         "self_attention",

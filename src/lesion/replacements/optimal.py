@@ -23,6 +23,7 @@ class Optimal(Mean):
 
     kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block")
     heads = False
+    once = False
     compiled = False
 
     @classmethod

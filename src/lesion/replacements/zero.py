@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class Zero(Intervention):
     """Nothing in the place of a site's contribution."""
 
+    once = True
+
     def __init__(self) -> None:
         self.nothing: Tensor | None = None
 

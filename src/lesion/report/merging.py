@@ -18,7 +18,20 @@ from lesion.store import tables
 from lesion.store.files import atomically
 from lesion.store.maps import beside_image
 from lesion.study import prompts
-from lesion.study.columns import EARLIER, GENERATION, IDENTITY, LESION, MADE, NEEDED, PLACE, SEVERAL, TEXTS, WHOLE
+from lesion.study.columns import (
+    COMPONENT,
+    EARLIER,
+    GENERATION,
+    IDENTITY,
+    LESION,
+    MADE,
+    NEEDED,
+    PLACE,
+    SEVERAL,
+    TEXTS,
+    WHOLE,
+)
+from lesion.study.components import DENOISER
 
 RESULTS, FLOOR, MAPS = "results.parquet", "floor.parquet", "maps.parquet"
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
@@ -58,6 +71,9 @@ def put_together(
     frame, floor, maps = merge(found)
     if frame.empty:
         raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
+    if COMPONENT in frame:  # of some runs
+        given = frame["selection"].map(lambda name: "" if name == "none" else DENOISER)
+        frame[COMPONENT] = frame[COMPONENT].fillna(given)
     return frame, floor, maps, notes
 
 

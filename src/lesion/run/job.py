@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, counted, place_of, visible
-from lesion.models import layers, requirements
+from lesion.models import components, layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import attribution, environment
@@ -31,7 +31,9 @@ from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
 from lesion.study.budget import Budget
+from lesion.study.components import DENOISER
 from lesion.study.grid import Cell, Study
+from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion, digest_of
 from lesion.study.plan import Tally, tally
 from lesion.study.settings import Settings
@@ -75,7 +77,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     models.check_files(source)
     if settings.steering:
         settings = replace(settings, steering=settings.steering.on(attention_layers(source, "steering")))
-    paths = layers.layer_paths(source, request.layers.by, request.layers.kind)
+    paths = components.layer_paths(source, request.layers.components, request.layers.by, request.layers.kind)
     _check_compiled(source)
     study = Study(
         model=models.identity_of(source, request.device),
@@ -299,7 +301,8 @@ class Work:
         from lesion.run import table
 
         study = self.whole
-        paths = layers.layer_paths(self.source, self.request.layers.by, self.request.layers.kind)
+        asked = self.request.layers
+        paths = components.layer_paths(self.source, asked.components, asked.by, asked.kind)
         frame = table.results(study, self.scores, paths, failures, self.publisher)
         tables = {}
         with suppress(Exception) if lenient else nullcontext():
@@ -554,15 +557,27 @@ def _generate(
 def loaded(work: Work) -> models.Model:
     """The model of a study on the request's device, with its layers as the study names them."""
     from lesion.generation.generate import make_deterministic
-    from lesion.surgery.anatomy import examine
 
     request, source = work.request, work.source
     log.info("loading: the model %s on %s", work.study.model.name, request.device)
     make_deterministic(tf32=source.spec.tf32)
     model = models.load(source, request.device)
-    model = replace(model, anatomy=examine(model.denoiser, request.layers.by, request.layers.kind))
-    layers.check(model.anatomy.paths, source, request.layers.by, request.layers.kind)
-    return model
+    return examined(model, source, request.layers)
+
+
+def examined(model: models.Model, source: models.Source, asked: Layers) -> models.Model:
+    """A loaded model with the layers that a study asks for. Raises RequestError where its config says others."""
+    from lesion.surgery.anatomy import examine
+    from lesion.surgery.components import examine_component
+
+    if DENOISER in asked.components:
+        model = replace(model, anatomy=examine(model.denoiser, asked.by, asked.kind))
+        layers.check(model.anatomy.paths, source, asked.by, asked.kind)
+    others = [one for one in asked.components if one != DENOISER]
+    found = {one: examine_component(one, getattr(model.pipe, one), asked.by, asked.kind) for one in others}
+    if any(found[one].paths != components.layer_paths(source, (one,), asked.by, asked.kind) for one in others):
+        raise RequestError("model.id", "the loaded model has other layers than its configs say")
+    return replace(model, components=found)
 
 
 def make(

@@ -154,7 +154,8 @@ class Maker:
         """Build a replacement; return None and why if that fails. Retry with half the batch if memory runs out."""
         while True:
             size = min(self.size, 32)
-            bench = replacements.Bench(self.model, self.study.settings, self.store.means, size)
+            studied = self.request.layers.components
+            bench = replacements.Bench(self.model, self.study.settings, self.store.means, size, studied)
             try:
                 return replacements.build(name, self.request.replacements[name], bench), ""
             except Exception as error:  # a model can raise anything; the other replacements continue
@@ -184,7 +185,7 @@ class Maker:
         try:
             capturing = Capturing(self.model, batch, self.maps.capture, self.maps.folder) if self.maps else None
             images = generate(
-                self.model, batch, self.interventions, self.states, self.study.windows, capturing, self.masses, True
+                self.model, batch, self.interventions, self.states, self.study.begins, capturing, self.masses, True
             )
             maps = capturing.maps if capturing else None
         except Exception as error:  # a model can raise anything; the other cells continue

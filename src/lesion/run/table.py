@@ -15,7 +15,8 @@ from lesion.analysis.importance import as_similarity
 from lesion.run.publish import Publisher
 from lesion.run.score_queue import ScoreQueue
 from lesion.study import pairs
-from lesion.study.columns import GENERATION, MADE_WITH, PLACE, TRUNCATED, WHOLE, row
+from lesion.study.columns import COMPONENT, GENERATION, MADE_WITH, PLACE, TRUNCATED, WHOLE, component, row
+from lesion.study.components import DENOISER, components_of
 from lesion.study.grid import Cell, Study
 
 ROWS = 1024  # that wait as Python objects, which take more memory than the table's columns
@@ -40,7 +41,7 @@ def results(
         "scorer_identity": "; ".join(scores.identities.values()),
         "importance_metric": scores.spec.importance,
     }
-    sharded = study.shard.count > 1
+    sharded, several = study.shard.count > 1, components_of(study.layers) != (DENOISER,)
     for cell, place in zip(study.cells(), study.places() if sharded else itertools.repeat(0)):
         status, reason = status_of(cell, scores, failures)
         values = scores.values(cell) if status == "ok" else {}
@@ -55,6 +56,7 @@ def results(
             **{column: values.get(column, float("nan")) for column in scores.identities},
             **scorer,
             "protocol": protocol[cell.lesion.replacement.name] if cell.lesion else "",
+            **({COMPONENT: component(cell)} if several else {}),
             **({WHOLE: study.whole, PLACE: place} if sharded else {}),
         }
         for name, value in record.items():

@@ -8,12 +8,14 @@ from pathlib import PurePath
 from typing import Any
 
 from lesion.study import boxes
+from lesion.study.components import component_of, components_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
 from lesion.study.steering import STEERING_OFF, within
 
 MADE_WITH = ("card", "torch", "diffusers", "lesion")  # what made an image; not part of its identity
+COMPONENT = "component"  # in which lesions are, in results with such outside the denoiser
 TRUNCATED = "truncated_tokens"  # of the prompt, that no text encoder of the model sees; missing where not known
 Of = Callable[[Cell, Sequence[str]], Any]
 
@@ -52,7 +54,17 @@ def _lesioned(cell: Cell, layers: Sequence[str]) -> str:
 
 
 def _layer_index(cell: Cell, layers: Sequence[str]) -> int:
-    return layers.index(cell.lesion.layer) if cell.lesion and cell.lesion.layer else -1
+    """Among the layers of its component, so that a study of several has the indices of one of each."""
+    if not cell.lesion or not cell.lesion.layer:
+        return -1
+    mine = component_of(cell.lesion.layer)
+    first = next(place for place, layer in enumerate(layers) if component_of(layer) == mine)
+    return layers.index(cell.lesion.layer) - first
+
+
+def component(cell: Cell) -> str:
+    """The components that a cell's lesion is in, joined by "+"; "" for the baseline."""
+    return "+".join(components_of(cell.lesion.layers)) if cell.lesion else ""
 
 
 def _steering(cell: Cell, what: str) -> str:

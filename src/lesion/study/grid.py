@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.study.components import AFTER, VAE, components_of
 from lesion.study.lesions import Axes, Choice, Lesion, Replacement, choices, digest_of
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
@@ -315,6 +316,11 @@ class Study:
             replacement.name: digest_of([dict(replacement.identity), self.layers])[:8]
             for replacement in self.replacements
         }
+
+    @property
+    def begins(self) -> tuple[tuple[float, float], ...]:
+        """Windows before which some lesions of the study leave the denoising as it is in the baseline."""
+        return self.windows + ((AFTER,) if VAE in components_of(self.layers) else ())
 
     def __len__(self) -> int:
         kinds = len(self.replacements) * len(self.windows) * len(self.branches) * len(self.strengths)

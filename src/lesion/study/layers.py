@@ -9,6 +9,7 @@ from typing import Any
 from lesion.errors import RequestError
 from lesion.study import layer_patterns
 from lesion.study.checks import distinct, one_of
+from lesion.study.components import DENOISER, parse_components
 
 KINDS = (
     *("cross_attention", "self_attention", "joint_attention", "text_to_image", "feed_forward", "block"),
@@ -23,12 +24,14 @@ class Layers:
     """by: how modules are grouped to layers. kind: which modules of a layer are lesioned.
 
     include, exclude: patterns of layer paths, a glob or `re:` and a regular expression; None for all and for none.
+    components: whose layers, in the order in which an image passes them.
     """
 
     by: str
     kind: str
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
+    components: tuple[str, ...] = (DENOISER,)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layers:
@@ -39,7 +42,7 @@ class Layers:
                 "layers.by", f"{kind} has no attention heads; with head: layers.kind={', '.join(WITH_HEADS)}"
             )
         include, exclude = (_patterns(f"layers.{name}", config[name]) for name in ("include", "exclude"))
-        return cls(by, kind, include, exclude)
+        return cls(by, kind, include, exclude, parse_components(config["component"], by, kind))
 
     def chosen(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Those of a model's layers that an include pattern matches (all without any) and no exclude pattern.

@@ -30,6 +30,8 @@ class Intervention:
     """Values of `branch` on which it does something."""
     heads: ClassVar[bool] = True
     """Whether it suits single attention heads (`layers.by=head`)."""
+    once: ClassVar[bool] = False
+    """Whether it suits components that run once an image: text encoders and the autoencoder's decoder."""
     compiled: ClassVar[bool] = True
     """Whether it suits `performance.compile`: then it does no more than `fill`, and does not read the output."""
     donor_images: ClassVar[bool] = False

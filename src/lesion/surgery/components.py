@@ -1,0 +1,206 @@
+"""Lesions of what runs once an image: text encoders and the autoencoder's decoder.
+
+Images of a batch with different lesions are run apart, so that one run of such a component has one lesion or none, and
+whatever it does with the rows of a batch (slices, tiles) cannot mix them up.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lesion.denoising.run import COND, UNCOND
+from lesion.denoising.wrapping import forward_replaced
+from lesion.study.components import VAE, part_of
+from lesion.study.lesions import Lesion
+from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
+from lesion.surgery.hook_points import Call, Changes, HookPoint, ImageStream, Share, Update, wide
+from lesion.surgery.intervention import Intervention
+from lesion.surgery.operation import replacement_key
+
+_TEXT_LAYER = re.compile(r"(?:text_model\.)?(?P<layer>encoder\.(?:layers|block)\.\d+)")
+_DECODER_PART = re.compile(r"decoder\.(?:mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+")
+_TEXT_SITES = {  # by class of the layer: attention and feed-forward
+    "CLIPEncoderLayer": ("self_attn", "mlp"),
+    "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
+    "UMT5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
+}
+
+
+@dataclass(frozen=True)
+class TextBlock(Update):
+    """What a layer of a text encoder adds to its hidden states, (rows, tokens, channels)."""
+
+    def parts(self, output: Any) -> int:
+        return 1
+
+    def _positions(self, call: Call, output: Any) -> list[Any]:
+        return [0] if isinstance(output, tuple) else [None]  # T5's layers hand on the bias of positions, too
+
+
+@dataclass(frozen=True)
+class Projection(HookPoint):
+    """What a projection puts out, (rows, tokens, channels). Values in its place are laid out in memory as it is: what
+    follows reshapes it to an image, and kernels for images laid out otherwise round otherwise.
+    """
+
+    def write(self, call: Call, output: Any, changes: Changes) -> Any:
+        return torch.empty_like(output).copy_(super().write(call, output, changes))
+
+
+def examine_component(component: str, module: nn.Module, by: str, kind: str) -> Anatomy:
+    """The layers of a text encoder or of an autoencoder's decoder, in forward order, named as `study.components` says.
+
+    Raises AnatomyError where there are none of this kind.
+    """
+    groups: dict[str, list[Site]] = {}
+    for layer, site in _decoder_sites(module, by, kind) if component == VAE else _text_sites(module, kind):
+        groups.setdefault(f"{component}.{layer}", []).append(replace(site, path=f"{component}.{site.path}"))
+    if not groups:
+        raise AnatomyError(f"{component} ({type(module).__name__}) has no {kind}", "layers.kind")
+    layers = [Layer(path, index, "", 0, tuple(sites)) for index, (path, sites) in enumerate(groups.items())]
+    return Anatomy(tuple(layers), kind, by)
+
+
+def _text_sites(encoder: nn.Module, kind: str) -> Iterator[tuple[str, Site]]:
+    for path, module in encoder.named_modules():
+        match = _TEXT_LAYER.fullmatch(path)
+        leaves = _TEXT_SITES.get(type(module).__name__)
+        if match is None or leaves is None:
+            continue
+        attention, forward = (f"{path}.{leaf}" for leaf in leaves)
+        hook = {"block": TextBlock(path), "self_attention": ImageStream(attention), "feed_forward": HookPoint(forward)}
+        if kind in hook:
+            yield match["layer"], Site(hook[kind].module, 0, 0, 0, 0, hook[kind])
+
+
+def _decoder_sites(vae: nn.Module, by: str, kind: str) -> Iterator[tuple[str, Site]]:
+    """Residual blocks: what one adds is the output of its last convolution or projection."""
+    paths = [path for path, _ in vae.named_modules() if _DECODER_PART.fullmatch(path)]
+    for path in sorted(paths, key=_forward_order):
+        attends = ".attentions." in path
+        if kind == "block" or (kind == "self_attention" and attends):
+            block = path.partition(".resnets")[0].partition(".attentions")[0]
+            layer = {"block": block, "stage": ".".join(path.split(".")[:2])}.get(by, path)
+            hook = Projection(f"{path}.to_out.0") if attends else HookPoint(f"{path}.conv2")
+            yield layer, Site(path, 0, 0, 0, 0, hook)
+
+
+def _forward_order(path: str) -> tuple[int, int]:
+    """The middle block comes first, and runs a ResNet, then an attention and a ResNet in turns; torch names it last."""
+    if ".mid_block." not in path:
+        return 1, 0
+    number = int(path.rpartition(".")[2])
+    return 0, 2 * number - 1 if ".resnets." in path else 2 * number
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A lesion of one component with its intervention, as what is made of it is remembered by; equal if both are."""
+
+    digest: str
+    lesion: Lesion
+    intervention: Intervention
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Applied) and (self.digest, self.intervention) == (other.digest, other.intervention)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+class ComponentLesions:
+    """The lesions of a batch in other components than the denoiser, for one call of the pipeline.
+
+    anatomies: by component.
+    lesions: of each image; None: no lesion.
+    interventions: the built replacement for each `replacement_key`.
+    """
+
+    def __init__(
+        self,
+        anatomies: Mapping[str, Anatomy],
+        lesions: Sequence[Lesion | None],
+        interventions: Mapping[str, Intervention],
+    ):
+        self.anatomies = anatomies
+        self._rows: dict[str, list[Applied | None]] = {}
+        for component in anatomies:
+            mine = [part_of(lesion, component) for lesion in lesions]
+            if any(mine):
+                self._rows[component] = [
+                    Applied(lesion.digest, lesion, interventions[replacement_key(lesion)]) if lesion else None
+                    for lesion in mine
+                ]
+        self._calls: dict[str, int] = {}
+
+    def of_text(self, component: str, rows: int) -> list[tuple[Applied, int] | None]:
+        """What is done to each row of the present call of a text encoder, with the branch that it is of; None: nothing.
+
+        Pipelines encode the prompts first and then the negative prompts. Raises RuntimeError for other numbers of rows
+        or calls.
+        """
+        if component not in self._rows:
+            return [None] * rows
+        number = self._calls[component] = self._calls.get(component, -1) + 1
+        lesions = self._rows[component]
+        if rows != len(lesions) or number > 1:
+            raise RuntimeError(f"call {number + 1} of {component} has {rows} rows for {len(lesions)} images")
+        name, branch = ("cond", COND) if number == 0 else ("uncond", UNCOND)
+        return [(one, branch) if one and one.lesion.branch in ("both", name) else None for one in lesions]
+
+    def refuse(self, component: str) -> None:
+        """Raise RuntimeError where the component has lesions: this call is none that they can be brought into."""
+        if component in self._rows:
+            raise RuntimeError(f"{component} is called in a way in which its rows cannot be told apart")
+
+    def of_images(self, component: str, rows: int) -> list[tuple[Applied, int] | None]:
+        """What is done to each image of a call of the decoder. Raises RuntimeError for other numbers of rows."""
+        if component not in self._rows:
+            return [None] * rows
+        if rows != len(self._rows[component]):
+            raise RuntimeError(f"{component} decodes {rows} latents of {len(self._rows[component])} images")
+        return [(one, COND) if one else None for one in self._rows[component]]
+
+    @contextmanager
+    def at_work(self, component: str, module: nn.Module, what: tuple[Applied, int] | None) -> Iterator[None]:
+        """Within it every run of the component is under this lesion."""
+        with ExitStack() as stack:
+            if what:
+                applied, branch = what
+                anatomy = self.anatomies[component]
+                for site in (
+                    site for layer in anatomy.layers if layer.path in applied.lesion.layers for site in layer.sites
+                ):
+                    inner = module.get_submodule(site.hook.module)
+                    made = functools.partial(_lesioned, site, inner, applied, branch)
+                    stack.enter_context(forward_replaced(inner, made))
+            yield
+
+
+def _lesioned(
+    site: Site, module: nn.Module, applied: Applied, branch: int, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    intervention, strength, hook = applied.intervention, applied.lesion.strength, site.hook
+
+    def lesioned(*args: Any, **kwargs: Any) -> Any:
+        call = Call(module, forward, args, kwargs)
+        output = call.run()
+        changes = []
+        for part, name in site.parts(output):
+            quantity = (hook.read if intervention.reads_output else hook.like)(call, output, part)
+            rows = len(quantity)
+            column = torch.full((rows,), strength, dtype=wide(quantity), device=quantity.device)
+            branches = torch.full((rows,), branch, device=quantity.device)
+            values = intervention.fill(name, 0, branches, quantity)
+            changes.append((part, values, Share.of(column, [strength] * rows, quantity.dim())))
+        return hook.write(call, output, changes)
+
+    return lesioned
