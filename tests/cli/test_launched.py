@@ -75,12 +75,10 @@ def test_every_launcher_composes_and_says_what_it_needs(name, monkeypatch):
     assert lines[0].startswith("# ")
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", sorted({*LAUNCHERS} - {"ray"}))  # which is ours
 def test_launchers_have_every_knob_of_their_plugins(name):
     """The overlays stand in the place of the plugins' own configs, which need the plugins."""
-    pytest.importorskip(
-        "hydra_plugins.hydra_ray_launcher" if name == "ray" else "hydra_plugins.hydra_submitit_launcher"
-    )
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     Plugins.instance()
     nodes = ConfigStore.instance().repo["hydra"]["launcher"]
     theirs = OmegaConf.to_container(nodes[f"{name}.yaml"].node, resolve=False)

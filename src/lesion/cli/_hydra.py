@@ -15,7 +15,11 @@ from omegaconf import DictConfig
 from lesion.errors import RequestError, no_such_key
 
 MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
-EXTRAS = {"hydra_submitit_launcher": "slurm", "hydra_ray_launcher": "ray", "hydra_joblib_launcher": "joblib"}
+EXTRAS = {  # module of a launcher -> the package that it needs, and the extra that brings it
+    "hydra_submitit_launcher": ("hydra_plugins.hydra_submitit_launcher", "slurm"),
+    "hydra_joblib_launcher": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
+    "lesion_ray": ("ray", "ray"),
+}
 SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
 
 
@@ -39,10 +43,10 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
 
 def check_launcher(launcher: Any, choice: str) -> None:
     """Raises RequestError naming the extra of a launcher that is not installed. choice: its name."""
-    packages = str(launcher.get("_target_", "")).split(".")[:2]
-    if packages[-1] in EXTRAS and not _installed(".".join(packages)):
-        extra = f"lesion[{EXTRAS[packages[-1]]}]"
-        raise RequestError("hydra/launcher", f"{choice} is not installed; pip install '{extra}' brings it")
+    module = str(launcher.get("_target_", "")).split(".")[1:2]
+    package, extra = EXTRAS.get("".join(module), ("hydra", ""))
+    if not _installed(package):
+        raise RequestError("hydra/launcher", f"{choice} is not installed; pip install 'lesion[{extra}]' brings it")
 
 
 def _installed(package: str) -> bool:

@@ -63,9 +63,9 @@ def job(config: DictConfig) -> None:
         _job(config, details)
     except Exception as error:
         _ended(details)
-        if SUBMITIT in os.environ:
-            failed.append(error)
-            _say(error)
+        failed.append(error)
+        if _is_multirun(details) and _launched(details):
+            _say(error)  # into the log of the job: the launcher names the first reason only
         raise
     _ended(details)
 

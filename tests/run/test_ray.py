@@ -1,0 +1,150 @@
+"""A Ray of this machine, started by the launcher or here: shards run, killed and failed for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+import lesion as package
+from hydra_plugins import lesion_ray
+from lesion.config.compose import compose
+from lesion.errors import RequestError, StudyFailed
+from lesion.report.merging import put_together, run_folders
+
+ray = pytest.importorskip("ray", reason="needs pip install 'lesion[ray]'")
+pytestmark = pytest.mark.timeout(600)
+STUDY = [
+    *("debug=smoke", "seeds=[0,1,2,3]", "generation.steps=6", "generation.batch_size=1", "scorer.batch_size=1"),
+    "selection=only_one",
+]
+SHARDS = ["experiment=shards", "shard.count=2", "hydra/launcher=ray", "hydra.sweep.dir=parts"]
+
+
+class Command:
+    """`lesion` in processes of their own, in a folder; their output goes to out.log."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        source = str(Path(package.__file__).parents[1])
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "RAY_DEDUP_LOGS": "0"}
+
+    def __call__(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self.folder / "out.log").open("ab") as log:
+            words = [sys.executable, "-m", "lesion", *arguments]
+            return subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "out.log").read_text()
+
+
+@pytest.fixture
+def lesion(tmp_path):
+    return Command(tmp_path)
+
+
+@pytest.fixture
+def cluster(lesion, tmp_path_factory):
+    """A Ray of two cores that was started in another folder, as one of several machines is."""
+    elsewhere, port = tmp_path_factory.mktemp("elsewhere"), free_port()
+    lesion.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    words = [
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        f"--port={port}",
+        "--include-dashboard=false",
+    ]
+    command = [str(Path(sys.executable).with_name("ray")), *words, "--disable-usage-stats"]
+    with (elsewhere / "ray.log").open("w") as log:
+        head = subprocess.Popen(command, cwd=elsewhere, env=lesion.environment, stdout=log, stderr=log)
+
+    try:
+        until(lambda: "--block" in (elsewhere / "ray.log").read_text(), head)
+        yield
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def until(true, run: subprocess.Popen[bytes], seconds=200) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def workers() -> dict[str, int]:
+    """Number of the process that does each job of a cluster of this machine."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:
+            continue
+        if words[0].startswith("ray::lesion "):
+            found[words[0].removeprefix("ray::")] = int(path.parent.name)
+    return found
+
+
+def test_a_job_that_fails_is_told_with_its_reason(lesion):
+    """Nothing is made, so that this is cheap enough for every day."""
+    local = "hydra.launcher.ray.init.address=local"
+    run = lesion("-m", "dry_run=true", "device=cpu,cuda:99", "hydra/launcher=ray", local)
+    assert run.wait(120) == 2, lesion.said
+    assert "to make: " in lesion.said
+    assert "\nlesion: device: 'cuda:99' is not here" in lesion.said
+    assert "Traceback" not in lesion.said
+
+
+@pytest.mark.slow
+def test_a_killed_worker_s_shard_is_done_by_another(cluster, lesion, tmp_path):
+    run = lesion(*SHARDS, *STUDY)
+    stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
+    until(lambda: stored() >= 2 and len(workers()) == 2, run)
+    before = workers()
+    os.kill(before["lesion 1"], signal.SIGKILL)
+    until(lambda: workers().get("lesion 1", before["lesion 1"]) != before["lesion 1"], run)
+    assert run.wait(300) == 0, lesion.said
+    assert (tmp_path / "parts" / "report.html").is_file()
+    assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
+    assert lesion(*STUDY, "hydra.run.dir=whole", "store.dir=other").wait(200) == 0, lesion.said
+    both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
+    pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
+    for table in (tmp_path / "whole" / "tables").iterdir():
+        assert table.read_bytes() == (tmp_path / "parts" / "tables" / table.name).read_bytes(), table.name
+
+
+def test_what_a_job_raises_its_task_raises(monkeypatch):
+    """By which Ray shows the task as failed; Hydra keeps it in what the job returns."""
+    done = JobReturn(status=JobStatus.FAILED, _return_value=StudyFailed("3 of 4 images failed"))
+    config = compose([])  # Hydra runs the module of each launcher anew
+    monkeypatch.setattr(lesion_ray, "run_job", lambda **given: done)
+    with pytest.raises(StudyFailed, match="3 of 4"):
+        lesion_ray._job(None, config, None, Singleton.get_state(), os.getcwd())
+
+
+def test_what_ray_refuses_is_a_refusal():
+    launcher = lesion_ray.RayLauncher(OmegaConf.create({"init": {"colour": "red"}, "remote": {}}))
+    launcher.setup(hydra_context=None, task_function=None, config=compose(["hydra.sweep.dir=/tmp"]))
+    with pytest.raises(RequestError, match=r"^hydra.launcher.ray.init: Ray refuses: .*colour"):
+        launcher.launch([["seeds=0"]], 0)
