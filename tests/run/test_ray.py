@@ -137,10 +137,11 @@ def test_a_killed_worker_s_shard_is_done_by_another(cluster, lesion, tmp_path):
 def test_what_a_job_raises_its_task_raises(monkeypatch):
     """By which Ray shows the task as failed; Hydra keeps it in what the job returns."""
     done = JobReturn(status=JobStatus.FAILED, _return_value=StudyFailed("3 of 4 images failed"))
-    config = compose([])  # Hydra runs the module of each launcher anew
+    config = compose([])
+    monkeypatch.setattr(Singleton, "set_state", lambda state: None)  # which makes Hydra run the module anew
     monkeypatch.setattr(lesion_ray, "run_job", lambda **given: done)
     with pytest.raises(StudyFailed, match="3 of 4"):
-        lesion_ray._job(None, config, None, Singleton.get_state(), os.getcwd())
+        lesion_ray._job(None, config, None, None, os.getcwd())
 
 
 def test_what_ray_refuses_is_a_refusal():
