@@ -141,7 +141,7 @@ REFUSALS = [
     (["layers.include=['re:(']"], ["layers.include", "regular expression"]),
     (["layers.exclude=[nonesuch]"], ["layers.exclude", "nonesuch"]),
     (["layers.exclude=['*']"], ["layers.exclude", "no layer"]),
-    (["layers.kind=self_attention", "performance.compile=true"], ["performance.compile", "cross_attention"]),
+    (["layers.kind=text_stream", "performance.compile=true"], ["performance.compile", "text_stream"]),
     (["performance.dtype=int8"], ["performance.dtype", "bfloat16"]),
     (["selection=neighbours", "selection.neighbours.size=9"], ["selection.neighbours.size", "from 1 to 3"]),
     (

@@ -204,7 +204,6 @@ def test_blocks_of_the_published_unets():
     ("arguments", "words"),
     [
         (["replacement=null_prompt"], ["replacement", "null_prompt", "cross_attention"]),
-        (["performance.compile=true"], ["performance.compile", "cross_attention"]),
     ],
 )
 def test_what_makes_no_sense_is_refused(cli, arguments, words):

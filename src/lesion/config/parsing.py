@@ -203,8 +203,8 @@ def _check_compiled(model: ModelSpec, layers: Layers) -> None:
     """Refuse lesions and ways of loading that compiled blocks do not know."""
     if not model.compile:
         return
-    if layers.kind != "cross_attention":
-        raise RequestError("performance.compile", "works with layers.kind=cross_attention only; allowed here: false")
+    if layers.kind == "text_stream":
+        raise RequestError("performance.compile", "does not work with layers.kind=text_stream; allowed here: false")
     if layers.by == "head":
         raise RequestError("performance.compile", "does not work with layers.by=head; allowed here: false")
     if model.offload != "none":

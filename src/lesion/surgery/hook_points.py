@@ -8,7 +8,7 @@ second in 4-D feature maps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ class Share:
     column: Tensor
     whole: bool  # every row wholly
     mixed: bool  # some row in part, or beyond
-    rows: tuple[int, ...] = ()  # that are replaced at all
+    rows: tuple[int, ...] | None = None  # that are replaced at all; None where only the device knows
 
     @classmethod
     def of(cls, column: Tensor, weights: Sequence[float], rank: int) -> Share:
@@ -41,7 +41,7 @@ class Share:
     @cached_property
     def index(self) -> Tensor:
         """`rows`, where the output is: copied once for as long as the share is kept."""
-        return torch.tensor(self.rows).to(self.column.device, non_blocking=True)
+        return torch.tensor(self.rows or ()).to(self.column.device, non_blocking=True)
 
     def picked(self, values: Tensor) -> Tensor:
         """Those rows of a tensor that has as many as the output, or one for all."""
@@ -51,7 +51,7 @@ class Share:
     def of_picked(self) -> Share:
         """The share of those rows alone."""
         weights = self.column[self.index]
-        return Share(weights, not self.mixed, self.mixed, tuple(range(len(self.rows))))
+        return Share(weights, not self.mixed, self.mixed)
 
 
 def wide(like: Tensor) -> torch.dtype:
@@ -342,6 +342,12 @@ _PLAIN_BLOCKS = (
 )
 
 
+def has_text_stream(hook: HookPoint, module: nn.Module) -> bool:
+    """Whether what a block adds to the text is part of the hook point's quantity, told without an output."""
+    named = type(module).__name__ in _TEXT_FIRST
+    return isinstance(hook, Update) and named and not getattr(module, "context_pre_only", False)
+
+
 def _two_streams(output: Any) -> bool:
     return isinstance(output, tuple) and len(output) == 2
 
@@ -390,7 +396,7 @@ class FromText(HookPoint):
     def write(self, call: Call, output: Any, changes: Changes) -> Any:
         image = self.like(call, output, 0)
         for _, values, share in changes:
-            if share.whole or "alone" in call.memo:
+            if share.whole or share.rows is None or "alone" in call.memo:
                 alone = call.memo.get("alone")
                 alone = self._second_pass(call, lambda kept: kept) if alone is None else alone
                 image = blend(image, alone + values, share)
@@ -431,9 +437,8 @@ class FromText(HookPoint):
         def known(projected: Tensor, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda hidden: picked(projected)[:, call.image] if self.single else picked(projected)
 
-        with _projections(
-            call.module, {name: partial(known, call.memo[name]) for name in _PROJECTIONS & call.memo.keys()}
-        ):
+        kept = {name: partial(known, call.memo[name]) for name in _PROJECTIONS if name in call.memo}
+        with _projections(call.module, kept) if kept else nullcontext():
             output = call.forward(*args, **kwargs)
         alone: Tensor = output[0] if isinstance(output, tuple) else output
         return alone
