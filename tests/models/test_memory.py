@@ -24,6 +24,7 @@ from lesion.scoring._pixels import batches
 from lesion.store.images import Store
 from lesion.study.capture import Capture
 from lesion.study.grid import Cell, ModelIdentity
+from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 
@@ -34,9 +35,11 @@ IDENTITY = ModelIdentity("tiny", "f00d", "float32")
 def maker(tmp_path):
     """Of a study of nothing but mean lesions, at a batch size of 8 that was asked for."""
     lesion = Lesion("leave_one_out", "a", ("a",), Replacement("mean"))
-    request = SimpleNamespace(model="spec", device="cpu", replacements={"mean": {}})
+    request = SimpleNamespace(
+        model="spec", device="cpu", replacements={"mean": {}}, layers=Layers("attention", "cross_attention")
+    )
     study = SimpleNamespace(
-        model=IDENTITY, settings=settings(batch_size=8), prompts=(Prompt("a"),), windows=(), lesions=lambda: [lesion]
+        model=IDENTITY, settings=settings(batch_size=8), prompts=(Prompt("a"),), begins=(), lesions=lambda: [lesion]
     )
     return Maker(request, SimpleNamespace(identity=IDENTITY, unseen={}), study, Store(tmp_path), lambda *args: None)
 
