@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +14,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-import lesion as package
+from commands import Command, free_port, until
 from hydra_plugins import lesion_ray
 from lesion.config.compose import compose
 from lesion.errors import RequestError, StudyFailed
@@ -31,27 +29,11 @@ STUDY = [
 SHARDS = ["experiment=shards", "shard.count=2", "hydra/launcher=ray", "hydra.sweep.dir=parts"]
 
 
-class Command:
-    """`lesion` in processes of their own, in a folder; their output goes to out.log."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        source = str(Path(package.__file__).parents[1])
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "RAY_DEDUP_LOGS": "0"}
-
-    def __call__(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with (self.folder / "out.log").open("ab") as log:
-            words = [sys.executable, "-m", "lesion", *arguments]
-            return subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
-
-    @property
-    def said(self) -> str:
-        return (self.folder / "out.log").read_text()
-
-
 @pytest.fixture
 def lesion(tmp_path):
-    return Command(tmp_path)
+    command = Command(tmp_path)
+    command.environment["RAY_DEDUP_LOGS"] = "0"
+    return command
 
 
 @pytest.fixture
@@ -73,24 +55,11 @@ def cluster(lesion, tmp_path_factory):
         head = subprocess.Popen(command, cwd=elsewhere, env=lesion.environment, stdout=log, stderr=log)
 
     try:
-        until(lambda: "--block" in (elsewhere / "ray.log").read_text(), head)
+        until(lambda: "--block" in (elsewhere / "ray.log").read_text(), head, lesion)
         yield
     finally:
         head.terminate()
         head.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def until(true, run: subprocess.Popen[bytes], seconds=200) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def workers() -> dict[str, int]:
@@ -120,10 +89,10 @@ def test_a_job_that_fails_is_told_with_its_reason(lesion):
 def test_a_killed_worker_s_shard_is_done_by_another(cluster, lesion, tmp_path):
     run = lesion(*SHARDS, *STUDY)
     stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
-    until(lambda: stored() >= 2 and len(workers()) == 2, run)
+    until(lambda: stored() >= 2 and len(workers()) == 2, run, lesion)
     before = workers()
     os.kill(before["lesion 1"], signal.SIGKILL)
-    until(lambda: workers().get("lesion 1", before["lesion 1"]) != before["lesion 1"], run)
+    until(lambda: workers().get("lesion 1", before["lesion 1"]) != before["lesion 1"], run, lesion)
     assert run.wait(300) == 0, lesion.said
     assert (tmp_path / "parts" / "report.html").is_file()
     assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]

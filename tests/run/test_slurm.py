@@ -12,14 +12,13 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-import lesion as package
+from commands import Command, free_port, until
 from lesion.report.merging import put_together, run_folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -55,12 +54,6 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes={host} State=UP PriorityTier=10
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +116,7 @@ SHARDS = [
 
 @pytest.fixture
 def lesion(tmp_path):
-    """Starts `lesion` in a process of its own; its output goes to out.log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(package.__file__).parents[1])}
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / "out.log").open("ab") as log:
-            command = [sys.executable, "-m", "lesion", *arguments]
-            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-
-    return start
-
-
-def until(true, run, tmp_path, seconds=200):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "out.log").read_text()[-3000:]
-        time.sleep(0.2)
+    return Command(tmp_path)
 
 
 def logs(tmp_path: Path) -> str:
@@ -161,10 +139,10 @@ def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp
     """
     run = lesion(*SHARDS)
     stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
-    until(lambda: stored() >= 2, run, tmp_path)
+    until(lambda: stored() >= 2, run, lesion)
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 3")
-    until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, tmp_path)
-    assert run.wait(400) == 0, (tmp_path / "out.log").read_text()[-3000:] + logs(tmp_path)[-3000:]
+    until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, lesion)
+    assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
     shards = [job for job in jobs(slurm).values() if job["JobName"] == "lesion"]
     assert [job["JobState"] for job in shards] == ["COMPLETED"] * 2
     assert sum(int(job["Restarts"]) for job in shards) >= 1
@@ -181,7 +159,7 @@ def test_a_failed_shard_shows_as_failed_with_its_reason_in_its_log(slurm, lesion
     before = jobs(slurm)
     run = lesion(*SHARDS, "device=cuda:99")  # accepted by the check; each job looks at its own machine
     assert run.wait(200) == 2
-    assert (tmp_path / "out.log").read_text().splitlines()[-1].startswith("lesion: device: 'cuda:99' is not here")
+    assert lesion.said.splitlines()[-1].startswith("lesion: device: 'cuda:99' is not here")
     own = [job for number, job in jobs(slurm).items() if number not in before]
     assert [job["JobState"] for job in own] == ["FAILED"] * 2
     assert logs(tmp_path).count("lesion: device: 'cuda:99' is not here") == 2
