@@ -43,8 +43,10 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
 
 def check_launcher(launcher: Any, choice: str) -> None:
     """Raises RequestError naming the extra of a launcher that is not installed. choice: its name."""
-    module = str(launcher.get("_target_", "")).split(".")[1:2]
-    package, extra = EXTRAS.get("".join(module), ("hydra", ""))
+    module = "".join(str(launcher.get("_target_", "")).split(".")[1:2])
+    if module not in EXTRAS:
+        return
+    package, extra = EXTRAS[module]
     if not _installed(package):
         raise RequestError("hydra/launcher", f"{choice} is not installed; pip install 'lesion[{extra}]' brings it")
 

@@ -84,15 +84,13 @@ def decoding_apart(vae: Any, lesions: ComponentLesions | None) -> Iterator[None]
                 groups.setdefault(what, []).append(row)
             outputs = []
             for what, rows in groups.items():
-                picked = slice(None) if len(groups) == 1 else rows
-                parts = [_picked(value, picked, len(z)) for value in args]
-                named = {name: _picked(value, picked, len(z)) for name, value in kwargs.items()}
+                one, named = _some(z, args, kwargs, rows) if len(groups) > 1 else ((z, *args), kwargs)
                 with lesions.at_work(VAE, vae, what):
-                    outputs.append(decode(z[picked], *parts, **named))
+                    outputs.append(decode(*one, **named))
             if len(outputs) == 1:
                 return outputs[0]
-            order = [row for rows in groups.values() for row in rows]
-            return _reordered(_joined(outputs, z.dtype), [order.index(row) for row in range(len(z))])
+            made = [row for rows in groups.values() for row in rows]
+            return _joined(outputs, z.dtype, sorted(range(len(z)), key=made.__getitem__))
 
         return decoded
 
@@ -100,50 +98,40 @@ def decoding_apart(vae: Any, lesions: ComponentLesions | None) -> Iterator[None]
         yield
 
 
-def _picked(value: Any, rows: Any, images: int) -> Any:
-    if rows == slice(None) or not _an_image(value, images):
-        return value
-    return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-
-
-def _reordered(output: Any, rows: list[int]) -> Any:
-    """What `_joined` gives with its images in another order."""
-    if isinstance(output, Tensor):
-        return output[rows]
-    if isinstance(output, tuple):
-        return (output[0][rows], *output[1:])
-    return type(output)(sample=output.sample[rows])
-
-
 def _slices(z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], size: int) -> Iterator[tuple[Any, Any]]:
-    """Arguments of each slice: what has a value for each image is sliced with the latents."""
+    """Arguments of each slice of the images."""
     if size == len(z):
         yield (z, *args), dict(kwargs)
         return
     for start in range(0, len(z), size):
-        rows = slice(start, start + size)
-        parts = [value[rows] if _an_image(value, len(z)) else value for value in args]
-        yield (
-            (z[rows], *parts),
-            {name: value[rows] if _an_image(value, len(z)) else value for name, value in kwargs.items()},
-        )
+        yield _some(z, args, kwargs, range(start, min(start + size, len(z))))
 
 
-def _an_image(value: Any, images: int) -> bool:
-    return isinstance(value, Tensor | list | tuple) and len(value) == images
+def _some(z: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], rows: Sequence[int]) -> tuple[Any, Any]:
+    """Arguments for some of the images: what has a value for each image is picked with the latents."""
+
+    def picked(value: Any) -> Any:
+        if not isinstance(value, Tensor | list | tuple) or len(value) != len(z):
+            return value
+        if isinstance(rows, range):
+            return value[rows.start : rows.stop]  # of a tensor no copy
+        return value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
+
+    return (picked(z), *map(picked, args)), {name: picked(value) for name, value in kwargs.items()}
 
 
-def _joined(outputs: list[Any], dtype: torch.dtype) -> Any:
+def _joined(outputs: list[Any], dtype: torch.dtype, order: list[int] | None = None) -> Any:
     """One output of all images, in the precision of their latents; of a single slice the very output where it has it.
 
-    A decoder puts out a tensor, a tuple or diffusers' output class.
+    A decoder puts out a tensor, a tuple or diffusers' output class. order: places of the images; None: as they are.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
-        return (torch.cat(outputs) if len(outputs) > 1 else first).to(dtype)
+        whole = torch.cat(outputs) if len(outputs) > 1 else first
+        return (whole if order is None else whole[order]).to(dtype)
     if isinstance(first, tuple):
-        return (_joined([output[0] for output in outputs], dtype), *first[1:])
-    return type(first)(sample=_joined([output.sample for output in outputs], dtype))
+        return (_joined([output[0] for output in outputs], dtype, order), *first[1:])
+    return type(first)(sample=_joined([output.sample for output in outputs], dtype, order))
 
 
 def _in(precision: str, device: str) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
 from lesion.models import layers
-from lesion.study.components import DENOISER, VAE
+from lesion.study.components import DENOISER, VAE, decoder_layer
 
 if TYPE_CHECKING:
     from lesion.models.source import Source
@@ -21,10 +21,6 @@ ENCODERS: Mapping[str, tuple[str, str]] = {
     "UMT5EncoderModel": _T5,
 }
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
-_GROUPS: Mapping[str, Callable[[str], str]] = {
-    "block": lambda path: path.partition(".resnets")[0].partition(".attentions")[0],
-    "stage": lambda path: ".".join(path.split(".")[:3]),
-}
 
 
 def layer_paths(source: Source, components: Sequence[str], by: str, kind: str) -> tuple[str, ...]:
@@ -43,7 +39,7 @@ def layer_paths(source: Source, components: Sequence[str], by: str, kind: str) -
 
 def _paths(source: Source, component: str, by: str, kind: str) -> list[str]:
     if component not in source.components:
-        there = [one for one in (*source.components,) if one.startswith("text_encoder") or one == VAE]
+        there = [one for one in source.components if one.startswith("text_encoder") or one == VAE]
         raise RequestError(
             "layers.component", f"{source.pipeline} has no {component}; allowed: {', '.join([DENOISER, *there])}"
         )
@@ -63,8 +59,8 @@ def _paths(source: Source, component: str, by: str, kind: str) -> list[str]:
         config = source.config(component)
         if not isinstance(config.get(number), int):
             raise RequestError("model.id", f"the config of {component} does not say {number}")
-        paths = [f"{component}.{stem}.{place}" for place in range(config[number])]
-    return list(dict.fromkeys(map(_GROUPS.get(by, str), paths)))
+        return [f"{component}.{stem}.{place}" for place in range(config[number])]
+    return list(dict.fromkeys(decoder_layer(path, by) for path in paths))
 
 
 def _unknown(component: str, name: str, known: Any) -> RequestError:

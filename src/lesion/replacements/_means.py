@@ -5,6 +5,7 @@ One streaming pass over a calibration set; sums are kept in float64, no activati
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -166,16 +167,18 @@ class Calibration(Client):
                 text = TextLength()
                 stack.enter_context(text.watching(run.denoiser, site.hook.block))
                 module = run.denoiser.get_submodule(site.hook.module)
-                hook = self._adding(site, run, text)
+                hook = self._adding(site, lambda rows: (run.call, run.branches(rows)), text)
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def _adding(self, site: Site, run: Denoising, text: TextLength) -> Callable[..., None]:
+    def _adding(self, site: Site, when: Callable[[int], tuple[int, Tensor]], text: TextLength) -> Callable[..., None]:
+        """when: the present call, and the branches of so many rows."""
+
         def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             seen = Call(module, module.forward, args, kwargs, text.image)
             for part, name in site.parts(output):
                 quantity = site.hook.read(seen, output, part)
-                self._sums[name].add(run.call, run.branches(len(quantity)), quantity)
+                self._sums[name].add(*when(len(quantity)), quantity)
 
         return add
 
@@ -194,25 +197,22 @@ class CalibrationOnce(Calibration):
         part = getattr(run.pipe, self.component)
         with ExitStack() as stack:
             for site in self.anatomy.by_path.values():
+                branches: Iterator[int] = itertools.repeat(COND)
+                if self.component != VAE:
+                    branches = itertools.chain([COND], itertools.repeat(UNCOND))
+                hook = self._adding(site, functools.partial(_only_call, branches), TextLength())
                 module = part.get_submodule(site.hook.module)
-                stack.callback(module.register_forward_hook(self._once(site), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
     def before_call(self, run: Denoising, call: DenoiserCall) -> None:
         if self.component != VAE:  # all text is encoded
             raise Enough
 
-    def _once(self, site: Site) -> Callable[..., None]:
-        calls = itertools.count()
 
-        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            branch = UNCOND if self.component != VAE and next(calls) else COND
-            seen = Call(module, module.forward, args, kwargs)
-            for part, name in site.parts(output):
-                quantity = site.hook.read(seen, output, part)
-                self._sums[name].add(0, torch.full((len(quantity),), branch), quantity)
-
-        return add
+def _only_call(branches: Iterator[int], rows: int) -> tuple[int, Tensor]:
+    """The only call of a component that runs once an image, with the branch that it is of."""
+    return 0, torch.full((rows,), next(branches))
 
 
 class _Sums:

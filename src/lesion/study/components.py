@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from lesion.errors import RequestError
@@ -54,6 +54,13 @@ def check_axes(components: Sequence[str], axes: Axes) -> None:
         raise RequestError("branch", f"{VAE} decodes one image, not two branches; allowed with it: {Lesion.branch}")
 
 
+def decoder_layer(path: str, by: str) -> str:
+    """The layer in which a residual block of the decoder is, `vae.decoder.up_blocks.1.resnets.0`, by granularity."""
+    if by == "block":
+        return path.partition(".resnets")[0].partition(".attentions")[0]
+    return ".".join(path.split(".")[:3]) if by == "stage" else path
+
+
 @cache
 def component_of(layer: str) -> str:
     """The component that a layer is in, by the layer's name."""
@@ -61,7 +68,8 @@ def component_of(layer: str) -> str:
     return first if rest and first in KINDS else DENOISER
 
 
-def components_of(layers: Sequence[str]) -> tuple[str, ...]:
+@lru_cache(4096)  # a study is planned cell by cell, and its cells share few lesions
+def components_of(layers: tuple[str, ...]) -> tuple[str, ...]:
     """The components that these layers are in, in the order in which an image passes them."""
     found = {component_of(layer) for layer in layers}
     return tuple(component for component in COMPONENTS if component in found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from lesion.study.components import AFTER, begins
+from lesion.study.components import begins
 from lesion.study.grid import Cell, Study, kind_of
 from lesion.study.lesions import Lesion
 
@@ -47,9 +47,10 @@ def batches(
 
 
 def _go_together(one: Cell, other: Cell) -> bool:
+    if kind_of(one.lesion) != kind_of(other.lesion) or one.settings != other.settings:
+        return False
     # Images that share their denoising with their baseline would be denoised beside one that does not.
-    late = [cell.lesion is not None and begins(cell.lesion) == AFTER for cell in (one, other)]
-    return kind_of(one.lesion) == kind_of(other.lesion) and one.settings == other.settings and late[0] == late[1]
+    return not one.lesion or not other.lesion or begins(one.lesion) == begins(other.lesion)
 
 
 def _once(cells: Iterable[Cell]) -> Iterator[Cell]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lesion.denoising.run import COND, UNCOND
 from lesion.denoising.wrapping import forward_replaced
-from lesion.study.components import VAE, part_of
+from lesion.study.components import VAE, decoder_layer, part_of
 from lesion.study.lesions import Lesion
 from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
 from lesion.surgery.hook_points import Call, Changes, HookPoint, ImageStream, Share, Update, wide
@@ -61,15 +61,16 @@ def examine_component(component: str, module: nn.Module, by: str, kind: str) -> 
     Raises AnatomyError where there are none of this kind.
     """
     groups: dict[str, list[Site]] = {}
-    for layer, site in _decoder_sites(module, by, kind) if component == VAE else _text_sites(module, kind):
-        groups.setdefault(f"{component}.{layer}", []).append(replace(site, path=f"{component}.{site.path}"))
+    found = _decoder_sites(module, by, kind) if component == VAE else _text_sites(component, module, kind)
+    for layer, site in found:
+        groups.setdefault(layer, []).append(replace(site, path=f"{component}.{site.path}"))
     if not groups:
         raise AnatomyError(f"{component} ({type(module).__name__}) has no {kind}", "layers.kind")
     layers = [Layer(path, index, "", 0, tuple(sites)) for index, (path, sites) in enumerate(groups.items())]
     return Anatomy(tuple(layers), kind, by)
 
 
-def _text_sites(encoder: nn.Module, kind: str) -> Iterator[tuple[str, Site]]:
+def _text_sites(component: str, encoder: nn.Module, kind: str) -> Iterator[tuple[str, Site]]:
     for path, module in encoder.named_modules():
         match = _TEXT_LAYER.fullmatch(path)
         leaves = _TEXT_SITES.get(type(module).__name__)
@@ -78,7 +79,7 @@ def _text_sites(encoder: nn.Module, kind: str) -> Iterator[tuple[str, Site]]:
         attention, forward = (f"{path}.{leaf}" for leaf in leaves)
         hook = {"block": TextBlock(path), "self_attention": ImageStream(attention), "feed_forward": HookPoint(forward)}
         if kind in hook:
-            yield match["layer"], Site(hook[kind].module, 0, 0, 0, 0, hook[kind])
+            yield f"{component}.{match['layer']}", Site(hook[kind].module, 0, 0, 0, 0, hook[kind])
 
 
 def _decoder_sites(vae: nn.Module, by: str, kind: str) -> Iterator[tuple[str, Site]]:
@@ -87,10 +88,8 @@ def _decoder_sites(vae: nn.Module, by: str, kind: str) -> Iterator[tuple[str, Si
     for path in sorted(paths, key=_forward_order):
         attends = ".attentions." in path
         if kind == "block" or (kind == "self_attention" and attends):
-            block = path.partition(".resnets")[0].partition(".attentions")[0]
-            layer = {"block": block, "stage": ".".join(path.split(".")[:2])}.get(by, path)
             hook = Projection(f"{path}.to_out.0") if attends else HookPoint(f"{path}.conv2")
-            yield layer, Site(path, 0, 0, 0, 0, hook)
+            yield decoder_layer(f"{VAE}.{path}", by), Site(path, 0, 0, 0, 0, hook)
 
 
 def _forward_order(path: str) -> tuple[int, int]:
@@ -105,15 +104,16 @@ def _forward_order(path: str) -> tuple[int, int]:
 class Applied:
     """A lesion of one component with its intervention, as what is made of it is remembered by; equal if both are."""
 
-    digest: str
     lesion: Lesion
     intervention: Intervention
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Applied) and (self.digest, self.intervention) == (other.digest, other.intervention)
+        if not isinstance(other, Applied):
+            return NotImplemented
+        return self.lesion.digest == other.lesion.digest and self.intervention == other.intervention
 
     def __hash__(self) -> int:
-        return hash(self.digest)
+        return hash(self.lesion.digest)
 
 
 class ComponentLesions:
@@ -136,8 +136,7 @@ class ComponentLesions:
             mine = [part_of(lesion, component) for lesion in lesions]
             if any(mine):
                 self._rows[component] = [
-                    Applied(lesion.digest, lesion, interventions[replacement_key(lesion)]) if lesion else None
-                    for lesion in mine
+                    Applied(lesion, interventions[replacement_key(lesion)]) if lesion else None for lesion in mine
                 ]
         self._calls: dict[str, int] = {}
 

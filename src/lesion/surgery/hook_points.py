@@ -384,10 +384,8 @@ class FromText(HookPoint):
         return output
 
     def read(self, call: Call, output: Any, part: int) -> Tensor:
-        if "alone" not in call.memo:
-            call.memo["alone"] = self._second_pass(call, lambda values: values)
         image = self.like(call, output, part)
-        return image.to(wide(image)) - call.memo["alone"].to(wide(image))
+        return image.to(wide(image)) - self._alone(call).to(wide(image))
 
     def like(self, call: Call, output: Any, part: int) -> Tensor:
         image: Tensor = output[:, call.image] if self.single else output[0]
@@ -397,14 +395,18 @@ class FromText(HookPoint):
         image = self.like(call, output, 0)
         for _, values, share in changes:
             if share.whole or share.rows is None or "alone" in call.memo:
-                alone = call.memo.get("alone")
-                alone = self._second_pass(call, lambda kept: kept) if alone is None else alone
-                image = blend(image, alone + values, share)
+                image = blend(image, self._alone(call) + values, share)
             elif share.rows:
                 alone = self._second_pass(call, share.picked)
                 replaced = blend(share.picked(image), alone + share.picked(values), share.of_picked)
                 image = image.index_copy(0, share.index, replaced)
         return _with(output, call.image, image) if self.single else (image, *output[1:])
+
+    def _alone(self, call: Call) -> Tensor:
+        """Of all rows; kept for the call."""
+        if "alone" not in call.memo:
+            call.memo["alone"] = self._second_pass(call, lambda values: values)
+        return call.memo["alone"]
 
     def _second_pass(self, call: Call, picked: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what the module puts out for the image alone, of the rows that `picked` takes of a tensor."""
