@@ -102,6 +102,23 @@ def test_effects_are_those_of_small_lesions_and_nothing_changes_at_strength_0(ti
     assert not np.allclose(again.effects, estimate(model, lesions, cells, interventions, view, 2, 6).effects)
 
 
+def test_of_several_points_the_derivatives_are_averaged_before_they_are_squared(tiny_model, wide_open):
+    model = precise(tiny_model)
+    lesion = replace(lesions_of(model)[2], window=(0.0, 0.5))
+    interventions = {replacement_key(lesion): Zero()}
+
+    def slope(point):
+        above, below = (seen(model, replace(lesion, strength=point + h), interventions) for h in (0.01, -0.01))
+        return (above - below) / 0.02
+
+    points = (0.2, 0.8)
+    expected = 0.5 * (np.mean([slope(point) for point in points], axis=0) ** 2).sum(axis=1)
+    squared_first = 0.5 * np.mean([(slope(point) ** 2).sum(axis=1) for point in points], axis=0)
+    assert (expected < 0.95 * squared_first).all()
+    found = estimate(model, [lesion], cells_of(model), interventions, view, probes=4, points=points)
+    np.testing.assert_allclose(found.effects[0], expected, rtol=0.01)
+
+
 def test_a_site_that_puts_out_nothing_has_exactly_no_effect(tiny_model):
     lesions = lesions_of(tiny_model)
     dead = tiny_model.denoiser.get_submodule(f"{lesions[3].layer}.transformer_blocks.0.attn2.to_out.0")

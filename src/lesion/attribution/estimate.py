@@ -8,6 +8,9 @@ not: with g(s) the unit vector of an image (`views`) under strengths s, and J_l 
 All |J_l| come at once by reverse mode: for directions q_1 … q_K, orthonormal and drawn at random among d dimensions,
 d/K sum (q_k' J_l)^2 has the mean |J_l|^2, and is equal to it for K = d. The similarity to the prompt's text is not
 greatest there: its first order, signed, is <text, J_l>.
+
+With several points J_l is the mean of the derivatives at these strengths: the slopes q_k' J_l are averaged with their
+sign, for the same directions at every point, and squared then.
 """
 
 from __future__ import annotations
@@ -55,9 +58,9 @@ def estimate(
     seed: int = 0,
     text: Tensor | None = None,
     checkpointing: bool = False,
-    base: float = 0.0,
+    points: Sequence[float] = (0.0,),
 ) -> Found:
-    """Estimate the effect of each lesion on each of these images, which are made once, together.
+    """Estimate the effect of each lesion on each of these images, which are made together, once a point.
 
     lesions: by replacements that change a site's output, of one kind of site.
     cells: baselines of one setting.
@@ -65,11 +68,51 @@ def estimate(
     probes: directions, at least 1; as many as the view has dimensions, or more, are exact.
     seed: of the directions; an image's also depend on its prompt and seed, not on its batch.
     text: what `towards` goes to, (images, d).
-    base: strength of all lesions at which the gradients are taken.
+    points: strengths of all lesions at which the gradients are taken, at least one; J is their mean.
     """
+    found = [
+        _slopes(model, lesions, cells, interventions, view, probes, seed, text, checkpointing, point)
+        for point in points
+    ]
+    mean = np.mean([one.probed for one in found], axis=0)
+    towards = [one.towards for one in found if one.towards is not None]
+    return Found(
+        found[0].dimensions / len(mean) / 2 * (mean**2).sum(axis=0),
+        np.mean(towards, axis=0) if towards else None,
+        found[0].images,
+    )
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """Of a batch of images at one point.
+
+    probed: q'J of each direction, (probes, lesions, images). towards: <text, J>, (lesions, images).
+    dimensions: of the view.
+    """
+
+    probed: Floats
+    towards: Floats | None
+    images: Tensor
+    dimensions: int
+
+
+def _slopes(
+    model: Model,
+    lesions: Sequence[Lesion],
+    cells: Sequence[Cell],
+    interventions: Mapping[str, Intervention],
+    view: View,
+    probes: int,
+    seed: int,
+    text: Tensor | None,
+    checkpointing: bool,
+    point: float,
+) -> _Slopes:
+    """Make the images once with all lesions at strength `point`, and take the gradients there."""
     prompts, settings = [cell.prompt for cell in cells], cells[0].settings
     device = next(model.denoiser.parameters()).device
-    strengths = torch.full((len(lesions), len(cells)), base, device=device, requires_grad=True)
+    strengths = torch.full((len(lesions), len(cells)), point, device=device, requires_grad=True)
     client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing)
     with frozen(model):
         images = call(model, prompts, generators([cell.noise_seed for cell in cells]), settings, [client])
@@ -78,16 +121,14 @@ def estimate(
             vectors = view(images, client.latents)
         directions = torch.stack([_directions(cell, vectors.shape[1], probes, seed) for cell in cells], dim=1)
         directions = directions.to(vectors)
-        total = torch.zeros_like(strengths, dtype=torch.float64)
-        for number, direction in enumerate(directions):
-            last = text is None and number == len(directions) - 1
-            total += _gradient(vectors, strengths, direction, not last).double() ** 2
+        last = len(directions) - 1 if text is None else -1  # of the backward passes, which keeps no graph
+        probed = [_gradient(vectors, strengths, one, n != last) for n, one in enumerate(directions)]
         towards = None if text is None else _gradient(vectors, strengths, text.to(vectors), False)
-    scale = vectors.shape[1] / len(directions) / 2
-    return Found(
-        (scale * total).cpu().numpy(),
+    return _Slopes(
+        torch.stack(probed).double().cpu().numpy(),
         None if towards is None else towards.double().cpu().numpy(),
         images.detach(),
+        vectors.shape[1],
     )
 
 

@@ -45,7 +45,8 @@ class Estimates:
 
     study: with all of them. effects: estimated importance, (lesions, images). towards: estimated change of `clip_text`.
     facts: of the estimation, texts: `seconds` it took, `seconds_per_image` of an ordinary image of the same size of
-    batch, `images`, `identical` (whether images at strength 0 were the baselines, bit for bit: yes or no).
+    batch, `images`, `identical` (whether images at strength 0 were the baselines, bit for bit: yes or no; unknown where
+    none are made).
     """
 
     asked: Attribution
@@ -151,7 +152,7 @@ def _estimate(
     view = views.latent if asked.view == "latent" else views.embedded(embedder)
     log.info("attribution: gradients of %d images for %d lesions", len(cells), len(lesions))
     effects, towards = np.zeros((2, len(lesions), len(cells)))
-    identical, ordinary, made = True, 0.0, 0
+    identical, ordinary, made = "unknown", 0.0, 0
     start = time.perf_counter()
     with tqdm(total=len(cells), desc="attribution", unit="image", disable=None) as bar:
         done = 0
@@ -159,18 +160,16 @@ def _estimate(
             batch = cells[done : done + size]
             text = views.texts(embedder, [cell.prompt.text for cell in batch]) if has_text else None
             try:
-                for number, point in enumerate(asked.points):
-                    found = estimate(
-                        model, lesions, batch, interventions, view, asked.probes, asked.seed + number, text,
-                        asked.checkpointing, point,
-                    )  # fmt: skip
-                    effects[:, done : done + len(batch)] += found.effects / len(asked.points)
-                    if found.towards is not None:
-                        towards[:, done : done + len(batch)] += found.towards / len(asked.points)
+                found = estimate(
+                    model, lesions, batch, interventions, view, asked.probes, asked.seed, text, asked.checkpointing,
+                    asked.points,
+                )  # fmt: skip
+                effects[:, done : done + len(batch)] = found.effects
+                if found.towards is not None:
+                    towards[:, done : done + len(batch)] = found.towards
             except Exception as error:
                 if not memory.ran_out(error) or size == 1:
                     raise
-                effects[:, done:] = towards[:, done:] = 0
                 size //= 2
                 log.warning("out of memory with the gradients of %d images; continuing with %d", 2 * size, size)
                 memory.release(request.device)
@@ -180,9 +179,9 @@ def _estimate(
                 plain = generate(model, batch, {})
                 ordinary, made = time.perf_counter() - before, len(batch)
                 start += ordinary
-                if asked.points[-1] == 0:
+                if asked.points[0] == 0:
                     images = found.images.permute(0, 2, 3, 1).float().cpu().numpy()
-                    identical = bool(np.array_equal(images, plain))
+                    identical = "yes" if np.array_equal(images, plain) else "no"
             done += len(batch)
             bar.update(len(batch))
     if not np.isfinite(effects).all():
@@ -192,7 +191,7 @@ def _estimate(
         "seconds": repr(time.perf_counter() - start),
         "seconds_per_image": repr(ordinary / made),
         "images": str(len(cells)),
-        "identical": "yes" if identical else "no",
+        "identical": identical,
     }
     if not (has_text and np.isfinite(towards).all()):
         towards[:] = np.nan
@@ -248,7 +247,7 @@ def certified(
         weights = np.where(is_top, 1.0, (len(table) - len(top)) / max(len(sample), 1))
         signed = judging.spearman(towards[places], change, weights)
     return table, {**judged.as_data(), **_costs(found, len(places)), "text_spearman": signed,
-                   "identical_at_zero": found.facts["identical"] == "yes",
+                   "identical_at_zero": {"yes": True, "no": False}.get(found.facts["identical"]),
                    "estimator": found.asked.estimator}  # fmt: skip
 
 

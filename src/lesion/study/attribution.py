@@ -12,7 +12,7 @@ from lesion.study.checks import one_of
 from lesion.study.grid import Study
 from lesion.study.lesions import Lesion, digest_of
 
-FORMAT = 1  # raise it when the same request would give other estimates
+FORMAT = 2  # raise it when the same request would give other estimates
 NAMES = ("none", "gradients")
 VIEWS = ("clip", "latent")
 SELECTION = "leave_one_out"  # whose lesions are estimated
@@ -25,7 +25,7 @@ class Attribution:
     top: how many of those ranked highest are made. sample: how many of the rest.
     threshold: importance from which a lesion counts as important; None for the median of the top.
     view: what effects are measured in, the scorer's CLIP embedding or the final latents.
-    probes: random directions an image. points: strengths of all lesions at which gradients are taken.
+    probes: random directions an image. points: strengths of all lesions whose gradients are averaged, ascending.
     seed: of directions and sample. checkpointing: keep less of each denoiser call, and run it again.
     """
 
@@ -61,7 +61,7 @@ class Attribution:
             None if limit is None else float(limit),
             one_of("attribution.view", config["view"], VIEWS),
             config["probes"],
-            tuple(map(float, points)),
+            tuple(sorted(map(float, points))),
             config["seed"],
             bool(config["checkpointing"]),
         )
