@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.report import Row, aimed, alternate, ratios
 from bench.setup import Options, Setup, fillers, generating, job, loaded, planned, spaced, wait
 from lesion.generation.generate import generate
+from lesion.models import resolve
 
 
 def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Row]]:
@@ -33,26 +35,40 @@ def only_one(this: Setup, options: Options, kept: int = 4) -> tuple[str, list[Ro
     lesions = [batch for batch in planned(own, this.batch) if batch[0].lesion]
     mixed = [batch for batch in lesions if len(batch) == this.batch] or lesions
     mixed = spaced(mixed, kept)
-    sharing = len({cell.lesion.layer for cell in mixed[0] if cell.lesion})
     mixed_cells = [cell for batch in mixed for cell in batch]
     generate(model, baselines[: this.batch], {})
     generate(model, lesioned[: this.batch], using)
+    sides = {"only-one": (model, lesioned), "only-one, own subjects": (model, mixed_cells)}
+    if resolve(asked.model).shares_rows:
+        sharing = replace(model, shared_rows=True)
+        sides |= {f"{name}, shared rows": (sharing, images) for name, (_, images) in sides.items()}
+        generate(sharing, lesioned[: this.batch], using)
     found = alternate(
         options.repeats,
         {
-            "only-one": lambda: generating(model, lesioned, this.batch, using),
-            "only-one, own subjects": lambda: generating(model, mixed_cells, this.batch, using),
+            **{name: lambda side=side: generating(*side, this.batch, using) for name, side in sides.items()},  # type: ignore[misc]
             "un-ablated": lambda: generating(model, baselines, this.batch, {}),
         },
     )
-    counts = {"only-one": len(lesioned), "only-one, own subjects": len(mixed_cells), "un-ablated": len(baselines)}
+    counts = {name: len(images) for name, (_, images) in sides.items()} | {"un-ablated": len(baselines)}
     rows = [Row(name, f"seconds for {counts[name]} images", values, " s") for name, values in found.items()]
     values = ratios(found["only-one"], found["un-ablated"])
     rows.append(aimed("only-one", this.model, "skipped work", "only-one / un-ablated generation, seconds", values))
-    share = len(baselines) / len(mixed_cells)
-    values = [share * ratio for ratio in ratios(found["only-one, own subjects"], found["un-ablated"])]
-    what = f"the same for a study of {this.subjects} subjects ({sharing} kept layers a batch), seconds an image"
-    rows.append(Row("skipped work, own subjects", what, values, "x"))
+    kept_together = len({cell.lesion.layer for cell in mixed[0] if cell.lesion})
+    mixing = f"a study of {this.subjects} subjects ({kept_together} kept layers a batch), seconds an image"
+    switched = "with `performance.shared_rows`"
+    for name, row, what in (
+        ("only-one, own subjects", "skipped work, own subjects", f"the same for {mixing}"),
+        ("only-one, shared rows", "shared rows", f"only-one {switched} / un-ablated generation, seconds"),
+        (
+            "only-one, own subjects, shared rows",
+            "shared rows, own subjects",
+            f"the same for {mixing}",
+        ),
+    ):
+        if name in found:
+            share = len(baselines) / counts[name]
+            rows.append(Row(row, what, [share * ratio for ratio in ratios(found[name], found["un-ablated"])], "x"))
     note = (
         f"Zero lesions of all layers but one, in order of the kept layer ({len(kept_layers)} of them), against as many "
         "un-ablated images: the best case, a batch of one kept layer. Beside it batches as the plan of a smaller study "

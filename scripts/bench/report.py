@@ -26,7 +26,7 @@ AT_LEAST = {
 AT_MOST = {
     "overhead": 1.03,
     "capture": 1.25,
-    "only-one": 0.95,
+    "only-one": 0.88,
     "leave-one-out": 0.99,
     "window": 0.6,
     "planning": 10.0,

@@ -70,7 +70,15 @@ def lesions(context: Context) -> list[Check]:
             changes = not np.array_equal(ours, untouched)
             said = said if changes else "the lesion changes nothing"
             found.append(Check.of(f"zero, {kind}, {name}", fine and changes, said))
-    return [*found, *_mean(context), _donor(context), _head(context)]
+    return [*found, _every_layer(context), *_mean(context), _donor(context), _head(context)]
+
+
+def _every_layer(context: Context) -> Check:
+    """All layers by zero: both branches of guidance share their rows, so half of them are computed."""
+    model = context.model("sd", kind="cross_attention", shared_rows=True)
+    sites = [(site, _zeros) for layer in model.anatomy.paths for site in model.anatomy.sites[layer]]
+    ours = context.ours(model, context.cells(model, lesion(*model.anatomy.paths)))
+    return Check.of("zero, every layer, sd", *near(ours, context.plain(context.pipe("sd"), "sd", sites)))
 
 
 def _by_call(change: Callable[[int, Any], Any]) -> Callable[..., Any]:

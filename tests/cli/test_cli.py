@@ -142,6 +142,10 @@ REFUSALS = [
     (["layers.exclude=[nonesuch]"], ["layers.exclude", "nonesuch"]),
     (["layers.exclude=['*']"], ["layers.exclude", "no layer"]),
     (["layers.kind=text_stream", "performance.compile=true"], ["performance.compile", "text_stream"]),
+    (
+        ["performance.shared_rows=true", "performance.compile=true"],
+        ["performance.shared_rows", "only"],
+    ),
     (["performance.dtype=int8"], ["performance.dtype", "bfloat16"]),
     (["selection=neighbours", "selection.neighbours.size=9"], ["selection.neighbours.size", "from 1 to 3"]),
     (

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from conftest import settings, tiny_spec
 from lesion.errors import RequestError
 from lesion.models import ModelSpec, calling, requirements, resolve
+from lesion.run.job import _check_switches
 from pipelines import BUILDERS, build
 from test_defaults import UNET, VAE, written
 
@@ -98,6 +100,14 @@ def test_what_works_is_not_refused(tmp_path, tiny_folder, tiny_sdxl_folder):
     requirements.check(source, settings())
     for name in BUILDERS:
         checked(build(name, tmp_path / name), {"height": 32, "width": 32})
+
+
+def test_shared_rows_are_for_denoisers_that_read_the_text_in_cross_attention_alone(tmp_path, tiny_folder):
+    for folder, shares in ((tiny_folder, True), (sd(tmp_path / "sd"), True), (sdxl(tmp_path / "sdxl"), False)):
+        source = resolve(tiny_spec(folder, shared_rows=True))
+        assert source.shares_rows is shares and source.spec.switches == ("shared_rows",)
+        with nullcontext() if shares else pytest.raises(RequestError, match=r"performance.shared_rows: this UNet2DC"):
+            _check_switches(source)
 
 
 def test_the_refiner_of_sdxl_makes_no_image_from_text(tmp_path):

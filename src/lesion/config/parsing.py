@@ -207,6 +207,8 @@ def _check_compiled(model: ModelSpec, layers: Layers) -> None:
         raise RequestError("performance.compile", "does not work with layers.kind=text_stream; allowed here: false")
     if layers.by == "head":
         raise RequestError("performance.compile", "does not work with layers.by=head; allowed here: false")
+    if model.shared_rows:
+        raise RequestError("performance.shared_rows", "works without performance.compile only; allowed here: false")
     if model.offload != "none":
         raise RequestError("model.offload", "works without performance.compile only; allowed here: none")
 

@@ -89,6 +89,7 @@ class PerformanceConf:
     compile: Truth = False
     channels_last: Truth = False
     tf32: Truth = False
+    shared_rows: Truth = False
     decoder: str | None = None
 
 

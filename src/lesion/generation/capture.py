@@ -137,6 +137,8 @@ class Capturing(Client):
             return
         of_rows = self._run.branches(len(call.args[0] if call.args else call.kwargs["hidden_states"])).tolist()
         for branch in self.capture.branches:
+            if _NUMBERS[branch] not in of_rows:  # `SharedRows`: of a site that is lost in every row
+                continue
             first = of_rows.index(_NUMBERS[branch])
             found = call.probabilities(slice(first, first + len(self.cells)))
             self._add(branch, call.site.path, found)

@@ -36,6 +36,7 @@ from lesion.surgery.attention import text_attention
 from lesion.surgery.components import ComponentLesions
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
+from lesion.surgery.shared_rows import SharedRows
 
 log = logging.getLogger(__name__)
 MOST = 3  # prompts that are too long that a line names
@@ -75,7 +76,9 @@ def under_lesions(
     if model.gates:
         return [model.gates.lesions(model.anatomy, lesions, interventions)]
     client = Lesions(model.anatomy, lesions, interventions)
-    return [client] if client.sites else []
+    if not client.sites:
+        return []
+    return [client, SharedRows(client)] if model.shared_rows else [client]
 
 
 def steering(model: Model, cells: Sequence[Cell], lesions: Sequence[Lesion | None]) -> Steering | None:

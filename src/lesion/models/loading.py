@@ -52,6 +52,7 @@ class Model:
     unseen: dict[str, tuple[int | None, tuple[str, ...]]] = field(default_factory=dict)  # `words.truncated` of prompts
     decodable: dict[torch.Size, int] = field(default_factory=dict)  # images decoded at once, by their latents' shape
     decoder: str = ""  # `performance.decoder`
+    shared_rows: bool = False  # `performance.shared_rows`
     settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
 
     def pipeline(self, task: str) -> Any:
@@ -128,6 +129,7 @@ def _load(source: Source, device: str) -> Model:
         gates=gates,
         arguments={name: json.loads(value) for name, value in spec.arguments},
         decoder=spec.decoder,
+        shared_rows=spec.shared_rows,
         settle=settle,
     )
 

@@ -63,8 +63,8 @@ class ModelSpec:
     scheduler: a key of SCHEDULERS, or None for the model's own. loras: adapters. vae: folder or hub name of an
     autoencoder in the place of the model's own. arguments: further ones of the pipeline's call, as (name, JSON) pairs.
     offload: none, model or sequential: where weights wait. vae_slicing: images are decoded one at a time; vae_tiling:
-    in tiles. compile, channels_last, tf32: for speed; they, slicing and tiling change the rounding. decoder: tf32 or
-    bfloat16: precision of the products in the autoencoder's decode, "" for its own.
+    in tiles. compile, channels_last, tf32, shared_rows: for speed; they, slicing and tiling change the rounding.
+    decoder: tf32 or bfloat16: precision of the products in the autoencoder's decode, "" for its own.
     """
 
     name: str
@@ -84,6 +84,7 @@ class ModelSpec:
     compile: bool = False
     channels_last: bool = False
     tf32: bool = False
+    shared_rows: bool = False
     decoder: str = ""
 
     @classmethod
@@ -106,7 +107,7 @@ class ModelSpec:
 
         A name gets a number when what it does is mended: images made before it then do not count.
         """
-        names = ("compile", "channels_last", "tf32", "vae_slicing", "vae_tiling")
+        names = ("compile", "channels_last", "tf32", "shared_rows", "vae_slicing", "vae_tiling")
         on = tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
         return (*on, f"decoder {self.decoder}") if self.decoder else on
 
@@ -228,6 +229,13 @@ class Source:
         if library == "diffusers" and (known := facts.denoiser(name)):
             return bool(known["repeated_blocks"])
         return bool(getattr(self._class(self.denoiser), "_repeated_blocks", None))
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether text comes into the denoiser by cross-attention alone: see `lesion.surgery.shared_rows`."""
+        extras = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+        is_unet = self.components[self.denoiser][1] == "UNet2DConditionModel"
+        return is_unet and not any(self.denoiser_config.get(name) for name in extras)
 
     def _class(self, component: str) -> Any:
         library, name = self.components[component]

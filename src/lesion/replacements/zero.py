@@ -14,6 +14,7 @@ class Zero(Intervention):
     """Nothing in the place of a site's contribution."""
 
     once = True
+    tells_branches = False
 
     def __init__(self) -> None:
         self.nothing: Tensor | None = None

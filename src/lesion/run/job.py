@@ -78,7 +78,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     if settings.steering:
         settings = replace(settings, steering=settings.steering.on(attention_layers(source, "steering")))
     paths = components.layer_paths(source, request.layers.components, request.layers.by, request.layers.kind)
-    _check_compiled(source)
+    _check_switches(source)
     study = Study(
         model=models.identity_of(source, request.device),
         settings=settings,
@@ -118,13 +118,16 @@ def _check_pipeline(settings: Settings, branches: Sequence[str], source: models.
         raise RequestError("generation.negative_prompt", f"{why}, which reads none; allowed: null")
 
 
-def _check_compiled(source: models.Source) -> None:
-    """Refuse `performance.compile` for a denoiser that names no blocks to compile."""
+def _check_switches(source: models.Source) -> None:
+    """Refuse switches of `performance` that do not suit the denoiser."""
+    _, name = source.components[source.denoiser]
     if source.spec.compile and not source.compiles:
-        _, name = source.components[source.denoiser]
         raise RequestError(
             "performance.compile", f"diffusers names no blocks of {name} to compile; allowed here: false"
         )
+    if source.spec.shared_rows and not source.shares_rows:
+        why = f"this {name} reads the text elsewhere than in its cross-attention"
+        raise RequestError("performance.shared_rows", f"{why}; allowed here: false")
 
 
 def _rounds(study: Study, budget: Budget | None) -> Rounds | None:

@@ -34,6 +34,8 @@ class Intervention:
     """Whether it suits components that run once an image: text encoders and the autoencoder's decoder."""
     compiled: ClassVar[bool] = True
     """Whether it suits `performance.compile`: then it does no more than `fill`, and does not read the output."""
+    tells_branches: ClassVar[bool] = True
+    """Whether it may do other things to one guidance branch of an image than to the other."""
     donor_images: ClassVar[bool] = False
     """Whether it has a `source_prompt`."""
     most_strength: ClassVar[float] = 1.0
