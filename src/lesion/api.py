@@ -79,14 +79,13 @@ class StatedStudy:
         import pandas as pd
 
         from lesion.run.attribution import part_of
-        from lesion.run.capture import known, maps_of
+        from lesion.run.capture import in_store, maps_of
         from lesion.run.job import mebibytes
         from lesion.store.images import Store
-        from lesion.study.plan import tally
 
         store = Store(self._request.store)
         part = part_of(self._request, self._study, store)
-        counts = tally(part, known(store, maps_of(self._request, self._source)))
+        counts = in_store(part, store, maps_of(self._request, self._source))
         modes = list(counts.by_mode)
         table = pd.DataFrame(
             {

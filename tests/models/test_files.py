@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -62,11 +63,21 @@ def tensor(entry: object) -> bytes:
     return struct.pack("<Q", len(header)) + header + b"\0" * 16
 
 
+def piped(name: str):
+    def change(folder: Path) -> None:
+        taken_out(name)(folder)
+        os.mkfifo(folder / name)
+
+    return change
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 BROKEN = {
     "folder": (taken_out("vae"), "no folder for its component vae .AutoencoderKL."),
     "config": (taken_out("unet/config.json"), "unet' has no config.json"),
     "empty": (lambda folder: (taken_out("tokenizer")(folder), (folder / "tokenizer").mkdir()), "tokenizer' is empty"),
+    "pipe": (piped("unet/config.json"), "config.json' is no regular file"),
+    "pipe of a tokenizer": (piped("tokenizer/tokenizer.json"), "tokenizer.json' is no regular file"),
     "torn config": (cut("unet/config.json", 40), "unet/config.json' is no valid JSON"),
     "list": (put("vae/config.json", "[1]"), "vae/config.json' holds no mapping"),
     "index null": (put("model_index.json", "null"), "model_index.json' holds no mapping"),

@@ -13,11 +13,10 @@ from transformers import AutoTokenizer
 
 import lesion
 from lesion.run import job
-from lesion.run.capture import known, maps_of
+from lesion.run.capture import in_store, maps_of
 from lesion.run.job import plan_lines
 from lesion.store import maps as stored
 from lesion.store.images import Store
-from lesion.study.plan import tally
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -46,7 +45,7 @@ def asked(tiny_folder, tiny_clip, tmp_path):
 def plan(study):
     """What a dry run of it says."""
     store = Store(study._request.store)
-    counts = tally(study._study, known(store, maps_of(study._request, study._source)))
+    counts = in_store(study._study, store, maps_of(study._request, study._source))
     return "\n".join(plan_lines(study._source, study._study, counts, store, study._request))
 
 

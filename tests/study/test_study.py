@@ -366,6 +366,9 @@ def test_a_study_and_its_cells_are_counted_alike(changes):
     assert list(by_study.by_mode) == list(by_cells.by_mode)
     assert by_study.rows == len(whole) == sum(by_study.by_mode.values())
     assert by_study.stored == len(stored)
+    first = set(itertools.islice(whole.keys(), 3))
+    assert tally(whole, first.__contains__, 3) == tally(whole, first.__contains__)
+    assert tally(whole, pytest.fail, 0) == tally(whole, lambda key: False)
 
 
 def test_rows_name_the_layer_and_its_depth():

@@ -64,10 +64,19 @@ def job(config: DictConfig) -> None:
     except Exception as error:
         _ended(details)
         failed.append(error)
-        if _is_multirun(details) and _launched(details):
+        if not _is_multirun(details):
+            raise PastHydra(error) from None
+        if _launched(details):
             _say(error)  # into the log of the job: the launcher names the first reason only
         raise
     _ended(details)
+
+
+class PastHydra(BaseException):
+    """Takes a job's error to `main`: Hydra, where it sees one, prints all overrides before the reason."""
+
+    def __init__(self, error: Exception):
+        self.error = error
 
 
 SUBMITIT = "SUBMITIT_EXECUTOR"  # environment variable of processes that submitit starts
@@ -441,7 +450,10 @@ def _main() -> None:
             print(_help())
             return
         sys.argv[1:] = [*flags, *prepared(overrides)]
-        job()
+        try:
+            job()
+        except PastHydra as passed:
+            raise passed.error from passed.error.__cause__
     except StudyFailed as failure:
         report_sweep()
         say("lesion", f"{failure} ({keep_traceback(failure)})" if failure.__cause__ else str(failure))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import struct
 from collections.abc import Mapping
 from math import prod
@@ -32,9 +33,13 @@ _WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler|G
 def read_mapping(path: Path, key: str) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises RequestError, naming the key, for anything else."""
     try:
-        if path.stat().st_size > CONFIG_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise RequestError(key, f"{str(path)!r} is no regular file")
+        with path.open("rb") as file:
+            text = file.read(CONFIG_BYTES + 1)
+        if len(text) > CONFIG_BYTES:
             raise RequestError(key, f"{str(path)!r} has more than {CONFIG_BYTES >> 20} MiB, which is no config")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise RequestError(key, f"{str(path)!r} is no valid JSON: {error}") from None
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lesion.store.maps import Maps
 from lesion.study.capture import BYTES, Capture, pixels
 from lesion.study.grid import Study
 from lesion.study.lesions import covers
+from lesion.study.plan import Tally, tally
 from lesion.study.words import words_in
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ def maps_of(request: Request, source: Source) -> Maps | None:
     return Maps(request.store, capture) if capture else None
 
 
-def known(store: Store, maps: Maps | None) -> Callable[[str], bool]:
-    """Tell by key which cells a store lists with all that is asked of them, without opening a file."""
-    images = store.known().lists
+def in_store(study: Study, store: Store, maps: Maps | None) -> Tally:
+    """Count the images of a study, and those that a store lists with all that is asked of them, opening no file."""
+    images = store.known()
     if maps is None:
-        return images
+        return tally(study, images.lists, len(images))
     listed = maps.listed
-    return lambda key: key in listed and images(key)
+    return tally(study, lambda key: key in listed and images.lists(key), min(len(images), len(listed)))
 
 
 def bound(study: Study, source: Source, capture: Capture) -> tuple[int, str]:

@@ -25,7 +25,7 @@ from lesion.models import components, layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import attribution, environment
-from lesion.run.capture import attention_layers, bound, captured, known, maps_of, measured
+from lesion.run.capture import attention_layers, bound, captured, in_store, maps_of, measured
 from lesion.run.folder import asked, planned, prune, reserved
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
@@ -35,7 +35,7 @@ from lesion.study.components import DENOISER
 from lesion.study.grid import Cell, Study
 from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion, digest_of
-from lesion.study.plan import Tally, tally
+from lesion.study.plan import Tally
 from lesion.study.settings import Settings
 from lesion.tracking import JobInfo, Tracker, make_tracker
 
@@ -152,7 +152,7 @@ def _check_store(request: Request, source: models.Source, study: Study) -> None:
     if there.is_dir():
         if request.dry_run or _can_be_written(there):
             return
-        if there.name == "cells" and not tally(study, known(Store(folder), maps_of(request, source))).missing:
+        if there.name == "cells" and not in_store(study, Store(folder), maps_of(request, source)).missing:
             return
     raise RequestError(
         "store.dir", f"{str(request.store)!r} cannot be made: {str(there)!r} is no folder one can write to"
@@ -178,7 +178,7 @@ def run(request: Request, context: JobContext, surveyed: tuple[models.Source, St
     source, study = surveyed
     if request.dry_run:
         store = Store(request.store)
-        counts = tally(attribution.part_of(request, study, store), known(store, maps_of(request, source)))
+        counts = in_store(attribution.part_of(request, study, store), store, maps_of(request, source))
         print("\n".join(map(visible, plan_lines(source, study, counts, store, request))))
         return
     outcome = complete(request, context, surveyed, report=study.shard.count == 1)
@@ -286,7 +286,7 @@ class Work:
 
     def tally(self) -> Tally:
         """What of this round is in the store."""
-        return tally(self.study, known(self.store, self.maps))
+        return in_store(self.study, self.store, self.maps)
 
     def next_round(self) -> bool:
         """Go on to what the scores of the rounds so far leave unsure. False where there is no more to do."""
@@ -535,12 +535,13 @@ def _generate(
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
-        tqdm(total=missing, unit="image", desc=f"{sweep}{work.study.model.name}", smoothing=0.05) as bar,
+        tqdm(total=missing, unit="image", desc=f"{sweep}{work.study.model.name}", smoothing=0.05, leave=False) as bar,
     ):
 
         def progress(more: int) -> None:
             nonlocal done
             done += more
+            bar.leave = True  # one that ends before its first image is wiped
             bar.update(more)
             tracker.progress(done, missing, done / (time.monotonic() - began))
 

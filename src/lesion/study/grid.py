@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,12 @@ def _key(subject: str, seed: int, lesion: Lesion | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _keys(subjects: Iterable[tuple[Prompt, str, Iterable[int]]], lesion: Lesion | None) -> Iterator[str]:
+    for _, subject, seeds in subjects:
+        for seed in seeds:
+            yield _key(subject, seed, lesion)
+
+
 @dataclass(frozen=True)
 class Study:
     """What is asked of one model: every prompt and seed, un-ablated and under every lesion.
@@ -246,27 +252,39 @@ class Study:
         for _, _, _, key in self._planned():
             yield key
 
-    def keyed(self) -> Iterator[tuple[Lesion | None, str]]:
-        """`keys()` less those of `unsteered`, each with its lesion."""
-        for _, _, lesion, key in self._planned():
-            yield lesion, key
+    def counted(self) -> Iterator[tuple[Lesion | None, int, Iterator[str]]]:
+        """Each lesion of `keys()`, with the number of its different images and their keys; without `unsteered`."""
+        subjects = list(self._different())
+        number = sum(len(seeds) for _, _, seeds in subjects)
+        for lesion in self._each_lesion():
+            yield lesion, number, _keys(subjects, lesion)
 
     def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
-        # Two cells of a study have one key if prompts' identities, seeds and lesions' digests are equal: to make these
-        # unique takes far less memory than to remember every key.
+        subjects = list(self._different())
+        for lesion in self._each_lesion():
+            for prompt, subject, seeds in subjects:
+                for seed in seeds:
+                    yield prompt, seed, lesion, _key(subject, seed, lesion)
+
+    # Two cells of a study have one key if prompts' identities, seeds and lesions' digests are equal: to make these
+    # unique takes far less memory than to remember every key.
+
+    def _different(self) -> Iterator[tuple[Prompt, str, tuple[int, ...]]]:
+        """Each prompt that makes images of its own, with its part of a key and its seeds."""
         prompts: dict[Any, Prompt] = {}
         for prompt in self.prompts:
             prompts.setdefault(_made_of(prompt), prompt)
+        for prompt in prompts.values():
+            yield prompt, _subject(self.context, prompt), tuple(dict.fromkeys(self.seeds_of(prompt)))
+
+    def _each_lesion(self) -> Iterator[Lesion | None]:
+        """No lesion, then each whose images no earlier one makes."""
         done: set[str] = set()
         for lesion in itertools.chain([None], self.lesions()):
             digest = lesion.digest if lesion else NO_LESION
-            if digest in done:
-                continue
-            done.add(digest)
-            for prompt in prompts.values():
-                subject = _subject(self.context, prompt)
-                for seed in dict.fromkeys(self.seeds_of(prompt)):
-                    yield prompt, seed, lesion, _key(subject, seed, lesion)
+            if digest not in done:
+                done.add(digest)
+                yield lesion
 
     @cached_property
     def context(self) -> str:

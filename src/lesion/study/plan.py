@@ -6,6 +6,7 @@ the number of its cells; for other cells their keys are remembered (some 100 MB 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -90,13 +91,12 @@ class Tally:
         self.by_mode[mode] = self.by_mode.get(mode, 0) + rows
         self.baselines += rows if lesion is None else 0
 
-    def meet(self, mode: str, exists: bool) -> None:
-        """Count one more different image."""
-        self.unique += 1
-        if exists:
-            self.stored += 1
-        else:
-            self.missing_by_mode[mode] = self.missing_by_mode.get(mode, 0) + 1
+    def meet(self, mode: str, images: int, stored: int) -> None:
+        """Count so many more different images, and how many of them exist."""
+        self.unique += images
+        self.stored += stored
+        if stored < images:
+            self.missing_by_mode[mode] = self.missing_by_mode.get(mode, 0) + images - stored
 
 
 def mode_of(lesion: Lesion | None) -> str:
@@ -104,20 +104,25 @@ def mode_of(lesion: Lesion | None) -> str:
     return f"{lesion.selection} / {lesion.replacement.name}" if lesion else "baseline"
 
 
-def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool]) -> Tally:
-    """Count a study's rows, its distinct images and those that exist already. A study is counted fastest."""
+def tally(cells: Study | Iterable[Cell], exists: Callable[[str], bool], most: float = math.inf) -> Tally:
+    """Count a study's rows, its distinct images and those that exist already. A study is counted fastest.
+
+    most: how many images `exists` can know; once as many are found, no more keys of a study are worked out.
+    """
     counts = Tally()
-    if isinstance(cells, Study):
-        for lesion, rows in cells.rows():
-            counts.add(lesion, rows)
-        for key in cells.unsteered.keys() if cells.unsteered else ():
-            counts.by_mode[UNSTEERED] = counts.by_mode.get(UNSTEERED, 0) + 1
-            counts.meet(UNSTEERED, exists(key))
-        for lesion, key in cells.keyed():
-            counts.meet(mode_of(lesion), exists(key))
-    else:
+    if not isinstance(cells, Study):
         for cell in _once(_counted(cells, counts)):
-            counts.meet(mode_of(cell.lesion), exists(cell.key))
+            counts.meet(mode_of(cell.lesion), 1, exists(cell.key))
+        return counts
+    for lesion, rows in cells.rows():
+        counts.add(lesion, rows)
+    modes = [(mode_of(lesion), images, keys) for lesion, images, keys in cells.counted()]
+    if cells.unsteered:
+        _, images, keys = next(cells.unsteered.counted())
+        counts.by_mode[UNSTEERED] = images
+        modes.insert(0, (UNSTEERED, images, keys))
+    for mode, images, keys in modes:
+        counts.meet(mode, images, sum(map(exists, keys)) if counts.stored < most else 0)
     return counts
 
 
