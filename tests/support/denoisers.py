@@ -182,11 +182,11 @@ def lesion(*layers, replacement="zero", **changes):
     return Lesion("custom", "", tuple(layers), Replacement(replacement), **changes)
 
 
-def under(denoiser, anatomy, lesions, calls, intervention=None):
+def under(denoiser, anatomy, lesions, calls, intervention=None, places=None):
     """The denoiser's outputs, a tensor a call, with image i of the rows under lesions[i]."""
     interventions = {replacement_key(one): intervention or Zero() for one in lesions if one}
     pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(timesteps=range(len(calls))))
-    with Denoising(pipe, denoiser, len(lesions), [Lesions(anatomy, lesions, interventions)]).running():
+    with Denoising(pipe, denoiser, len(lesions), [Lesions(anatomy, lesions, interventions, places)]).running():
         return [whole(denoiser(**call).sample) for call in calls]
 
 

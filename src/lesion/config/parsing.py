@@ -18,6 +18,7 @@ from lesion.errors import RequestError
 from lesion.models import ModelSpec, check_offload
 from lesion.models.defaults import filled
 from lesion.models.devices import HERE, Place, devices
+from lesion.models.tokens import check_texts
 from lesion.scoring import BOXES, ScorerSpec
 from lesion.study.attribution import Attribution
 from lesion.study.budget import Budget
@@ -115,11 +116,12 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         replacements.check_model(name, model)
     prompts = parse_prompts(data["prompts"])
     _check_steering(settings, prompts.prompts, given)
+    _check_tokens(layers, axes, settings, [prompt.text for prompt in prompts.prompts])
     budget = Budget.of(data["budget"])
     scorer = _with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts)
     attribution = Attribution.of(data["attribution"])
     if attribution:
-        _check_attribution(attribution, model, settings, scorer, budget, data, given, layers.components)
+        _check_attribution(attribution, model, settings, scorer, budget, data, given, layers)
     return Request(
         model=model,
         prompts=task.prompts(prompts.prompts, generation["init"]),
@@ -153,7 +155,7 @@ def _check_attribution(
     budget: Budget | None,
     data: Mapping[str, Any],
     given: Mapping[str, Any],
-    components: Sequence[str],
+    layers: Layers,
 ) -> None:
     """Refuse what gradients cannot flow through, and what decides itself which lesions are made."""
     for key, wrong, allowed in (
@@ -161,7 +163,8 @@ def _check_attribution(
         ("model.offload", model.offload != "none", "none"),
         ("steering", settings.steering, "none"),
         ("capture", data["capture"]["name"] != "none", "none"),
-        ("layers.component", components != (DENOISER,), DENOISER),
+        ("layers.component", layers.components != (DENOISER,), DENOISER),
+        ("layers.by", layers.tokens, "attention, transformer_block, block, stage, head"),
         ("budget.ci_halfwidth", budget, "null"),
         ("confirm.hypotheses", data["confirm"]["hypotheses"], "[]"),
         ("shard.count", data["shard"]["count"] > 1, "1"),
@@ -192,6 +195,18 @@ def _check_steering(settings: Settings, prompts: Sequence[Prompt], replacements:
         )
 
 
+def _check_tokens(layers: Layers, axes: Axes, settings: Settings, texts: Sequence[str]) -> None:
+    """Refuse sets of tokens that a prompt lacks; the negative prompt must have them only where it alone is lesioned."""
+    if not layers.tokens:
+        return
+    if settings.steering:
+        raise RequestError("steering", f"does not go with layers.by={layers.by}; allowed with it: none")
+    if set(axes.branches) - {"uncond"}:
+        check_texts(texts, layers.tokens)
+    if "uncond" in axes.branches:
+        check_texts([settings.negative_prompt or ""], layers.tokens, "branch")
+
+
 def _with_boxes(scorer: ScorerSpec, prompts: Sequence[Prompt]) -> ScorerSpec:
     """The scorer, with the metrics of boxes where prompts have some, steered or not: so both can be compared."""
     if not any(prompt.boxes for prompt in prompts):
@@ -205,8 +220,8 @@ def _check_compiled(model: ModelSpec, layers: Layers) -> None:
         return
     if layers.kind == "text_stream":
         raise RequestError("performance.compile", "does not work with layers.kind=text_stream; allowed here: false")
-    if layers.by == "head":
-        raise RequestError("performance.compile", "does not work with layers.by=head; allowed here: false")
+    if layers.by in ("head", "token"):
+        raise RequestError("performance.compile", f"does not work with layers.by={layers.by}; allowed here: false")
     if model.shared_rows:
         raise RequestError("performance.shared_rows", "works without performance.compile only; allowed here: false")
     if model.offload != "none":

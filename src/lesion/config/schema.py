@@ -65,6 +65,7 @@ class PromptsConf:
 class LayersConf:
     component: Any = DENOISER
     by: str = "attention"
+    tokens: Any = None
     kind: str = Lesion.kind
     include: Any = None
     exclude: Any = None

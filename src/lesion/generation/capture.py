@@ -28,6 +28,7 @@ from lesion.study.components import DENOISER, part_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, covers
 from lesion.study.steering import STEERING_OFF
+from lesion.study.tokens import layer_and_set
 from lesion.surgery.attention import SiteCall, text_attention, watched
 
 _NUMBERS = {"cond": COND, "uncond": UNCOND}
@@ -87,6 +88,9 @@ class Capturing(Client):
         if lesion is None or lesion.strength < 1 or lesion.replacement.name == STEERING_OFF:
             return found
         for path in (path for layer in lesion.layers for path in model.anatomy.sites[layer]):
+            path, tokens = layer_and_set(path)
+            if tokens and lesion.replacement.name == "zero":
+                continue  # only values change
             attention, _, head = path.partition(".heads.")
             if head and attention in self.layer_of:
                 found[attention] = {*(found.get(attention) or ()), int(head)}

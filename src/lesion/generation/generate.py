@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lesion import tasks
-from lesion.denoising.run import Client, Denoising, Enough
+from lesion.denoising.run import COND, UNCOND, Client, Denoising, Enough
 from lesion.generation.capture import Capturing
 from lesion.generation.decoding import decoding, decoding_apart
 from lesion.generation.layout import Steering, Target
@@ -25,18 +26,21 @@ from lesion.models import Model
 from lesion.models.calling import arguments
 from lesion.models.precision import set_tf32
 from lesion.models.text_cache import text_projected_once
-from lesion.models.words import truncated, words_of
+from lesion.models.tokens import columns_of
+from lesion.models.words import Words, truncated, words_of, words_of_encoder
 from lesion.study.components import DENOISER, begins, part_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
 from lesion.study.steering import STEERING_OFF
+from lesion.study.tokens import BY, layer_and_set
 from lesion.surgery.attention import text_attention
 from lesion.surgery.components import ComponentLesions
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 from lesion.surgery.shared_rows import SharedRows
+from lesion.surgery.tokens import Places
 
 log = logging.getLogger(__name__)
 MOST = 3  # prompts that are too long that a line names
@@ -64,9 +68,14 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def under_lesions(
-    model: Model, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]
+    model: Model,
+    lesions: Sequence[Lesion | None],
+    interventions: Mapping[str, Intervention],
+    places: Places | None = None,
 ) -> list[Client]:
     """Return the clients of a run in which image i is made under lesions[i]; none where there is nothing to do.
+
+    places: of the images' text tokens, where lesions are of these.
 
     On a compiled denoiser lesions are put on its gates. One of the loss that steers is for `steering`, not for these.
     """
@@ -75,10 +84,51 @@ def under_lesions(
         lesions = [part_of(lesion, DENOISER) for lesion in lesions]
     if model.gates:
         return [model.gates.lesions(model.anatomy, lesions, interventions)]
-    client = Lesions(model.anatomy, lesions, interventions)
+    client = Lesions(model.anatomy, lesions, interventions, places)
     if not client.sites:
         return []
     return [client, SharedRows(client)] if model.shared_rows else [client]
+
+
+def token_places(
+    model: Model, cells: Sequence[Cell], images: int | None = None, component: str = DENOISER
+) -> Places | None:
+    """Return where the tokens of these cells' lesions of a component are in their prompts.
+
+    images: of the batch, those of source prompts, which come last, counted. None for layers that are not by token.
+
+    Raises ValueError, in a sentence that says why, where a prompt has none of them.
+    """
+    anatomy = model.anatomy if component == DENOISER else model.components[component]
+    if anatomy.by != BY:
+        return None
+    settings = cells[0].settings
+    pipe = model.pipeline(settings.task)
+
+    def words_in(text: str) -> Words:
+        if component == DENOISER:
+            return words_of(pipe, text, model.arguments)
+        return words_of_encoder(pipe, component, text, model.arguments)
+
+    found: list[dict[tuple[int, str], tuple[int, ...]]] = []
+    length = words_in("").length
+    for cell in cells:
+        of_image: dict[tuple[int, str], tuple[int, ...]] = {}
+        if lesion := part_of(cell.lesion, component):
+            texts = {COND: cell.prompt.text, UNCOND: settings.negative_prompt or ""}
+            words = {branch: words_in(text) for branch, text in texts.items()}
+            names = dict.fromkeys(layer_and_set(layer)[1] for layer in lesion.layers)
+            # Without guidance every row reads the prompt. A negative prompt need not say what a prompt says.
+            needed = UNCOND if lesion.branch == "uncond" else COND
+            for branch, name in itertools.product(texts, names):
+                try:
+                    of_image[branch, name] = columns_of(words[branch], name)
+                except KeyError as error:
+                    if branch == needed:
+                        raise ValueError(error.args[0]) from None
+        found.append(of_image)
+    found += [{} for _ in range((images or len(cells)) - len(cells))]
+    return Places(found, length)
 
 
 def steering(model: Model, cells: Sequence[Cell], lesions: Sequence[Lesion | None]) -> Steering | None:
@@ -223,15 +273,19 @@ def _generate(
     prompts, seeds, settings = [cell.prompt for cell in cells], [cell.noise_seed for cell in cells], cells[0].settings
     lesions = [cell.lesion for cell in cells]
     sources = [_source(cell, interventions) for cell in cells]
-    together = any(sources)
+    together = any(source is not None for source in sources)
     if together:  # beside every image one of the source prompt, un-lesioned, with the same noise
         prompts += [
-            replace(prompt, text=source or prompt.text) for source, prompt in zip(sources, prompts, strict=True)
+            replace(prompt, text=prompt.text if source is None else source)
+            for source, prompt in zip(sources, prompts, strict=True)
         ]
         seeds, lesions = seeds * 2, lesions + [None] * len(lesions)
     noise = generators(seeds)
-    clients = under_lesions(model, lesions, interventions)
-    once = ComponentLesions(model.components, lesions, interventions) if model.components else None
+    clients = under_lesions(model, lesions, interventions, token_places(model, cells, len(lesions)))
+    once = None
+    if model.components:
+        places = {one: found for one in model.components if (found := token_places(model, cells, len(lesions), one))}
+        once = ComponentLesions(model.components, lesions, interventions, places)
     steers = steering(model, cells, lesions)
     if steers:
         clients.append(steers)

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
 from lesion.models import layers
+from lesion.models.source import TEMPLATED
 from lesion.study.components import DENOISER, VAE, decoder_layer
+from lesion.study.tokens import BY, expanded
 
 if TYPE_CHECKING:
     from lesion.models.source import Source
+    from lesion.study.layers import Layers
 
 # Text encoders: where their layers are, and the config value that says how many.
 _CLIP, _T5 = ("encoder.layers", "num_hidden_layers"), ("encoder.block", "num_layers")
@@ -23,18 +26,28 @@ ENCODERS: Mapping[str, tuple[str, str]] = {
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
 
 
-def layer_paths(source: Source, components: Sequence[str], by: str, kind: str) -> tuple[str, ...]:
+def layer_paths(
+    source: Source, components: Sequence[str], by: str, kind: str, tokens: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Names of the layers of these components, in the order in which an image passes them, without their weights.
+
+    tokens: sets of text tokens, each of which makes a layer of its own of every layer.
 
     Raises RequestError for a component that the model lacks, or of a class whose layers are not known.
     """
-    return tuple(
-        path
-        for component in components
-        for path in (
-            layers.layer_paths(source, by, kind) if component == DENOISER else _paths(source, component, by, kind)
-        )
-    )
+    found: list[str] = []
+    for component in components:
+        of_denoiser = component == DENOISER
+        own = layers.layer_paths(source, by, kind) if of_denoiser else _paths(source, component, by, kind)
+        found += expanded(own, tokens)
+    return tuple(found)
+
+
+def asked_paths(source: Source, asked: Layers) -> tuple[str, ...]:
+    """`layer_paths` of those that a study asks for, before it chooses some. Raises RequestError as that does."""
+    if asked.tokens and source.pipeline.startswith(TEMPLATED):
+        raise RequestError("layers.by", f"{source.pipeline} puts a template around its prompts: not with {BY}")
+    return layer_paths(source, asked.components, asked.grouping, asked.kind, asked.tokens)
 
 
 def _paths(source: Source, component: str, by: str, kind: str) -> list[str]:

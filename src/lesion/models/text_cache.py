@@ -99,7 +99,7 @@ class TextMemory:
             if ids is None or not fit or any(value.shape[:1] != ids.shape[:1] for value in tensors.values()):
                 lesions.refuse(name)
                 return forward(*args, **kwargs)
-            done = lesions.of_text(name, len(ids))
+            done = lesions.of_text(name, *ids.shape)
             alone = len(ids) == 1  # one row takes other kernels than several, which round differently
             plain = [(key, value) for key, value in given.items() if key not in tensors]
             settings = str([alone, torch.is_autocast_enabled(), *plain, state_of(part, forward)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class Words:
     length: how many columns a map has.
     columns: those of each word, by its name ("circle#2" is the second circle), in the order of the prompt. A word's
         pieces are together; where a denoiser reads several encoders one after the other, those of all of them.
-    special: of start, end and padding.
+    special: of start, end and padding; begin, end and padding: each of them alone.
     unseen: words that come after the limits of all encoders, at least in part.
     truncated: how many tokens come after the limit of the encoder that reads most of the prompt; 0 where one reads all.
+    starts: the first column of each encoder.
 
     Columns of punctuation are in none of these.
     """
@@ -36,6 +38,21 @@ class Words:
     special: tuple[int, ...]
     unseen: tuple[str, ...]
     truncated: int = 0
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    starts: tuple[int, ...] = (0,)
+
+    def pieces(self, word: str, piece: int | None) -> tuple[int, ...]:
+        """Return the columns of a word's piece of this number, from 0, in each encoder that has it; of all for None."""
+        columns = self.columns[word]
+        if piece is None:
+            return columns
+        limits = (*self.starts, self.length)
+        of_encoders = [
+            [column for column in columns if low <= column < high] for low, high in itertools.pairwise(limits)
+        ]
+        return tuple(own[piece] for own in of_encoders if piece < len(own))
 
     def find(self, phrase: str) -> tuple[int, ...]:
         """Return the columns of a word or of several that follow one another, as "red circle" or "red circle#2".
@@ -56,6 +73,15 @@ def words_of(pipe: Any, text: str, arguments: Mapping[str, Any] = MappingProxyTy
     Raises ValueError for a pipeline without a tokenizer, or with a template around its prompts.
     """
     return in_parts(encoders(pipe, arguments), text)
+
+
+def words_of_encoder(
+    pipe: Any, component: str, text: str, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> Words:
+    """Find the words of a prompt among the tokens of one text encoder, as `text_encoder_2`; see `words_of`."""
+    tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"))
+    lengths = [length for one, length in encoders(pipe, arguments) if one is tokenizer]
+    return in_parts([(tokenizer, lengths[0] if lengths else tokenizer.model_max_length)], text)
 
 
 def truncated(
@@ -108,18 +134,24 @@ def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
     """
     there = words_in(text)
     columns: dict[str, list[int]] = {}
-    special: list[int] = []
+    begin: list[int] = []
+    ends: list[int] = []
+    padding: list[int] = []
+    starts: list[int] = []
     cut: list[int] = []
     before = 0
     for tokenizer, length in parts:
+        starts.append(before)
         if tokenizer is None:
-            special += range(before, before + length)
+            padding += range(before, before + length)
         else:
             first, last, pieces = _pieces(tokenizer, text, there)
             fits = length - first - last  # pieces of text that are not cut off
             cut.append(max(0, pieces.total - fits))
             end = first + min(fits, pieces.total)
-            special += [before + at for at in (*range(first), *range(end, length))]
+            begin += range(before, before + first)
+            ends += range(before + end, before + min(end + last, length))
+            padding += range(before + end + last, before + length)
             for word, own in zip(there, pieces.of_word, strict=True):
                 if own and own[-1] < fits:
                     columns.setdefault(word.name, []).extend(before + first + piece for piece in own)
@@ -128,9 +160,13 @@ def in_parts(parts: Sequence[tuple[Any, int]], text: str) -> Words:
         text,
         before,
         {word.name: tuple(columns[word.name]) for word in there if word.name in columns},
-        tuple(special),
+        tuple(sorted((*begin, *ends, *padding))),
         tuple(word.name for word in there if word.name not in columns),
         min(cut, default=0),
+        tuple(begin),
+        tuple(ends),
+        tuple(padding),
+        tuple(starts),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
+from lesion.study import tokens
 from lesion.study.components import DENOISER
 from lesion.study.lesions import Replacement
 from lesion.surgery.intervention import Intervention
@@ -74,8 +75,14 @@ def check(
     if not one.once and (others := [component for component in components if component != DENOISER]):
         allowed = ", ".join(other for other in known() if find(other).once)
         raise RequestError("replacement", f"{name} suits the denoiser only; with {others[0]}: {allowed}")
-    if one.kinds is not None and kind not in one.kinds:
-        raise RequestError("replacement", f"{name} suits layers.kind={', '.join(one.kinds)} only; got {kind}")
+    if one.changes == "tokens" and by != tokens.BY:
+        raise RequestError("replacement", f"{name} is of text tokens; with it: layers.by={tokens.BY}")
+    kinds = one.kinds_of_tokens() if by == tokens.BY else one.kinds
+    if by == tokens.BY and not kinds:
+        suited = ", ".join(other for other in known() if kind in find(other).kinds_of_tokens())
+        raise RequestError("replacement", f"{name} does not suit single tokens; allowed with layers.by={by}: {suited}")
+    if kinds is not None and kind not in kinds:
+        raise RequestError("replacement", f"{name} suits layers.kind={', '.join(kinds)} only; got {kind}")
     if by == "head" and not one.heads:
         raise RequestError("replacement", f"{name} changes a whole attention, not a head; not with layers.by=head")
     if unsuited := [branch for branch in branches if branch not in one.branches]:

@@ -27,6 +27,7 @@ class DonorPrompt(Intervention):
     changes = "text"
     kinds = ("cross_attention",)
     heads = False
+    of_tokens = ("text",)
     compiled = False
 
     def __init__(self, reads: Mapping[str, Read]):

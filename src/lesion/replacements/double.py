@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Double(Intervention):
     """Twice a site's own contribution."""
 
+    of_tokens = ("values",)
     once = True
     compiled = False
     most_strength = MOST

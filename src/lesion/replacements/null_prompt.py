@@ -26,6 +26,7 @@ class NullPrompt(Intervention):
     kinds = ("cross_attention",)
     branches = ("both", "cond")  # the unconditional branch reads it anyway
     heads = False
+    of_tokens = ("text",)
     compiled = False
 
     def __init__(self, reads: Mapping[str, Read] | None = None):

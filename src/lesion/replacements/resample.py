@@ -25,6 +25,7 @@ class Resample(Intervention):
     """
 
     kinds = ("cross_attention", "self_attention", "joint_attention", "feed_forward", "block", "text_stream")
+    of_tokens = ("keys", "values")
     compiled = False
     donor_images = True
     reads_output = True

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class Zero(Intervention):
     """Nothing in the place of a site's contribution."""
 
+    of_tokens = ("values",)
     once = True
     tells_branches = False
 

@@ -77,7 +77,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     models.check_files(source)
     if settings.steering:
         settings = replace(settings, steering=settings.steering.on(attention_layers(source, "steering")))
-    paths = components.layer_paths(source, request.layers.components, request.layers.by, request.layers.kind)
+    paths = components.asked_paths(source, request.layers)
     _check_switches(source)
     study = Study(
         model=models.identity_of(source, request.device),
@@ -304,8 +304,7 @@ class Work:
         from lesion.run import table
 
         study = self.whole
-        asked = self.request.layers
-        paths = components.layer_paths(self.source, asked.components, asked.by, asked.kind)
+        paths = components.asked_paths(self.source, self.request.layers)
         frame = table.results(study, self.scores, paths, failures, self.publisher)
         tables = {}
         with suppress(Exception) if lenient else nullcontext():
@@ -572,15 +571,20 @@ def loaded(work: Work) -> models.Model:
 def examined(model: models.Model, source: models.Source, asked: Layers) -> models.Model:
     """A loaded model with the layers that a study asks for. Raises RequestError where its config says others."""
     from lesion.surgery.anatomy import examine
-    from lesion.surgery.components import examine_component
+    from lesion.surgery.components import encoder_tokens, examine_component
+    from lesion.surgery.tokens import with_tokens
 
     if DENOISER in asked.components:
-        model = replace(model, anatomy=examine(model.denoiser, asked.by, asked.kind))
-        layers.check(model.anatomy.paths, source, asked.by, asked.kind)
+        anatomy = examine(model.denoiser, asked.grouping, asked.kind)
+        layers.check(anatomy.paths, source, asked.grouping, asked.kind)
+        model = replace(model, anatomy=with_tokens(anatomy, asked.tokens) if asked.tokens else anatomy)
     others = [one for one in asked.components if one != DENOISER]
-    found = {one: examine_component(one, getattr(model.pipe, one), asked.by, asked.kind) for one in others}
-    if any(found[one].paths != components.layer_paths(source, (one,), asked.by, asked.kind) for one in others):
+    kind = "self_attention" if asked.tokens else asked.kind
+    found = {one: examine_component(one, getattr(model.pipe, one), asked.grouping, kind) for one in others}
+    if any(found[one].paths != components.layer_paths(source, (one,), asked.grouping, kind) for one in others):
         raise RequestError("model.id", "the loaded model has other layers than its configs say")
+    if asked.tokens:
+        found = {one: encoder_tokens(anatomy, asked.tokens) for one, anatomy in found.items()}
     return replace(model, components=found)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesion.errors import RequestError
-from lesion.study import layer_patterns
+from lesion.study import layer_patterns, tokens
 from lesion.study.checks import distinct, one_of
 from lesion.study.components import DENOISER, parse_components
 
@@ -16,6 +16,7 @@ KINDS = (
     "text_stream",
 )
 GRANULARITIES = ("attention", "transformer_block", "block", "stage", "head")
+ALL_BY = (*GRANULARITIES, tokens.BY)
 WITH_HEADS = ("cross_attention", "self_attention", "joint_attention")  # kinds that `by=head` can take apart
 
 
@@ -25,6 +26,7 @@ class Layers:
 
     include, exclude: patterns of layer paths, a glob or `re:` and a regular expression; None for all and for none.
     components: whose layers, in the order in which an image passes them.
+    tokens: with by=token the sets of text tokens, of each of which every layer by attention makes one; else none.
     """
 
     by: str
@@ -32,17 +34,29 @@ class Layers:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     components: tuple[str, ...] = (DENOISER,)
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def grouping(self) -> str:
+        """How modules are grouped before tokens are told apart."""
+        return "attention" if self.tokens else self.by
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Layers:
         """From the `layers` group of a request. Raises RequestError naming the key and what is allowed."""
-        by, kind = one_of("layers.by", config["by"], GRANULARITIES), one_of("layers.kind", config["kind"], KINDS)
+        by, kind = one_of("layers.by", config["by"], ALL_BY), one_of("layers.kind", config["kind"], KINDS)
         if by == "head" and kind not in WITH_HEADS:
             raise RequestError(
                 "layers.by", f"{kind} has no attention heads; with head: layers.kind={', '.join(WITH_HEADS)}"
             )
+        if by == tokens.BY and kind not in tokens.KINDS:
+            raise RequestError("layers.kind", f"got {kind}; allowed with layers.by={by}: {', '.join(tokens.KINDS)}")
+        if by != tokens.BY and config.get("tokens") is not None:
+            raise RequestError(tokens.KEY, f"needs layers.by={tokens.BY}; allowed with {by}: null")
         include, exclude = (_patterns(f"layers.{name}", config[name]) for name in ("include", "exclude"))
-        return cls(by, kind, include, exclude, parse_components(config["component"], by, kind))
+        components = parse_components(config["component"], by, kind)
+        named = tokens.parse_tokens(config.get("tokens")) if by == tokens.BY else ()
+        return cls(by, kind, include, exclude, components, named)
 
     def chosen(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Those of a model's layers that an include pattern matches (all without any) and no exclude pattern.

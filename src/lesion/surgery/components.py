@@ -20,10 +20,12 @@ from lesion.denoising.run import COND, UNCOND
 from lesion.denoising.wrapping import forward_replaced
 from lesion.study.components import VAE, decoder_layer, part_of
 from lesion.study.lesions import Lesion
+from lesion.study.tokens import layer_and_set
 from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
 from lesion.surgery.hook_points import Call, Changes, HookPoint, ImageStream, Share, Update, wide
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
+from lesion.surgery.tokens import Places, with_tokens
 
 _TEXT_LAYER = re.compile(r"(?:text_model\.)?(?P<layer>encoder\.(?:layers|block)\.\d+)")
 _DECODER_PART = re.compile(r"decoder\.(?:mid_block|up_blocks\.\d+)\.(?:resnets|attentions)\.\d+")
@@ -32,6 +34,9 @@ _TEXT_SITES = {  # by class of the layer: attention and feed-forward
     "T5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
     "UMT5Block": ("layer.0.SelfAttention", "layer.1.DenseReluDense"),
 }
+
+
+_VALUES = {"self_attn": "v_proj", "SelfAttention": "v"}  # by name of the attention: what projects its values
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,15 @@ def _text_sites(component: str, encoder: nn.Module, kind: str) -> Iterator[tuple
             yield f"{component}.{match['layer']}", Site(hook[kind].module, 0, 0, 0, 0, hook[kind])
 
 
+def encoder_tokens(anatomy: Anatomy, names: Sequence[str]) -> Anatomy:
+    """The layers by token of a text encoder, of its anatomy by self-attention: the values of sets of tokens."""
+
+    def values(site: Site) -> HookPoint:
+        return HookPoint(f"{site.hook.module}.{_VALUES[site.hook.module.rpartition('.')[2]]}")
+
+    return with_tokens(anatomy, names, values)
+
+
 def _decoder_sites(vae: nn.Module, by: str, kind: str) -> Iterator[tuple[str, Site]]:
     """Residual blocks: what one adds is the output of its last convolution or projection."""
     paths = [path for path, _ in vae.named_modules() if _DECODER_PART.fullmatch(path)]
@@ -102,15 +116,20 @@ def _forward_order(path: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Applied:
-    """A lesion of one component with its intervention, as what is made of it is remembered by; equal if both are."""
+    """A lesion of one component with its intervention, as what is made of it is remembered by; equal if all are.
+
+    columns: where sets of tokens are in the text at hand, for a lesion of these.
+    """
 
     lesion: Lesion
     intervention: Intervention
+    columns: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Applied):
             return NotImplemented
-        return self.lesion.digest == other.lesion.digest and self.intervention == other.intervention
+        same = self.lesion.digest == other.lesion.digest and self.intervention == other.intervention
+        return same and self.columns == other.columns
 
     def __hash__(self) -> int:
         return hash(self.lesion.digest)
@@ -122,6 +141,7 @@ class ComponentLesions:
     anatomies: by component.
     lesions: of each image; None: no lesion.
     interventions: the built replacement for each `replacement_key`.
+    places: of text tokens, by text encoder, where the layers are by token.
     """
 
     def __init__(
@@ -129,8 +149,9 @@ class ComponentLesions:
         anatomies: Mapping[str, Anatomy],
         lesions: Sequence[Lesion | None],
         interventions: Mapping[str, Intervention],
+        places: Mapping[str, Places] | None = None,
     ):
-        self.anatomies = anatomies
+        self.anatomies, self.places = anatomies, places or {}
         self._rows: dict[str, list[Applied | None]] = {}
         for component in anatomies:
             mine = [part_of(lesion, component) for lesion in lesions]
@@ -140,11 +161,11 @@ class ComponentLesions:
                 ]
         self._calls: dict[str, int] = {}
 
-    def of_text(self, component: str, rows: int) -> list[tuple[Applied, int] | None]:
+    def of_text(self, component: str, rows: int, length: int) -> list[tuple[Applied, int] | None]:
         """What is done to each row of the present call of a text encoder, with the branch that it is of; None: nothing.
 
         Pipelines encode the prompts first and then the negative prompts. Raises RuntimeError for other numbers of rows
-        or calls.
+        or calls, and of tokens, `length`, where these are told apart.
         """
         if component not in self._rows:
             return [None] * rows
@@ -153,7 +174,21 @@ class ComponentLesions:
         if rows != len(lesions) or number > 1:
             raise RuntimeError(f"call {number + 1} of {component} has {rows} rows for {len(lesions)} images")
         name, branch = ("cond", COND) if number == 0 else ("uncond", UNCOND)
-        return [(one, branch) if one and one.lesion.branch in ("both", name) else None for one in lesions]
+        done = [(one, branch) if one and one.lesion.branch in ("both", name) else None for one in lesions]
+        return self._of_tokens(component, done, length) if component in self.places else done
+
+    def _of_tokens(
+        self, component: str, done: Sequence[tuple[Applied, int] | None], length: int
+    ) -> list[tuple[Applied, int] | None]:
+        """The same with the places of tokens in each row's text; nothing where it has none of them."""
+        places = self.places[component]
+        if length != places.length:
+            raise RuntimeError(f"{component} reads {length} tokens and its tokenizer makes {places.length}")
+        found: list[tuple[Applied, int] | None] = []
+        for what, of in zip(done, places.of, strict=True):
+            columns = tuple(sorted((name, at) for (branch, name), at in of.items() if what and branch == what[1]))
+            found.append((replace(what[0], columns=columns), what[1]) if what and columns else None)
+        return found
 
     def refuse(self, component: str) -> None:
         """Raise RuntimeError where the component has lesions: this call is none that they can be brought into."""
@@ -188,17 +223,24 @@ def _lesioned(
     site: Site, module: nn.Module, applied: Applied, branch: int, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
     intervention, strength, hook = applied.intervention, applied.lesion.strength, site.hook
+    columns = list(dict(applied.columns).get(layer_and_set(site.path)[1], ()))
+    if applied.columns and not columns:  # of another set
+        return forward
 
     def lesioned(*args: Any, **kwargs: Any) -> Any:
         call = Call(module, forward, args, kwargs)
         output = call.run()
         changes = []
         for part, name in site.parts(output):
-            quantity = (hook.read if intervention.reads_output else hook.like)(call, output, part)
+            quantity = (hook.read if intervention.reads_output or columns else hook.like)(call, output, part)
             rows = len(quantity)
             column = torch.full((rows,), strength, dtype=wide(quantity), device=quantity.device)
             branches = torch.full((rows,), branch, device=quantity.device)
             values = intervention.fill(name, 0, branches, quantity)
+            if columns:
+                changed = quantity.clone()
+                changed[:, columns] = values.to(quantity.dtype).expand_as(quantity)[:, columns]
+                values = changed
             changes.append((part, values, Share.of(column, [strength] * rows, quantity.dim())))
         return hook.write(call, output, changes)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lesion.errors import RequestError
 from lesion.study.lesions import BRANCHES
+from lesion.study.tokens import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,15 +22,18 @@ if TYPE_CHECKING:
 class Intervention:
     """One replacement at work. A subclass implements one of `fill`, `text` and `rerun`, as `changes` says."""
 
-    changes: ClassVar[Literal["output", "text", "condition", "loss"]] = "output"
+    changes: ClassVar[Literal["output", "text", "condition", "loss", "tokens"]] = "output"
     """What of a site it changes: `output` is put in by `fill`; `text` that it reads by `text`; `condition` in which it
-    runs by `rerun`; `loss`: nothing of it, the client that steers leaves its maps out."""
+    runs by `rerun`; `loss`: nothing of it, the client that steers leaves its maps out; `tokens`: which it can see."""
     kinds: ClassVar[tuple[str, ...] | None] = None
     """Values of `layers.kind` that it suits; None: all."""
     branches: ClassVar[tuple[str, ...]] = BRANCHES
     """Values of `branch` on which it does something."""
     heads: ClassVar[bool] = True
     """Whether it suits single attention heads (`layers.by=head`)."""
+    of_tokens: ClassVar[tuple[str, ...]] = ()
+    """What of chosen text tokens it changes (`layers.by=token`), of `values`, `keys` and `text`; the first two by
+    `fill`. Nothing: it does not suit tokens."""
     once: ClassVar[bool] = False
     """Whether it suits components that run once an image: text encoders and the autoencoder's decoder."""
     compiled: ClassVar[bool] = True
@@ -46,6 +50,11 @@ class Intervention:
     source_prompt: str | None = None
     """A prompt of which an un-lesioned image is made beside every lesioned one, with the same noise. Its rows follow
     those of the lesioned images, in the same order within each branch, and its images are dropped."""
+
+    @classmethod
+    def kinds_of_tokens(cls) -> tuple[str, ...]:
+        """Return the values of `layers.kind` of whose tokens it is; a joint attention is given no text to read."""
+        return () if not cls.of_tokens else KINDS[:1] if "text" in cls.of_tokens else KINDS
 
     @classmethod
     def identity(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ stays bit for bit identical. A module that is replaced in every row of the batch
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from lesion.study.lesions import Lesion, covers
 from lesion.surgery.anatomy import Anatomy, Site
 from lesion.surgery.hook_points import Call, Share, TextLength, keeps_shape, wide
 from lesion.surgery.intervention import Intervention
+from lesion.surgery.tokens import Places
+from lesion.surgery.tokens import lesioned as tokens_lesioned
 
 
 def replacement_key(lesion: Lesion) -> str:
@@ -36,9 +37,17 @@ class Lesions(Client):
 
     anatomy: of the denoiser.
     interventions: the built replacement for each `replacement_key`.
+    places: of text tokens, where the layers are by token.
     """
 
-    def __init__(self, anatomy: Anatomy, lesions: Sequence[Lesion | None], interventions: Mapping[str, Intervention]):
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        lesions: Sequence[Lesion | None],
+        interventions: Mapping[str, Intervention],
+        places: Places | None = None,
+    ):
+        self.places = places
         self.lesions = [lesion if lesion and lesion.strength else None for lesion in lesions]
         self._tables: dict[tuple[Any, ...], _Table] = {}
         self.inside: tuple[bool, ...] = (False,) * len(lesions)  # whose window contains the current call
@@ -56,11 +65,16 @@ class Lesions(Client):
     def attached(self, run: Denoising) -> Iterator[None]:
         """Wrap the modules of the lesioned sites; if no image has a lesion, wrap nothing."""
         self.run = run
-        together = itertools.groupby(self.sites.values(), lambda lesions: lesions.site.hook.module)
+        together: dict[str, list[SiteLesions]] = {}
+        for one in self.sites.values():
+            together.setdefault(one.site.hook.module, []).append(one)
         with ExitStack() as stack:
-            for path, group in together:
-                sites, module, text = list(group), run.denoiser.get_submodule(path), TextLength()
-                stack.enter_context(forward_replaced(module, functools.partial(_lesioned, sites, module, text)))
+            for path, sites in together.items():
+                module, text = run.denoiser.get_submodule(path), TextLength()
+                made = functools.partial(_lesioned, sites, module, text)
+                if self.places:
+                    made = functools.partial(tokens_lesioned, sites, self.places, module, text)
+                stack.enter_context(forward_replaced(module, made))
                 if norm := _norm_before(run.denoiser, path):
                     stack.enter_context(forward_replaced(norm, functools.partial(_spared, sites)))
                 stack.enter_context(text.watching(run.denoiser, sites[0].site.hook.block))
@@ -144,7 +158,8 @@ class SiteLesions:
         if (self.texts or self.reruns) and site.head is not None:
             raise RuntimeError(f"{site.path}: this replacement changes a whole attention, not a head")
         self.output_read = any(one.reads_output for one in self.interventions.values())
-        self.output_needed = self.output_read or len(self.fills) < len(self.interventions)
+        of_tokens = bool(client.places)  # of values and keys, not of the output
+        self.output_needed = self.output_read or len(self.fills) < len(self.interventions) or of_tokens
         self._prepared: dict[tuple[Any, ...], Rows] = {}
 
     def rows(self, like: Tensor) -> Rows:
