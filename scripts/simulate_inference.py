@@ -10,7 +10,7 @@
 - `ranks`: rank intervals of all layers together, by means and on most prompts; that study's prompts drawn anew, and
   planted populations.
 - `claims`: how often a report, and a confirmatory study, claims anything (family-wise) where nothing is true.
-- `ratios`: importance divided by what another seed or prompt changes, and these floors.
+- `ratios`: importance divided by what another seed or prompt changes, of a dense and a sparse layer, and these floors.
 - `shapley`: Shapley limits where orders are drawn anew, too.
 """
 
@@ -301,12 +301,32 @@ def shapley_values(times: int) -> Iterator[Row]:
         }
 
 
-def ratios(times: int) -> Iterator[Row]:
-    """Importance by what another seed or prompt changes, and these floors, of one dense layer.
+def _pairs(rng: np.random.Generator, headroom: np.ndarray, factor: np.ndarray, of_seeds: np.ndarray) -> pd.DataFrame:
+    """Similarities of baselines; factor: (prompts, seeds), of_seeds: (seeds,).
 
-    What a prompt changes under the lesion and under another seed goes together. Where prompts share seeds, each
-    seed has a factor for all. With few prompts there may be no limits of importance: shares are of those there
-    are.
+    Of two seeds: 1 - headroom (prompts,) x the mean of both seeds' factors. Of two prompts: five
+    partners each, at the seeds in turn; 0.5, less what each prompt and the seed add.
+    """
+    prompts, number = factor.shape
+    ids = np.array([f"p{n}" for n in range(prompts)])
+    one, other = np.triu_indices(number, 1)
+    near = 1 - headroom[:, None] * (factor[:, one] + factor[:, other]) / 2
+    place = np.repeat(np.arange(prompts), len(one))
+    same = pd.DataFrame({"prompt_id_a": ids[place], "prompt_id_b": ids[place], "similarity": near.ravel()})
+    same = same.assign(seed_a=np.tile(one, prompts), seed_b=np.tile(other, prompts))
+    place, own = np.repeat(np.arange(prompts), 5), rng.normal(0, 0.1, prompts)
+    partner, seed = (place + np.tile(np.arange(1, 6), prompts)) % prompts, np.arange(5 * prompts) % number
+    far = 0.5 - own[place] - own[partner] - of_seeds[seed] - rng.normal(0, 0.05, len(place))
+    across = pd.DataFrame({"prompt_id_a": ids[place], "prompt_id_b": ids[partner], "seed_a": seed, "seed_b": seed})
+    return pd.concat([same, across.assign(similarity=far)])
+
+
+def ratios(times: int) -> Iterator[Row]:
+    """Importance by what another seed or prompt changes, of a dense layer and of one that affects a tenth of prompts.
+
+    And these floors. What a prompt changes under the dense lesion and under another seed goes together. Where prompts
+    share seeds, each seed has a factor for all, and adds to the similarity of other prompts. Shares are of the data
+    sets in which there are limits.
     """
 
     def of_prompts(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -315,46 +335,32 @@ def ratios(times: int) -> Iterator[Row]:
 
     headrooms = of_prompts(np.random.default_rng(0), 4_000_000)[1]
     truths = {"seeds": float(headrooms.mean()), "prompts": 0.5}
-    ids = np.array([f"p{n}" for n in range(100)])
+    layers = {"dense": 0.12, "sparse": 0.1 * 0.25}  # the true means
     for noise in ("own", "shared"):
         for prompts in (12, 24, 49):
-            rng, hits, made = np.random.default_rng([prompts, len(noise)]), np.zeros(4), np.zeros(4)
+            rng, hits, made = np.random.default_rng([prompts, len(noise)]), np.zeros((3, 2)), np.zeros((3, 2))
+            rows = 1 if noise == "shared" else prompts
             for _ in range(times):
                 change, headroom = of_prompts(rng, prompts)
-                rows = 1 if noise == "shared" else prompts
-                cells = change[:, None] * (1 + 0.1 * rng.normal(size=(rows, 4))) + rng.normal(0, 0.02, (prompts, 4))
+                rare = np.where(rng.random(prompts) < 0.1, rng.beta(2, 6, prompts), 0.0)
                 factor = 1 + 0.1 * rng.normal(size=(rows, 4)) + 0.1 * rng.normal(size=(prompts, 4))
-                one, other = np.triu_indices(4, 1)
-                number = np.repeat(np.arange(prompts), len(one))
-                apart = headroom[:, None] * (factor[:, one] + factor[:, other]) / 2
-                same = pd.DataFrame({"prompt_id_a": ids[number], "prompt_id_b": ids[number]})
-                same = same.assign(seed_a=np.tile(one, prompts), seed_b=np.tile(other, prompts))
-                number, of = np.repeat(np.arange(prompts), 5), rng.normal(0, 0.1, prompts)
-                partner = (number + np.tile(np.arange(1, 6), prompts)) % prompts
-                across = pd.DataFrame(
-                    {"prompt_id_a": ids[number], "prompt_id_b": ids[partner], "seed_a": 0, "seed_b": 0}
-                )
-                far = 0.5 + of[number] + of[partner] + rng.normal(0, 0.05, len(number))
-                pairs = pd.concat([same.assign(similarity=1 - apart.ravel()), across.assign(similarity=1 - far)])
-                found = normalised_importance(_frame(cells[None], noise), pairs, replicates=REPLICATES).iloc[0]
+                cells = np.stack([change, rare])[:, :, None] * (1 + 0.1 * rng.normal(size=(rows, 4)))
+                cells[0] += rng.normal(0, 0.02, (prompts, 4))
+                of_seeds = rng.normal(0, 0.03, 4) if noise == "shared" else np.zeros(4)
+                pairs = _pairs(rng, headroom, factor, of_seeds)
+                found = normalised_importance(_frame(cells, noise), pairs, replicates=REPLICATES)
                 floors = noise_floor(pairs, shared=noise == "shared").set_index("floor")
                 for place, name in enumerate(("seeds", "prompts")):
-                    low, high = (found[f"normalised_other_{name}_{end}"] for end in ("low", "high"))
-                    hits[place] += low <= 0.12 / truths[name] <= high
-                    made[place] += np.isfinite(low)
-                    low, high = floors.loc[f"other_{name}", ["low", "high"]]
-                    hits[2 + place] += low <= 1 - truths[name] <= high
-                    made[2 + place] += np.isfinite(low)
-            heads = [
-                f"{what} {name}, %"
-                for what in ("importance by other", "floor of other")
-                for name in ("seeds", "prompts")
-            ]
-            yield (
-                {"noise": noise, "prompts": prompts, "seeds": 4}
-                | {head: percent(hit, number) for head, hit, number in zip(heads, hits, made, strict=True)}
-                | {"+-": error(times)}
-            )
+                    limits = found[[f"normalised_other_{name}_{end}" for end in ("low", "high")]].to_numpy()
+                    limits = np.vstack([limits, floors.loc[f"other_{name}", ["low", "high"]]]).astype(float)
+                    truth = np.array([*(mean / truths[name] for mean in layers.values()), 1 - truths[name]])
+                    hits[:, place] += (limits[:, 0] <= truth) & (truth <= limits[:, 1])
+                    made[:, place] += np.isfinite(limits).all(axis=1)
+            row: Row = {"noise": noise, "prompts": prompts, "seeds": 4}
+            for what, hit, number in zip(("dense layer by", "sparse layer by", "floor of"), hits, made, strict=True):
+                row |= {f"{what} other seeds, %": percent(hit[0], number[0])}
+                row |= {f"{what} other prompts, %": percent(hit[1], number[1])}
+            yield row | {"+-": error(times)}
 
 
 TABLES = {

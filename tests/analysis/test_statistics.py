@@ -441,32 +441,93 @@ def test_the_interval_of_the_ratio_to_other_prompts_minds_that_prompts_share_pai
     assert 0.9 <= covered / runs <= 0.99
 
 
-def test_the_jackknife_of_the_ratio_is_what_deleting_each_prompt_gives():
+def fieller(top, top_reach, bottom, bottom_reach):
+    """Limits of the ratio of two independent normal means: where |top - ratio bottom| is its own reach."""
+    a, b, c = bottom**2 - bottom_reach**2, -2 * top * bottom, top**2 - top_reach**2
+    return sorted(np.roots([a, b, c]))
+
+
+def test_a_ratio_to_other_prompts_has_the_outermost_of_its_jackknife_and_fiellers_limits():
     rng = np.random.default_rng(14)
     effects, pairs = rng.normal(0.2, 0.05, (1, 6, 2)), of_pairs(rng.normal(0.4, 0.1, 6))
     pairs = pairs.drop(index=[0, 7])  # not every two prompts were compared
 
-    def ratio(gone=None, noise="own"):
+    def ratio(gone=None, noise="own", effects=effects):
         data = planted(effects, noise=noise)
         kept = pairs[(pairs["prompt_id_a"] != gone) & (pairs["prompt_id_b"] != gone)]
         return floor.normalised_importance(data[data["prompt_id"] != gone], kept, method="t").iloc[0]
 
+    def limits(one):
+        return [one[f"normalised_other_prompts_{end}"] for end in ("low", "high")]
+
+    def reaches(effects, of_seeds=0.0):
+        """Of the jackknife of the ratio, and the limits by Fieller. of_seeds: the half-width of their part."""
+        deleted = [ratio(f"p{n}", effects=effects)["normalised_other_prompts"] for n in range(6)]
+        t = stats.t.ppf(0.975, 5)
+        jackknife = t * math.sqrt(5 / 6 * ((np.array(deleted) - np.mean(deleted)) ** 2).sum())
+        top = math.hypot(t * effects[0].mean(axis=1).std(ddof=1) / math.sqrt(6), of_seeds)
+        return jackknife, fieller(effects.mean(), top, 1 - below["mean"], below["high"] - below["mean"])
+
+    below = floor.noise_floor(pairs).iloc[1]
     one = ratio()
-    without = np.array([ratio(f"p{n}")["normalised_other_prompts"] for n in range(6)])
-    error = math.sqrt(5 / 6 * ((without - without.mean()) ** 2).sum())
-    reach = stats.t.ppf(0.975, 5) * error
-    assert one["normalised_other_prompts_low"] == pytest.approx(one["normalised_other_prompts"] - reach)
-    assert one["normalised_other_prompts_high"] == pytest.approx(one["normalised_other_prompts"] + reach)
+    jackknife, parts = reaches(effects)
+    middle = one["normalised_other_prompts"]
+    assert middle == pytest.approx(effects.mean() / (1 - below["mean"]))
+    assert limits(one) == pytest.approx([min(middle - jackknife, parts[0]), max(middle + jackknife, parts[1])])
     # Two seeds that all prompts share: what their means differ by counts with one degree of freedom.
-    shared, headroom = ratio(noise="shared"), 1 - one["other_prompts"]
-    of_seeds = stats.t.ppf(0.975, 1) * effects.mean(axis=(0, 1)).std(ddof=1) / math.sqrt(2) / headroom
+    of_seeds = stats.t.ppf(0.975, 1) * effects.mean(axis=(0, 1)).std(ddof=1) / math.sqrt(2)
+    jackknife, parts = reaches(effects, of_seeds)
+    jackknife = math.hypot(jackknife, of_seeds / (1 - below["mean"]))
+    shared = ratio(noise="shared")
     assert shared["normalised_other_prompts_method"] == "jackknife+seeds"
-    assert shared["normalised_other_prompts_high"] - shared["normalised_other_prompts"] == pytest.approx(
-        math.hypot(reach, of_seeds)
-    )
+    assert limits(shared) == pytest.approx([min(middle - jackknife, parts[0]), max(middle + jackknife, parts[1])])
     few = floor.normalised_importance(planted(effects[:, :3]), pairs).iloc[0]
     assert few["normalised_other_prompts_method"] == "n/a (fewer than 4 prompts)"
     assert math.isnan(few["normalised_other_prompts_low"]) and few["normalised_other_prompts"] > 0
+
+
+def test_the_floor_of_other_prompts_counts_what_seeds_do_that_prompts_share():
+    rng = np.random.default_rng(40)
+    own, of_seeds = rng.normal(0.4, 0.1, 8), np.array([0.0, 0.04, -0.02, 0.01])
+    rows = [
+        (str(a), seed, str(b), seed, 0.9 - (own[a] + own[b]) / 2 + of_seeds[seed])
+        for a, b in itertools.combinations(range(8), 2)
+        for seed in range(4)
+    ]
+    pairs = pd.DataFrame(rows, columns=list(floor.PAIR))
+    _, nested = floor.noise_floor(pairs).to_dict("records")
+    _, shared = floor.noise_floor(pairs, shared=True).to_dict("records")
+    means = [pairs[(pairs["prompt_id_a"] != str(n)) & (pairs["prompt_id_b"] != str(n))] for n in range(8)]
+    without = np.array([kept["similarity"].mean() for kept in means])
+    error, part = 7 / 8 * ((without - without.mean()) ** 2).sum(), of_seeds.var(ddof=1) / 4
+    freedom = (error + part) ** 2 / (error**2 / 7 + part**2 / 3)
+    assert nested["high"] - nested["mean"] == pytest.approx(stats.t.ppf(0.975, 7) * math.sqrt(error))
+    assert shared["high"] - shared["mean"] == pytest.approx(stats.t.ppf(0.975, freedom) * math.sqrt(error + part))
+    assert shared["mean"] == pytest.approx(pairs["similarity"].mean()) and shared["method"] == "jackknife+seeds"
+
+
+def test_a_ratio_of_a_sparse_layer_has_the_limits_of_its_parts():
+    """Importance by Gaffke, the floors by theirs, each at 97.5 %."""
+    rng, prompts = np.random.default_rng(41), 12
+    effects = np.zeros((2, prompts, 1))
+    effects[1, 3] = 0.3
+    headroom = rng.uniform(0.1, 0.3, prompts)
+    near = pd.DataFrame([(f"p{n}", 0, f"p{n}", 1, 1 - d) for n, d in enumerate(headroom)], columns=list(floor.PAIR))
+    pairs = pd.concat([near, of_pairs(rng.normal(0.4, 0.1, prompts))])
+    table = floor.normalised_importance(planted(effects, noise="own"), pairs).to_dict("records")
+    close = interval(headroom[:, None], confidence=0.975, bounds=(0, 1))
+    far = floor.noise_floor(pairs, 0.975).iloc[1]
+    for one, values in zip(table, effects, strict=True):
+        low, high = bounded.limits(values[:, 0], (0, 1), 0.975)
+        found = [one[f"normalised_other_seeds_{end}"] for end in ("low", "high", "method")]
+        assert found == [pytest.approx(low / close.high), pytest.approx(high / close.low), "bounded"]
+        found = [one[f"normalised_other_prompts_{end}"] for end in ("low", "high", "method")]
+        assert found == [pytest.approx(low / (1 - far["low"])), pytest.approx(high / (1 - far["high"])), "bounded"]
+    assert table[0]["normalised_other_seeds"] == table[0]["normalised_other_seeds_low"] == 0.0
+    # Where other seeds may change nothing at all, there is no share of it.
+    alike = near.assign(similarity=1.0)
+    one = floor.normalised_importance(planted(effects[1:], noise="own"), alike).iloc[0]
+    assert one["normalised_other_seeds_method"] == "n/a (the floor may be 1)"
 
 
 def test_holm_by_hand():

@@ -192,7 +192,10 @@ def test_notes_name_the_intervals_there_are():
     assert (
         "Intervals: bootstrap-t over prompts, Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in usual
     )
-    assert "widened for seeds that all prompts share. n/a: no effect." in usual
+    assert usual.endswith("widened for seeds that all prompts share.")
+    two_only = "What another seed changes, which only three seeds tell of others, is that of these two seeds."
+    assert any(two_only in text for text in summary(findings(frame, floor), first(frame)))
+    assert not any(two_only in text for text in summary(findings(frame), first(frame)))
     assert "widened" not in contents.layers(findings(frame.assign(noise="own"), floor), first(frame)).note
     lone, _ = planted(prompts=1)
     assert "Intervals" not in contents.layers(findings(lone), first(lone)).note
@@ -210,7 +213,7 @@ def test_every_interval_of_means_is_of_the_kind_that_is_asked_for():
     for name in (*names, "doses"):
         methods = set(getattr(found, name)["method"])
         assert "t" in methods and not methods & {"bootstrap-t", "bca"}, (name, methods)
-    assert set(found.normalised["normalised_other_seeds_method"]) == {"t", "n/a (no effect)"}
+    assert set(found.normalised["normalised_other_seeds_method"]) == {"t", "bounded"}
 
 
 def test_the_layer_table_says_what_a_budget_gave_each_layer():

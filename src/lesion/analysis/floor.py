@@ -11,7 +11,7 @@ models or ways of generating are in the results, the columns that tell them apar
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from lesion.analysis.cells import (
     groups,
     lesioned_rows,
     nested,
-    no_effect,
     over_prompts,
     shared_noise,
     without_limits,
@@ -34,8 +33,10 @@ from lesion.analysis.cells import (
 from lesion.analysis.importance import LEAVE_ONE_OUT
 from lesion.analysis.settings import layers_in_order
 
+Gone = tuple[pd.Index, Floats, Floats]  # of `_leave_one_prompt_out`
+NO_SEEDS = (0.0, 1)  # what `crossed.seed_variance` says where seeds add nothing
 PAIR = ("prompt_id_a", "seed_a", "prompt_id_b", "seed_b", "similarity")
-FEW = "few affected prompts"  # a ratio has no bounds that would give limits
+NEAR_ONE = "the floor may be 1"  # there is no share of nothing
 FLOORS = ("other_seeds", "other_prompts")
 
 
@@ -88,6 +89,14 @@ def seed_floors(pairs: pd.DataFrame) -> pd.Series:
     return pd.Series(found.rename_axis(["prompt_id", "seed"]), dtype="float64")
 
 
+def _other_prompts_by_seed(pairs: pd.DataFrame) -> pd.Series:
+    """The floor of other prompts of each image, by the pairs of two prompts at its seed; index prompt_id, seed."""
+    both = _both_ways(pairs)
+    both = both[(both["prompt_id_a"] != both["prompt_id_b"]) & (both["seed_a"] == both["seed_b"])]
+    found = both.groupby(["prompt_id_a", "seed_a"], sort=False)["similarity"].mean()
+    return pd.Series(found.rename_axis(["prompt_id", "seed"]), dtype="float64")
+
+
 def noise_floor(
     pairs: pd.DataFrame,
     confidence: float = 0.95,
@@ -96,11 +105,12 @@ def noise_floor(
 ) -> pd.DataFrame:
     """Two rows, floor = other_seeds, other_prompts: mean over prompts, low, high, method, n_prompts, n_pairs.
 
-    shared: all prompts share the noise of their seeds; limits of other_seeds are then widened for seeds, by what each
-    adds (`seed_floors`), where all prompts have three or more. Limits: other_seeds `bootstrap.interval` by `method`
-    over prompts. A pair of two prompts belongs to both, so
-    other_prompts takes the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat. 40, 1969); it needs
-    4 prompts.
+    shared: all prompts share the noise of their seeds; limits are then widened for seeds (`crossed`): those of
+    other_seeds by what each seed adds (`seed_floors`), where all prompts have three or more, and those of other_prompts
+    by how pairs at one seed differ from those at another. The method is then named with `+seeds`; limits without it
+    speak of these seeds only. Limits: other_seeds `bootstrap.interval` by `method` over prompts. A pair of two prompts
+    belongs to both, so other_prompts takes the delete-one-prompt jackknife with Student's t (Arvesen, Ann. Math. Stat.
+    40, 1969); it needs 4 prompts.
     """
     both, by_prompt = _both_ways(pairs), floor_by_prompt(pairs)
     same = both["prompt_id_a"] == both["prompt_id_b"]
@@ -108,9 +118,11 @@ def noise_floor(
     by_seed = 1.0 - seed_floors(pairs).unstack()
     if shared and len(by_seed) == np.isfinite(cells).sum():
         cells = by_seed.to_numpy()
-    found_ = interval(cells, method, confidence, shared=shared, bounds=(0.0, 1.0))
-    seeds = flipped(replace(found_, low=max(found_.low, 0.0), high=min(found_.high, 1.0)))
-    found = {"other_seeds": (seeds, same), "other_prompts": (_of_other_prompts(both[~same], confidence), ~same)}
+    of_seeds = interval(cells, method, confidence, shared=shared, bounds=(0.0, 1.0))
+    of_seeds = flipped(replace(of_seeds, low=max(of_seeds.low, 0.0), high=min(of_seeds.high, 1.0)))
+    part = crossed.seed_variance(_other_prompts_by_seed(pairs).unstack()) if shared else NO_SEEDS
+    of_prompts = _of_other_prompts(_leave_one_prompt_out(both[~same]), int((~same).sum()), confidence, part)
+    found = {"other_seeds": (of_seeds, same), "other_prompts": (of_prompts, ~same)}
     records = []
     for name, (one, kept) in found.items():
         figures = {key: getattr(one, key) for key in ("mean", "low", "high", "method", "n_prompts")}
@@ -118,18 +130,18 @@ def noise_floor(
     return pd.DataFrame(records)
 
 
-def _of_other_prompts(both: pd.DataFrame, confidence: float) -> Interval:
-    _, floors, without = _leave_one_prompt_out(both)
+def _of_other_prompts(gone: Gone, pairs: int, confidence: float, seed_part: tuple[float, int]) -> Interval:
+    _, floors, without = gone
     n = len(floors)
     spread = float(floors.std(ddof=1)) if n > 1 else np.nan
-    bare = Interval(float(floors.mean()) if n else np.nan, np.nan, np.nan, "", spread, np.nan, n, len(both))
+    bare = Interval(float(floors.mean()) if n else np.nan, np.nan, np.nan, "", spread, np.nan, n, pairs)
     if not n:
         return without_limits(bare, "no data")
     left = np.isfinite(without).any(axis=0)  # with one of two prompts gone there is no pair
-    return _jackknife(bare, np.nanmean(without[:, left], axis=0), n, confidence)
+    return _jackknife(bare, np.nanmean(without[:, left], axis=0), n, confidence, seed_part)
 
 
-def _leave_one_prompt_out(both: pd.DataFrame) -> tuple[pd.Index, Floats, Floats]:
+def _leave_one_prompt_out(both: pd.DataFrame) -> Gone:
     """Prompts (P), the floor of each by its pairs with other prompts (P,), and the same with one prompt gone (P, P).
 
     [i, k]: the floor of prompt i by its partners but k; NaN for k itself, and where k is the only partner.
@@ -145,9 +157,7 @@ def _leave_one_prompt_out(both: pd.DataFrame) -> tuple[pd.Index, Floats, Floats]
     return pairs.index, sums / np.maximum(held, 1), without
 
 
-def _jackknife(
-    bare: Interval, without: Floats, n: int, confidence: float, seed_part: tuple[float, int] = (0.0, 1)
-) -> Interval:
+def _jackknife(bare: Interval, without: Floats, n: int, confidence: float, seed_part: tuple[float, int]) -> Interval:
     """Student's t (n - 1 degrees of freedom) on the delete-one values (P,) of a mean or ratio.
 
     n: prompts that are in it; where partners of these are deleted too there are more values. Needs 4 prompts.
@@ -186,26 +196,27 @@ def normalised_importance(
     one prompt with a floor near 1 would rule. With other_seeds its interval is that of the linearised ratio (Cochran,
     "Sampling Techniques", 1977, ch. 6): R + ((1 - s) - R (1 - floor)) / mean(1 - floor) for each image,
     with what its seed makes of the floor (`seed_floors`) where there are three or more. A pair of two prompts is in the
-    floors of both, so that the terms of other_prompts are not independent: there it is the
-    delete-one-prompt jackknife of the ratio (as in `noise_floor`; 4 prompts or n/a). `pairs` must be scored by the same
-    metric. NaN where no prompt has a floor, or the mean floor is 1. options: those of `bootstrap.interval`.
+    floors of both, so that the terms of other_prompts are not independent. There it is the delete-one-prompt jackknife
+    of the ratio (as in `noise_floor`; 4 prompts or n/a), which is too short for few prompts with uneven effects: its
+    limits move out to those that follow from the limits of both parts (`_from_parts`). Where few prompts hold the
+    importance or what another seed changes, or none is affected, limits are those of importance divided by those of the
+    floor (`bounded` where few prompts hold them), each at
+    half of the error (Bonferroni). `pairs` must be scored by the same metric. NaN where no prompt has a floor, or the
+    mean floor is 1. options: those of `bootstrap.interval`.
     """
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
     records = []
     for setting, whole in groups(part, keys):
         of = of_setting(pairs, setting)
-        floors, both = floor_by_prompt(of), _both_ways(of)
-        gone = _leave_one_prompt_out(both[both["prompt_id_a"] != both["prompt_id_b"]])
-        by_seed = seed_floors(of)
+        floors = _floors(of)
         for layer in layers_in_order(whole):
             group = whole[whole["layer"] == layer]
             raw = over_prompts(group, **options)
             record = {**setting, "layer": layer, "importance": raw.mean}
             record |= {"low": raw.low, "high": raw.high, "method": raw.method}
-            for name in FLOORS:
-                more = {"gone": gone} if name == "other_prompts" else {"by_seed": by_seed}
-                record |= _normalised(group, floors[name], name, **more, **options)
+            for one in floors:
+                record |= _normalised(group, one, **options)
             records.append({**record, "n_prompts": raw.n_prompts, "n_images": raw.n_images, **counts(group)})
     ratios = [f"{prefix}{name}{suffix}" for name in FLOORS for prefix, suffix in _RATIO]
     names = ["layer", "importance", "low", "high", "method", *ratios, "n_prompts", "n_images"]
@@ -215,40 +226,103 @@ def normalised_importance(
 _RATIO = (("", ""), *(("normalised_", suffix) for suffix in ("", "_low", "_high", "_method")))
 
 
-def _normalised(
-    group: pd.DataFrame,
-    floor: pd.Series,
-    name: str,
-    gone: tuple[pd.Index, Floats, Floats] | None = None,
-    by_seed: pd.Series | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """gone: `_leave_one_prompt_out` where prompts share pairs. by_seed: `seed_floors` where they do not."""
-    group = group.assign(headroom=1.0 - group["prompt_id"].map(floor).astype("float64"))
-    group = group.dropna(subset=["effect", "headroom"])
+@dataclass(frozen=True)
+class _Floor:
+    """One floor. by_prompt: index prompt_id. by_seed: index prompt_id, seed. gone: None unless prompts share pairs."""
+
+    name: str
+    by_prompt: pd.Series
+    by_seed: pd.Series
+    gone: Gone | None = None
+
+    def beside(self, group: pd.DataFrame) -> pd.DataFrame:
+        """Images with an effect and a floor: headroom = 1 - floor of the prompt, own = the same of prompt and seed."""
+        group = group.assign(headroom=1.0 - group["prompt_id"].map(self.by_prompt).astype("float64"))
+        group = group.dropna(subset=["effect", "headroom"])
+        if not len(group):
+            return group.assign(own=group["headroom"])
+        images = pd.MultiIndex.from_frame(group[["prompt_id", "seed"]])
+        own = pd.Series(1.0 - self.by_seed.reindex(images).to_numpy(), index=group.index)
+        return group.assign(own=own.fillna(group["headroom"]))
+
+    def headroom(self, group: pd.DataFrame, **options: Any) -> Interval:
+        """The mean of 1 - floor over the prompts of `beside`."""
+        shared = shared_noise(group)
+        if self.gone is None:
+            return interval(nested(group, "own"), shared=shared, bounds=(0.0, 1.0), **options)
+        prompts, floors, without = self.gone
+        kept = prompts.isin(group["prompt_id"])
+        part = crossed.seed_variance(nested(group, "own")) if shared else NO_SEEDS
+        gone = prompts[kept], floors[kept], without[kept]
+        return flipped(_of_other_prompts(gone, 0, options.get("confidence", 0.95), part))
+
+
+def _floors(pairs: pd.DataFrame) -> tuple[_Floor, _Floor]:
+    """Of other seeds, of other prompts."""
+    by_prompt, both = floor_by_prompt(pairs), _both_ways(pairs)
+    gone = _leave_one_prompt_out(both[both["prompt_id_a"] != both["prompt_id_b"]])
+    seeds, prompts = FLOORS
+    return (
+        _Floor(seeds, by_prompt[seeds], seed_floors(pairs)),
+        _Floor(prompts, by_prompt[prompts], _other_prompts_by_seed(pairs), gone),
+    )
+
+
+def _normalised(group: pd.DataFrame, floor: _Floor, **options: Any) -> dict[str, Any]:
+    group = floor.beside(group)
     means = group.groupby("prompt_id")[["effect", "headroom"]].mean()
     effect, headroom = (float(means[column].mean()) for column in ("effect", "headroom"))
     ratio = effect / headroom if headroom > 1e-9 else np.nan
-    own = group["headroom"]
-    if by_seed is not None and len(group):
-        images = pd.MultiIndex.from_frame(group[["prompt_id", "seed"]])
-        own = (1.0 - pd.Series(by_seed.reindex(images).to_numpy(), index=group.index)).fillna(own)
-    linear = group.assign(linear=ratio + (group["effect"] - ratio * own) / headroom)
-    # The jackknife's limits replace those of this interval: no need to resample for them.
-    found = interval(
-        nested(linear, "linear"),
-        shared=gone is None and shared_noise(group),
-        **(options if gone is None else {**options, "method": "t"}),
-    )
-    if gone is not None and found.n_prompts:
-        part = crossed.seed_variance(nested(linear, "linear")) if shared_noise(group) else (0.0, 1)
-        found = _jackknife(found, _ratios(means["effect"], *gone), len(means), options.get("confidence", 0.95), part)
-    if no_effect(group["effect"]):
-        found = without_limits(found, "no effect")
-    elif few(effective_number(means["effect"]), len(means)):
-        found = without_limits(found, FEW)
+    linear = nested(group.assign(linear=ratio + (group["effect"] - ratio * group["own"]) / headroom), "linear")
+    shared = shared_noise(group)
+    if any(few(effective_number(means[name]), len(means)) for name in ("effect", "headroom")):
+        found = _divided(group, floor, **options)
+    elif floor.gone is None:
+        found = interval(linear, shared=shared, **options)
+    else:
+        # The jackknife's limits replace those of this interval: no need to resample for them.
+        found = interval(linear, **{**options, "method": "t"})
+        if found.n_prompts:
+            part = crossed.seed_variance(linear) if shared else NO_SEEDS
+            without = _ratios(means["effect"], *floor.gone)
+            found = _jackknife(found, without, len(means), options.get("confidence", 0.95), part)
+        if not found.reason:
+            found = _outermost(found, over_prompts(group, **options), floor.headroom(group, **options))
     limits = {"": ratio, "_low": found.low, "_high": found.high, "_method": found.method}
-    return {name: 1.0 - headroom, **{f"normalised_{name}{suffix}": value for suffix, value in limits.items()}}
+    names = {f"normalised_{floor.name}{suffix}": value for suffix, value in limits.items()}
+    return {floor.name: 1.0 - headroom, **names}
+
+
+def _divided(group: pd.DataFrame, floor: _Floor, confidence: float = 0.95, **options: Any) -> Interval:
+    """Limits of importance by those of the headroom, each at half of the error (Bonferroni), however these depend."""
+    each = {**options, "confidence": (1 + confidence) / 2}
+    top, bottom = over_prompts(group, **each), floor.headroom(group, **each)
+    reason = top.reason or bottom.reason or ("" if bottom.low > 1e-9 else NEAR_ONE)
+    if reason:
+        return without_limits(top, reason)
+    used = top.used if WIDENED in top.used or WIDENED not in bottom.used else top.used + WIDENED
+    return replace(top, low=top.low / bottom.high, high=top.high / bottom.low, used=used)
+
+
+def _outermost(found: Interval, top: Interval, bottom: Interval) -> Interval:
+    """The limits of a ratio moved out to those that follow from the limits of both parts."""
+    if top.reason or bottom.reason or not bottom.low > 1e-9:
+        return without_limits(found, top.reason or bottom.reason or NEAR_ONE)
+    low, high = _from_parts(top, bottom)
+    return replace(found, low=min(found.low, low), high=max(found.high, high))
+
+
+def _from_parts(top: Interval, bottom: Interval) -> tuple[float, float]:
+    """Limits of a ratio of independent means by the limits of each, uneven ones too; bottom.low > 0.
+
+    Donner & Zou, "Closed-form confidence intervals for functions of the normal mean and standard deviation", Stat.
+    Methods Med. Res. 21, 2012; the lower one in a form that divides by no difference.
+    """
+    product = top.mean * bottom.mean
+    least, most = top.low * (2 * top.mean - top.low), top.high * (2 * top.mean - top.high)
+    close, far = bottom.low * (2 * bottom.mean - bottom.low), bottom.high * (2 * bottom.mean - bottom.high)
+    low = least / (product + np.sqrt(product**2 - least * far)) if product > 0 else 0.0
+    return float(low), float((product + np.sqrt(product**2 - most * close)) / close)
 
 
 def _ratios(effects: pd.Series, prompts: pd.Index, _: Floats, without: Floats) -> Floats:

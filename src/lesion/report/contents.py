@@ -64,9 +64,9 @@ def layers(found: Findings, setting: Setting) -> Table | None:
     if has_floor:
         words += (
             f"vs: importance divided by what another seed changes (similarity {_mean(table, 'other_seeds')})"
-            f" or another prompt ({_mean(table, 'other_prompts')}), with limits that held in at least 91 % of "
-            f"simulated studies (docs/statistics.md). p: paired test of importance against that of "
-            f"another seed, {CORRECTED}; * above, † below it with p < 0.05, two 0.01, three 0.001. "
+            f" or another prompt ({_mean(table, 'other_prompts')}), with 95 % limits, those of both parts apart where "
+            f"few prompts decide. p: paired test of importance against that of another seed, which can say more, "
+            f"{CORRECTED}; * above, † below it with p < 0.05, two 0.01, three 0.001. "
         )
     else:
         words += f"Importance vs another seed or prompt and p are n/a: {NO_FLOOR}. "

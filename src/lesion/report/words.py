@@ -341,11 +341,15 @@ def _seeds(found: Findings, setting: Setting) -> list[str]:
     table = table[table["p"].notna()] if len(table) else table
     if table.empty:
         return []
-    sure = int(table["p_holm"].map(certain).sum())
-    return [
-        f"All prompts share the noise of {counted(part['seed'].nunique(), 'seed')}, for which intervals are widened; "
+    sure, seeds = int(table["p_holm"].map(certain).sum()), part["seed"].nunique()
+    said = (
+        f"All prompts share the noise of {counted(seeds, 'seed')}, for which intervals are widened; "
         f"the seeds differ for {sure} of {len(table)} means of layers (F tests, {CORRECTED}, 5 %)."
-    ]
+    )
+    summary = found.summary(setting)
+    if seeds == 2 and len(summary) and summary["other_seeds"].notna().any():
+        said += " What another seed changes, which only three seeds tell of others, is that of these two seeds."
+    return [said]
 
 
 def _noise(found: Findings, table: pd.DataFrame) -> list[str]:
