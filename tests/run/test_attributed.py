@@ -51,6 +51,7 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
     def refuse(*args, **more):
         raise AssertionError("nothing is left to make")
 
+    loaded = job.loaded
     monkeypatch.setattr(job, "loaded", refuse)  # the same estimates, images and certificate, without a model
     code, _, err = cli(*ASKED, "attribution.checkpointing=true")
     assert code == 0, err
@@ -58,12 +59,33 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
     assert again != folder and json.loads((again / "certificate.json").read_text()) == told
     pd.testing.assert_frame_equal(pd.read_parquet(again / "attribution.parquet"), table)
 
+    monkeypatch.setattr(
+        job, "loaded", loaded
+    )  # the same estimates; of four candidates each is made on one prompt first
+    code, out, err = cli(*ASKED, "attribution.candidates=4")
+    assert code == 0, err
+    third = cli.newest()
+    table, told = pd.read_parquet(third / "attribution.parquet"), json.loads((third / "certificate.json").read_text())
+    assert set(table.nlargest(4, "estimate").index) == set(table.index[table["screened"] == 1])
+    assert set(table.loc[table["rank"] <= 2, "chosen"]) == {"top"} and table["lesioned"].sum() == 4
+    assert (table["adjusted"].rank(ascending=False) == table["rank"]).all()
+    assert told["candidates"]["images"] == 4 and told["held_out"]["prompts"] == 1
+    assert "4 images of candidates rank them" in out and "by 1 prompt on which no candidate was" in out
+    results = pd.read_parquet(third / "results.parquet")
+    assert len(results) == 10  # two baselines, and four lesions on both prompts: none of one prompt alone
+    code, out, _ = cli(*ASKED, "attribution.candidates=4", "dry_run=true")
+    assert "candidates lesioned to rank them: 4 on 1 prompt; at most 4 images more" in out
+    monkeypatch.setattr(job, "loaded", refuse)
+    assert cli(*ASKED, "attribution.candidates=4")[0] == 0
+    assert json.loads((cli.newest() / "certificate.json").read_text()) == told
+
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("probes", 0, "must be a whole number >= 1; got 0"),
         ("points", [0, 2], "must be a number in [0, 1], or a list of such; got [0, 2]"),
+        ("candidates", 10, "must be 0, or more than attribution.top (10); got 10"),
         ("threshold", 3, "must be null or a number in (0, 2); got 3"),
         ("view", "pixels", "got 'pixels'; allowed: clip, latent"),
     ],

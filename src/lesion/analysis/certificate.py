@@ -8,7 +8,7 @@ would give, and equal to it where everything was made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ class Bounded:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What prompts say on which no lesion was made to rank it; NaN where an image of them is not valid."""
+
+    prompts: int
+    spearman: float
+    precision: float
+
+
+@dataclass(frozen=True)
 class Certificate:
     """lesions: of the grid. top: how many ranked highest were made. sampled: how many of the rest were made.
 
@@ -38,6 +47,7 @@ class Certificate:
     threshold: real importance from which a lesion counts as important.
     important_found: important ones among the top. important_sampled: among the sample.
     missed: at most so many important ones are among the rest, found in the sample or not, with confidence 0.95.
+    held_out: order and precision against importance on prompts that did not choose the top; None without such.
     """
 
     lesions: int
@@ -50,6 +60,7 @@ class Certificate:
     important_found: int
     important_sampled: int
     missed: int
+    held_out: HeldOut | None = None
     confidence: float = CONFIDENCE
 
     def as_data(self) -> dict[str, Any]:
@@ -65,14 +76,16 @@ def certify(
     threshold: float | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
+    held_out: Sequence[int] = (),
 ) -> Certificate:
     """Judge the estimates of the lesions that were made.
 
-    estimates: of each lesion and prompt, (made, prompts).
+    estimates: of each lesion and prompt, (made, prompts), by what was known before all prompts were made.
     real: importance of the same, NaN where an image is not valid.
     top: whether a lesion was made because its estimate ranks high, (made,); the others are the sample.
     total: lesions of the grid.
     threshold: real importance from which a lesion counts as important; None for the median of the top.
+    held_out: places of prompts on which no lesion was made to choose the top, where it was chosen by such.
 
     The intervals are percentiles over resampled prompts and, where the sample is not all of the rest, a resampled
     sample, moved so that their median is the value: resampling adds noise of its own, which pulls rank correlations
@@ -106,7 +119,15 @@ def certify(
         important_found=int((important & top).sum()),
         important_sampled=seen,
         missed=most_missed(rest, sampled, seen),
+        held_out=_held_out(point, real[:, held_out], weights, top) if len(held_out) else None,
     )
+
+
+def _held_out(point: Floats, real: Floats, weights: Floats, top: NDArray[np.bool_]) -> HeldOut:
+    if not np.isfinite(real).any(axis=1).all():
+        return HeldOut(real.shape[1], math.nan, math.nan)
+    means = np.nanmean(real, axis=1)
+    return HeldOut(real.shape[1], spearman(point, means, weights), precision(means, weights, top))
 
 
 def _bounded(value: float, drawn: Floats, least: float) -> Bounded:

@@ -134,6 +134,7 @@ class AttributionConf:
     name: str = "none"
     top: Any = 10
     sample: Any = 10
+    candidates: Any = 0
     threshold: Any = None
     view: str = "clip"
     probes: Any = 4

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lesion.errors import counted
 from lesion.report import figures
 from lesion.report.text import number, short_layer
 from lesion.store.files import atomically
@@ -27,19 +28,31 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
         limits = "" if one["low"] is None else f" [{one['low']:.2f}, {one['high']:.2f}]"
         return f"{one['value']:.2f}{limits}"
 
-    rest = data["lesions"] - data["top"]
-    share = data["share_of_grid"]
-    return [
-        f"attribution of {data['lesions']} lesions by gradients, certified by {data['top'] + data['sampled']} that "
-        f"were made: the {data['top']} ranked highest and {data['sampled']} of the others at random",
+    def plainly(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.2f}"
+
+    top, rest, made = data["top"], data["lesions"] - data["top"], data["top"] + data["sampled"]
+    share, apart = data["share_of_grid"], data["held_out"]
+    said = [
+        f"attribution of {data['lesions']} lesions by gradients, certified by {made} that were made: the {top} ranked "
+        f"highest and {data['sampled']} of the others at random",
         f"  estimate and importance in the complete grid, as these show it: Spearman {of('spearman')}, "
         f"Kendall {of('kendall')}",
-        f"  of the {data['top']} ranked highest, {of('precision')} are among the {data['top']} most important",
+        f"  of the {top} ranked highest, {of('precision')} are among the {top} most important",
         f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.2g} or more "
-        f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {data['top']}",
+        f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {top}",
         f"  estimates took {data['estimates']['seconds']:.0f} s, {100 * share['estimates']:.1f} % of what the complete "
         f"grid's {data['grid']['images']} images take; with the images made {100 * share['in_all']:.1f} %",
     ]
+    if apart:
+        said[-1:] = [
+            f"  by {counted(apart['prompts'], 'prompt')} on which no candidate was lesioned: Spearman "
+            f"{plainly(apart['spearman'])}, {plainly(apart['precision'])} of the {top} ranked highest",
+            f"  {data['candidates']['images']} images of candidates rank them; with these the estimates took "
+            f"{100 * share['order']:.1f} %",
+            said[-1],
+        ]
+    return said
 
 
 def drawn(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Path]:
@@ -63,12 +76,12 @@ def _markdown(table: pd.DataFrame, data: Mapping[str, Any]) -> str:
     made = table[table["lesioned"]].sort_values("rank")
     rows = [
         f"| {one.rank} | {one.layer} | {one.window_start:g} to {one.window_end:g} | {one.branch} | {one.chosen} "
-        f"| {number(one.estimate, 4)} | {number(one.real, 4)} |"
+        f"| {one.screened} | {number(one.estimate, 4)} | {number(one.adjusted, 4)} | {number(one.real, 4)} |"
         for one in made.itertuples()
     ]
     head = [
-        "| rank | layer | window | branch | made as | estimate | importance |",
-        "| ---: | --- | --- | --- | --- | ---: | ---: |",
+        "| rank | layer | window | branch | made as | screened on | estimate | adjusted | importance |",
+        "| ---: | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     said = [line.strip() for line in certificate_lines(data)]
     return "\n".join(["\n".join(f"{line[0].upper()}{line[1:]}." for line in said), "", *head, *rows, ""])

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from lesion import replacements
+from lesion.analysis import candidates
+from lesion.errors import counted
 from lesion.store import tensors
 from lesion.store.files import atomically
 from lesion.study.attribution import Attribution, Some
 from lesion.study.grid import Cell, Study
 from lesion.study.lesions import Lesion, digest_of
+from lesion.study.pairs import scattered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,16 +62,6 @@ class Estimates:
     def lesions(self) -> list[Lesion]:
         return list(self.study.lesions())
 
-    @cached_property
-    def chosen(self) -> tuple[list[int], list[int]]:
-        """Places of the lesions that are made: those ranked highest, and the sample."""
-        return self.asked.chosen(self.lesions, self.effects.mean(axis=1).tolist())
-
-    @property
-    def part(self) -> Study:
-        """The study with the lesions that are made."""
-        return Some.of(self.study, [self.lesions[place] for both in self.chosen for place in both])
-
     def by_prompt(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Means over the seeds of each prompt of values (…, images), NaN left out: (…, prompts)."""
         each = values.reshape(*values.shape[:-1], len(self.study.prompts), len(self.study.seeds))
@@ -78,20 +71,119 @@ class Estimates:
         return means
 
 
+class Screening:
+    """Which lesions of an attribution are made: candidates on few prompts, rung by rung, then the top and a sample.
+
+    Candidates are the lesions of the highest estimates. Those that go on to a rung are lesioned on more prompts, and
+    ranked anew by what is known of them (`analysis.candidates`).
+
+    real: importance of candidates where they were lesioned to rank them, (lesions, prompts), else NaN.
+    number: of the round that `part` is, from 1.
+    """
+
+    def __init__(self, found: Estimates):
+        self.found = found
+        self.estimates = found.by_prompt(found.effects)
+        self.real = np.full(self.estimates.shape, np.nan)
+        self.number = 1
+        self._looked = np.zeros(self.estimates.shape, bool)
+        prompts = found.study.prompts
+        self._rungs = found.asked.rungs(len(prompts))
+        self._order = [prompts.index(prompt) for prompt in scattered(prompts)]
+        self._going = list(range(len(self.real)))
+        self._choose()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to make but the top and the sample."""
+        return not self._rungs
+
+    @property
+    def held_out(self) -> list[int]:
+        """Places of the prompts on which no candidate is lesioned to rank it."""
+        return [place for place in range(len(self._order)) if place not in self._seen]
+
+    @cached_property
+    def _seen(self) -> set[int]:
+        rungs = self.found.asked.rungs(len(self._order))
+        return {*self._order[: rungs[-1][1]]} if rungs else set()
+
+    @property
+    def prompts(self) -> NDArray[np.int64]:
+        """On how many prompts each lesion was made to rank it."""
+        found: NDArray[np.int64] = self._looked.sum(axis=1)
+        return found
+
+    @property
+    def adjusted(self) -> NDArray[np.float64]:
+        """Importance of each lesion on each prompt by what the rungs showed, (lesions, prompts)."""
+        return candidates.adjusted(self.estimates, self.real)
+
+    @property
+    def chosen(self) -> tuple[list[int], list[int]]:
+        """Places of the lesions that are made on all prompts: those ranked highest, and the sample."""
+        return self.found.asked.chosen(self.found.lesions, self._ranking.tolist())
+
+    @property
+    def part(self) -> Study:
+        """What is made now."""
+        study, lesions = self.found.study, self.found.lesions
+        if self.ended:
+            return Some.of(study, [lesions[place] for both in self.chosen for place in both])
+        few = replace(study, prompts=tuple(study.prompts[place] for place in self._prompts))
+        return Some.of(few, [lesions[place] for place in self._going])
+
+    def look(self, value: Callable[[Cell, str], float]) -> bool:
+        """Go on with what the rung that was made shows: False where all is made.
+
+        value: of a metric for an image, NaN where it has none.
+        """
+        if self.ended:
+            return False
+        study = self.found.study
+        for place in self._going:
+            for number in self._prompts[len(self._prompts) // 2 :]:  # the others are of the rung before
+                cells = [study.cell(study.prompts[number], seed, self.found.lesions[place]) for seed in study.seeds]
+                effects = np.array([1 - value(cell, "clip_similarity") for cell in cells])
+                self._looked[place, number] = True
+                if np.isfinite(effects).any():
+                    self.real[place, number] = np.nanmean(effects)
+        self.number += 1
+        del self._rungs[0]
+        self._choose()
+        return True
+
+    @property
+    def _ranking(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.adjusted.mean(axis=1)
+        return found
+
+    @property
+    def _prompts(self) -> list[int]:
+        """Places of the prompts of this rung."""
+        return self._order[: self._rungs[0][1]]
+
+    def _choose(self) -> None:
+        """Keep those that go on to the next rung."""
+        if self._rungs:
+            ranking = self._ranking
+            self._going = sorted(self._going, key=lambda place: -ranking[place])[: self._rungs[0][0]]
+
+
 def subjects(study: Study) -> list[Cell]:
     """The baselines, prompt by prompt and seed by seed."""
     return [study.cell(prompt, seed, None) for prompt in study.prompts for seed in study.seeds]
 
 
 def part_of(request: Request, study: Study, store: Store) -> Study:
-    """The part of a study that an attribution makes; without one all of it.
+    """The part of a study that an attribution makes on all prompts; without one all of it.
 
-    Where nothing is estimated yet, its first lesions, as many as will be made.
+    Where it is not known yet which lesions these are, its first ones, as many as will be made.
     """
     if request.attribution is None:
         return study
-    if found := kept(request, study, store):
-        return found.part
+    if (found := kept(request, study, store)) and (screening := Screening(found)).ended:
+        return screening.part
     return Some.of(study, list(study.lesions())[: request.attribution.top + request.attribution.sample])
 
 
@@ -204,32 +296,37 @@ def torch_name(model: Model) -> str:
 
 
 def certified(
-    found: Estimates, value: Callable[[Cell, str], float], replicates: int = 999
+    screening: Screening, value: Callable[[Cell, str], float], replicates: int = 999
 ) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """The table of all lesions and the certificate as JSON data; None where no lesion's image can be compared.
 
-    value: of a metric for an image, NaN where it has none.
+    screening: at its end, else there is none either. value: of a metric for an image, NaN where it has none.
     """
+    if not screening.ended:
+        return None
     import pandas as pd
 
     from lesion.analysis import certificate as judging
 
-    top, sample = found.chosen
+    found, (top, sample) = screening.found, screening.chosen
     places = [*top, *sample]
     study, baselines = found.study, subjects(found.study)
     cells = [[study.cell(c.prompt, c.seed, found.lesions[p]) for c in baselines] for p in places]
     real = found.by_prompt(np.array([[1 - value(cell, "clip_similarity") for cell in row] for row in cells]))
     if not np.isfinite(real).any(axis=1).all():
         return None
-    estimates = found.by_prompt(found.effects)
+    estimates, adjusted = screening.estimates, screening.adjusted
     is_top = np.arange(len(places)) < len(top)
     judged = judging.certify(
-        estimates[places], real, is_top, len(found.lesions), found.asked.threshold, replicates, found.asked.seed
-    )
+        adjusted[places], real, is_top, len(found.lesions), found.asked.threshold, replicates, found.asked.seed,
+        screening.held_out if found.asked.candidates else (),
+    )  # fmt: skip
     table = pd.DataFrame([_named(lesion) for lesion in found.lesions])
     table["estimate"] = estimates.mean(axis=1)
     table["low"], table["high"] = judging.spread(estimates, replicates, found.asked.seed)
-    table["rank"] = table["estimate"].rank(ascending=False, method="first").astype(int)
+    table["screened"] = screening.prompts
+    table["adjusted"] = adjusted.mean(axis=1)
+    table["rank"] = table["adjusted"].rank(ascending=False, method="first").astype(int)
     table["lesioned"] = np.isin(np.arange(len(table)), places)
     chosen = pd.Series("", index=table.index)
     chosen[top], chosen[sample] = "top", "sample"
@@ -246,7 +343,7 @@ def certified(
         table.loc[places, "text_real"] = change
         weights = np.where(is_top, 1.0, (len(table) - len(top)) / max(len(sample), 1))
         signed = judging.spearman(towards[places], change, weights)
-    return table, {**judged.as_data(), **_costs(found, len(places)), "text_spearman": signed,
+    return table, {**judged.as_data(), **_costs(screening), "text_spearman": signed,
                    "identical_at_zero": {"yes": True, "no": False}.get(found.facts["identical"]),
                    "estimator": found.asked.estimator}  # fmt: skip
 
@@ -262,26 +359,41 @@ def _named(lesion: Lesion) -> dict[str, Any]:
     }
 
 
-def _costs(found: Estimates, made: int) -> dict[str, Any]:
-    """Images and seconds of the estimates, of the lesions made, and of the complete grid.
+def _costs(screening: Screening) -> dict[str, Any]:
+    """Images and seconds of the estimates, of ranking candidates, of the lesions made, and of the complete grid.
 
     Seconds of ordinary images are those that one takes, in a batch as large as that of the gradients, times their
-    number.
+    number; a lesion in a late window goes on from a snapshot and takes its share of the steps.
     """
+    from lesion.generation.snapshots import first_step
+
+    found, steps = screening.found, screening.found.study.settings.steps
     images, each = len(subjects(found.study)), float(found.facts["seconds_per_image"])
-
-    def of(number: int) -> dict[str, Any]:
-        return {"images": number, "seconds": round(number * each, 3)}
-
-    grid = (1 + len(found.lesions)) * images
+    shares = np.array([1 - first_step(lesion.window, steps) / steps for lesion in found.lesions])
+    ranking = screening.prompts * len(found.study.seeds)
+    last = np.zeros(len(shares), int)
+    last[[place for both in screening.chosen for place in both]] = images
     seconds = float(found.facts["seconds"])
+    grid = (images + (shares * images).sum()) * each
+
+    def of(of_each: NDArray[np.int64], baselines: int = 0) -> dict[str, Any]:
+        """of_each: images of each lesion."""
+        cost = (baselines + (shares * of_each).sum()) * each
+        return {"images": baselines + int(of_each.sum()), "seconds": round(float(cost), 3)}
+
+    told = {
+        "candidates": of(ranking),
+        "made": of(last, images),
+        "grid": of(np.full(len(shares), images), images),
+    }
+    whole = of(np.maximum(ranking, last), images)["seconds"]
     return {
         "estimates": {"images": images, "seconds": round(seconds, 3)},
-        "made": of((1 + made) * images),
-        "grid": of(grid),
+        **told,
         "share_of_grid": {
-            "estimates": round(seconds / (grid * each), 5),
-            "in_all": round((seconds + (1 + made) * images * each) / (grid * each), 5),
+            "estimates": round(seconds / grid, 5),
+            "order": round((seconds + told["candidates"]["seconds"]) / grid, 5),
+            "in_all": round((seconds + whole) / grid, 5),
         },
     }
 
@@ -297,9 +409,20 @@ def plan_lines(request: Request, study: Study) -> Sequence[str]:
         f"  attribution: {number} lesions estimated from gradients of {images} images "
         f"({asked.probes} backward passes each{f' at {len(asked.points)} points' if len(asked.points) > 1 else ''}), "
         f"{asked.top} + {asked.sample} of them made; the complete grid is {(1 + number) * images} images",
+        *_candidate_lines(asked, study),
         f"  memory for gradients: of all {study.settings.steps} steps {kept_of_call}"
         f"{'' if asked.checkpointing else ' (attribution.checkpointing=true keeps less)'}",
     ]
+
+
+def _candidate_lines(asked: Attribution, study: Study) -> list[str]:
+    rungs = asked.rungs(len(study.prompts))
+    if not rungs:
+        return []
+    steps = ", ".join(f"{number} on {counted(prompts, 'prompt')}" for number, prompts in rungs)
+    before = [0, *(prompts for _, prompts in rungs)]
+    most = sum(number * (now - then) for (number, now), then in zip(rungs, before, strict=False)) * len(study.seeds)
+    return [f"  candidates lesioned to rank them: {steps}; at most {most} images more"]
 
 
 def write(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Path]:

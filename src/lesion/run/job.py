@@ -225,7 +225,7 @@ class Work:
     """A study between its request and its tables.
 
     study: of a study in rounds the part of this round, of an attribution the lesions that are made, else all of it.
-    estimates: of an attribution, once they are there.
+    screening: of an attribution, once its estimates are there.
     """
 
     request: Request
@@ -236,7 +236,7 @@ class Work:
     maps: Maps | None
     scores: ScoreQueue
     publisher: Publisher
-    estimates: attribution.Estimates | None = None
+    screening: attribution.Screening | None = None
 
     @classmethod
     def of(cls, request: Request, surveyed: tuple[models.Source, Study], folder: Path | None) -> Work:
@@ -251,20 +251,21 @@ class Work:
         maps = maps_of(request, source)
         publisher = Publisher(store, folder, study.settings.steering is not None, maps)
         estimates = attribution.kept(request, study, store) if request.attribution else None
-        study = estimates.part if estimates else attribution.part_of(request, study, store)
-        return cls(request, source, study, rounds, store, maps, scores, publisher, estimates)
+        screening = attribution.Screening(estimates) if estimates else None
+        study = screening.part if screening else attribution.part_of(request, study, store)
+        return cls(request, source, study, rounds, store, maps, scores, publisher, screening)
 
     def attribute(self, study: Study) -> None:
         """Estimate the lesions of a study, and go on with those that are made.
 
         Raises StudyFailed where gradients cannot be had.
         """
-        if self.estimates or not self.request.attribution:
+        if self.screening or not self.request.attribution:
             return
         from lesion.models import loading
 
         try:
-            self.estimates = attribution.estimated(self.request, study, self.store, self.scores, lambda: loaded(self))
+            found = attribution.estimated(self.request, study, self.store, self.scores, lambda: loaded(self))
         except RequestError:
             raise
         except Exception as error:  # whatever a model can raise
@@ -272,7 +273,8 @@ class Work:
         finally:
             if len(self.request.devices) > 1:  # each worker loads a model of its own
                 loading.forget()
-        self.study = self.estimates.part
+        self.screening = attribution.Screening(found)
+        self.study = self.screening.part
 
     @property
     def whole(self) -> Study:
@@ -282,7 +284,7 @@ class Work:
     @property
     def number(self) -> int:
         """Of the round."""
-        return self.rounds.number if self.rounds else 1
+        return self.rounds.number if self.rounds else self.screening.number if self.screening else 1
 
     def tally(self) -> Tally:
         """What of this round is in the store."""
@@ -290,6 +292,9 @@ class Work:
 
     def next_round(self) -> bool:
         """Go on to what the scores of the rounds so far leave unsure. False where there is no more to do."""
+        if self.screening and self.screening.look(self.value):
+            self.study = self.screening.part
+            return True
         if not self.rounds or not self.rounds.look(self.scores.value, self.scores.spec.importance):
             return False
         self.study = self.rounds.part
@@ -378,9 +383,9 @@ def complete(
         beside = work.tables(failures, lenient=stopped is not None)
         frame = beside.pop("results")
         certificate = None
-        if work.estimates and (judged := attribution.certified(work.estimates, work.value)):
+        if work.screening and (judged := attribution.certified(work.screening, work.value)):
             beside["attribution"], certificate = judged
-        elif work.estimates:
+        elif work.screening:
             log.error("the estimates have no certificate, since lesions have no valid image; they are not shown")
         if several := table.mixed(frame):
             log.warning(

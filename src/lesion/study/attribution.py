@@ -23,6 +23,7 @@ class Attribution:
     """All lesions of a grid are estimated, some of them made.
 
     top: how many of those ranked highest are made. sample: how many of the rest.
+    candidates: how many of the highest estimates are lesioned on few prompts first, to rank them; 0 for none.
     threshold: importance from which a lesion counts as important; None for the median of the top.
     view: what effects are measured in, the scorer's CLIP embedding or the final latents.
     probes: random directions an image. points: strengths of all lesions whose gradients are averaged, ascending.
@@ -32,6 +33,7 @@ class Attribution:
     name: str = field(default=NAMES[1], init=False)
     top: int = 10
     sample: int = 10
+    candidates: int = 0
     threshold: float | None = None
     view: str = "clip"
     probes: int = 4
@@ -44,10 +46,15 @@ class Attribution:
         """From the `attribution` group of a request; None for none. Raises RequestError naming the key."""
         if one_of("attribution", config["name"], NAMES) == "none":
             return None
-        for name, low in (("top", 2), ("sample", 2), ("probes", 1), ("seed", 0)):
+        for name, low in (("top", 2), ("sample", 2), ("candidates", 0), ("probes", 1), ("seed", 0)):
             number = config[name]
             if isinstance(number, bool) or not isinstance(number, int) or number < low:
                 raise RequestError(f"attribution.{name}", f"must be a whole number >= {low}; got {number!r}")
+        if 0 < config["candidates"] <= config["top"]:
+            raise RequestError(
+                "attribution.candidates",
+                f"must be 0, or more than attribution.top ({config['top']}); got {config['candidates']}",
+            )
         limit = config["threshold"]
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 2):
             raise RequestError("attribution.threshold", f"must be null or a number in (0, 2); got {limit!r}")
@@ -58,6 +65,7 @@ class Attribution:
         return cls(
             config["top"],
             config["sample"],
+            config["candidates"],
             None if limit is None else float(limit),
             one_of("attribution.view", config["view"], VIEWS),
             config["probes"],
@@ -69,7 +77,7 @@ class Attribution:
     @property
     def estimator(self) -> dict[str, Any]:
         """What of it can change estimates, as JSON data; checkpointing only rounds."""
-        others = ("top", "sample", "threshold", "checkpointing")
+        others = ("top", "sample", "candidates", "threshold", "checkpointing")
         return {"format": FORMAT, **{name: value for name, value in asdict(self).items() if name not in others}}
 
     def check(self, study: Study) -> None:
@@ -87,6 +95,25 @@ class Attribution:
                 "attribution.top",
                 f"the study has {number} lesions, so all would be made; allowed: fewer, or attribution=none",
             )
+        if self.candidates > number:
+            raise RequestError("attribution.candidates", f"the study has {number} lesions; allowed: up to as many")
+        if self.candidates and not self.rungs(len(study.prompts)):
+            raise RequestError(
+                "attribution.candidates",
+                f"are lesioned on some prompts, and there is {len(study.prompts)}; allowed here: 0",
+            )
+
+    def rungs(self, prompts: int) -> list[tuple[int, int]]:
+        """How many candidates go on, and on how many prompts in all they are lesioned, rung by rung.
+
+        Successive halving (Jamieson and Talwalkar 2016): half as many go on, on twice as many prompts, until as many
+        are left as are made anyway.
+        """
+        found, number, seen = [], self.candidates, 1
+        while number > self.top and seen < prompts:
+            found.append((number, seen))
+            number, seen = max(self.top, -(-number // 2)), 2 * seen
+        return found
 
     def chosen(self, lesions: Sequence[Lesion], ranking: Sequence[float]) -> tuple[list[int], list[int]]:
         """Places of the lesions to make: those ranked highest, and a random sample of the rest, sorted.
