@@ -67,7 +67,7 @@ ESTIMATORS: list[tuple[str, tuple[float, ...], int]] = [
     ("latent", (0.0,), 2),
     ("clip", (0.0, 0.1, 0.2), 2),
 ]
-CANDIDATES = {"16 layers": (0, 8, 12), "64 heads x 4 windows": (0, 20, 40, 80)}
+CANDIDATES = {"16 layers": (0, 8, 12), "64 heads x 4 windows": (0, 15, 30, 60)}
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lesion.analysis.candidates import adjusted
+from lesion.analysis.candidates import adjusted, steadied
 
 NAN = np.nan
 
@@ -12,6 +12,12 @@ NAN = np.nan
 def test_nothing_made_leaves_the_estimates():
     estimates = np.array([[0.1, 0.2], [0.0, 0.0]])
     assert np.array_equal(adjusted(estimates, np.full((2, 2), NAN)), estimates)
+
+
+def test_the_mean_over_prompts_is_the_squared_mean_of_roots():
+    found = steadied(np.array([[1.0, 9.0], [0.0, 0.0], [0.0, 4.0]]))
+    np.testing.assert_allclose(found.mean(axis=1), [4, 0, 1])
+    np.testing.assert_allclose(found[0], [0.8, 7.2])
 
 
 def test_ratios_by_hand():

@@ -52,14 +52,14 @@ def effects_of(lesions, prompts, seed):
 @pytest.mark.parametrize(
     ("candidates", "top", "prompts", "rungs"),
     [
-        (40, 10, 8, [(40, 1), (20, 2)]),
-        (50, 5, 8, [(50, 1), (25, 2), (13, 4)]),
+        (30, 10, 8, [(30, 1), (15, 3)]),
+        (50, 5, 8, [(50, 1), (25, 3), (13, 7)]),
         (11, 10, 8, [(11, 1)]),
-        (80, 2, 3, [(80, 1), (40, 2)]),
+        (80, 2, 4, [(80, 1), (40, 3)]),
         (0, 10, 8, []),
     ],
 )
-def test_half_as_many_go_on_to_twice_as_many_prompts(candidates, top, prompts, rungs):
+def test_half_as_many_go_on_to_twice_as_many_further_prompts(candidates, top, prompts, rungs):
     assert Attribution(top=top, candidates=candidates).rungs(prompts) == rungs
 
 
@@ -74,10 +74,10 @@ def test_each_rung_makes_those_that_rank_highest_on_the_prompts_it_adds():
         if not screening.look(value):
             break
     assert [(len(lesions), prompts, number) for lesions, prompts, number in parts] == [
-        (12, 1, 1), (6, 2, 2), (7, 8, 3)
+        (12, 1, 1), (6, 3, 2), (7, 8, 3)
     ]  # fmt: skip
     assert parts[0][0] == highest and parts[1][0] < highest
-    assert screening.prompts.sum() == 12 * 1 + 6 * 1 and len(screening.held_out) == 6
+    assert screening.prompts.sum() == 12 * 1 + 6 * 2 and len(screening.held_out) == 5
     known = np.isfinite(screening.real)
     np.testing.assert_allclose(screening.adjusted[known], real[known])
     assert not known[:, screening.held_out].any()
@@ -95,13 +95,13 @@ def test_the_certificate_counts_what_candidates_cost_and_judges_prompts_that_did
     judged = certified(screening, value, replicates=9)
     assert judged
     table, data = judged
-    assert table["screened"].sum() == 18 and data["candidates"]["images"] == 18
+    assert table["screened"].sum() == 24 and data["candidates"]["images"] == 24
     # 8 baselines and all 30 lesions on 8 prompts: those of candidates are among them.
     assert data["share_of_grid"]["in_all"] == pytest.approx((3 + 31 * 8 * 0.5) / (31 * 8 * 0.5), abs=1e-4)
-    assert data["share_of_grid"]["order"] == pytest.approx((3 + 18 * 0.5) / (31 * 8 * 0.5), abs=1e-4)
+    assert data["share_of_grid"]["order"] == pytest.approx((3 + 24 * 0.5) / (31 * 8 * 0.5), abs=1e-4)
     apart = real[:, screening.held_out].mean(axis=1)
     best = {*np.argsort(-apart)[:3]}
-    assert data["held_out"]["prompts"] == 6
+    assert data["held_out"]["prompts"] == 5
     assert data["held_out"]["precision"] == pytest.approx(len(best & {*screening.chosen[0]}) / 3)
 
 

@@ -77,13 +77,14 @@ class Screening:
     Candidates are the lesions of the highest estimates. Those that go on to a rung are lesioned on more prompts, and
     ranked anew by what is known of them (`analysis.candidates`).
 
+    estimates: of each lesion and prompt, (lesions, prompts).
     real: importance of candidates where they were lesioned to rank them, (lesions, prompts), else NaN.
     number: of the round that `part` is, from 1.
     """
 
     def __init__(self, found: Estimates):
         self.found = found
-        self.estimates = found.by_prompt(found.effects)
+        self.estimates = candidates.steadied(found.by_prompt(found.effects))
         self.real = np.full(self.estimates.shape, np.nan)
         self.number = 1
         self._looked = np.zeros(self.estimates.shape, bool)
@@ -142,7 +143,7 @@ class Screening:
             return False
         study = self.found.study
         for place in self._going:
-            for number in self._prompts[len(self._prompts) // 2 :]:  # the others are of the rung before
+            for number in (one for one in self._prompts if not self._looked[place, one]):
                 cells = [study.cell(study.prompts[number], seed, self.found.lesions[place]) for seed in study.seeds]
                 effects = np.array([1 - value(cell, "clip_similarity") for cell in cells])
                 self._looked[place, number] = True

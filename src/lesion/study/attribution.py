@@ -106,13 +106,13 @@ class Attribution:
     def rungs(self, prompts: int) -> list[tuple[int, int]]:
         """How many candidates go on, and on how many prompts in all they are lesioned, rung by rung.
 
-        Successive halving (Jamieson and Talwalkar 2016): half as many go on, on twice as many prompts, until as many
-        are left as are made anyway.
+        Sequential halving (Karnin, Koren and Somekh 2013): half as many go on, to twice as many further prompts, until
+        no more are left than are made anyway.
         """
         found, number, seen = [], self.candidates, 1
         while number > self.top and seen < prompts:
             found.append((number, seen))
-            number, seen = max(self.top, -(-number // 2)), 2 * seen
+            number, seen = -(-number // 2), 2 * seen + 1
         return found
 
     def chosen(self, lesions: Sequence[Lesion], ranking: Sequence[float]) -> tuple[list[int], list[int]]:
