@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds in which tasks that are cancelled store what is finished
+ANSWER = 5.0  # seconds in which a cluster's address takes a connection; Ray itself tries for minutes
 
 
 class RayLauncher(Launcher):  # type: ignore[misc]
@@ -44,8 +47,9 @@ class RayLauncher(Launcher):  # type: ignore[misc]
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(str(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
-        with _refusing("init"):
-            if not ray.is_initialized():
+        if not ray.is_initialized():
+            _check_answers(self.init.get("address"))
+            with _refusing("init"):
                 ray.init(**self.init)
         with _refusing("remote"):
             task = ray.remote(**self.remote)(_job) if self.remote else ray.remote(_job)
@@ -86,6 +90,24 @@ class RayLauncher(Launcher):  # type: ignore[misc]
                 "the same command again to resume"
             )
         return JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=why)
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise RequestError where nobody takes a connection at the cluster's address, given here or in RAY_ADDRESS."""
+    from lesion.errors import RequestError
+
+    where = "hydra.launcher.ray.init.address"
+    if address in (None, "auto"):
+        where, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS")
+    found = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address or "")
+    if found is None:  # local, or the cluster of this machine; Ray refuses what is neither
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        message = f"no Ray cluster answers at {address!r} ({why}); start one, or name its address"
+        raise RequestError(where, message) from error
 
 
 @contextmanager

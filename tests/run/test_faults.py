@@ -40,25 +40,6 @@ def last(err: str) -> str:
     return line
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """Mounts a small disk of memory at a place, such as `size=32k` or `nr_inodes=20`: one that really runs full."""
-    mounted = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("file systems cannot be mounted here")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)  # -l: this process keeps its log open
-
-
 def denied(monkeypatch, folder: Path) -> None:
     """As on a read-only disk, which root cannot write to either."""
     access = os.access

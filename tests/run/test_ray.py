@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -31,9 +32,9 @@ SHARDS = ["experiment=shards", "shard.count=2", "hydra/launcher=ray", "hydra.swe
 
 @pytest.fixture
 def lesion(tmp_path):
-    command = Command(tmp_path)
-    command.environment["RAY_DEDUP_LOGS"] = "0"
-    return command
+    with Command(tmp_path) as command:
+        command.environment["RAY_DEDUP_LOGS"] = "0"
+        yield command
 
 
 @pytest.fixture
@@ -62,6 +63,10 @@ def cluster(lesion, tmp_path_factory):
         head.wait(60)
 
 
+def stored(folder: Path) -> list[Path]:
+    return list((folder / "store" / "cells").rglob("*.png"))
+
+
 def workers() -> dict[str, int]:
     """Number of the process that does each job of a cluster of this machine."""
     found = {}
@@ -85,11 +90,64 @@ def test_a_job_that_fails_is_told_with_its_reason(lesion):
     assert "Traceback" not in lesion.said
 
 
+STATES = """
+import ray
+from ray._private.state import state
+from ray.core.generated.common_pb2 import TaskStatus
+ray.init(logging_level="error", log_to_driver=False)
+for event in state._get_all_task_events():
+    when = event.state_updates.state_ts_ns
+    print(event.task_info.name, TaskStatus.Name(max(when, key=when.get)), sep="=")
+"""
+
+
+def states(lesion) -> dict[str, str]:
+    """Of each job, what `ray list tasks` shows, which needs a dashboard: from where it is read from."""
+    done = subprocess.run([sys.executable, "-c", STATES], env=lesion.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split("=") for line in done.stdout.splitlines() if line.startswith("lesion "))
+
+
+@pytest.mark.slow
+def test_a_failed_shard_is_a_failed_task_and_its_reason_is_in_the_merged_results(cluster, lesion, tmp_path, disk):
+    """The disk of the second shard's store is full soon after the start."""
+    stores = tmp_path / "stores"
+    stores.mkdir()
+    (stores / "1").symlink_to(disk("nr_inodes=24"))
+    run = lesion(*SHARDS, *STUDY, "store.dir=stores/${shard.index}")
+    assert run.wait(300) == 1, lesion.said
+    assert states(lesion) == {"lesion 0": "FINISHED", "lesion 1": "FAILED"}
+    frame, *_ = put_together(run_folders([tmp_path / "parts"]), tmp_path / "parts")
+    failed = frame[frame["status"] == "failed"]
+    assert len(frame) == 16 and 0 < len(failed) < 8
+    assert failed["reason"].str.contains("No space left on device").all()
+    said = lesion.said.splitlines()[-1]
+    assert said.startswith(f"lesion: {len(failed)} of 8 images failed") and "No space left on device" in said
+    assert (tmp_path / "parts" / "report.html").is_file()
+    assert "Traceback" not in lesion.said
+
+
+@pytest.mark.slow
+def test_ctrl_c_cancels_the_tasks_which_keep_what_is_finished(cluster, lesion, tmp_path):
+    steps = [*STUDY, "generation.steps=200"]
+    run = lesion(*SHARDS, *[word for word in steps if word != "generation.steps=6"])
+    until(lambda: len(stored(tmp_path)) >= 2 and len(workers()) == 2, run, lesion)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(lesion_ray.PATIENCE + 60) == 130
+    assert lesion.said.splitlines()[-1] == (
+        "lesion: interrupted; finished images are kept, run the same command again to resume"
+    )
+    assert "Traceback" not in lesion.said
+    assert set(states(lesion).values()) == {"FAILED"}
+    assert not workers()
+    assert 2 <= len(stored(tmp_path)) < 16
+    assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
+
+
 @pytest.mark.slow
 def test_a_killed_worker_s_shard_is_done_by_another(cluster, lesion, tmp_path):
     run = lesion(*SHARDS, *STUDY)
-    stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
-    until(lambda: stored() >= 2 and len(workers()) == 2, run, lesion)
+    until(lambda: len(stored(tmp_path)) >= 2 and len(workers()) == 2, run, lesion)
     before = workers()
     os.kill(before["lesion 1"], signal.SIGKILL)
     until(lambda: workers().get("lesion 1", before["lesion 1"]) != before["lesion 1"], run, lesion)
@@ -111,6 +169,20 @@ def test_what_a_job_raises_its_task_raises(monkeypatch):
     monkeypatch.setattr(lesion_ray, "run_job", lambda **given: done)
     with pytest.raises(StudyFailed, match="3 of 4"):
         lesion_ray._job(None, config, None, None, os.getcwd())
+
+
+@pytest.mark.parametrize("where", ["hydra.launcher.ray.init.address", "RAY_ADDRESS"])
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_no_cluster_answers_is_refused_at_once(monkeypatch, where, scheme):
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    named = address if "init" in where else None
+    monkeypatch.setenv("RAY_ADDRESS", address if named is None else "127.0.0.1:1")  # what the config says comes first
+    launcher = lesion_ray.RayLauncher(OmegaConf.create({"init": {"address": named}, "remote": {}}))
+    launcher.setup(hydra_context=None, task_function=None, config=compose(["hydra.sweep.dir=/tmp"]))
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=rf"^{where}: no Ray cluster answers at '{address}' \(Connection refused\)"):
+        launcher.launch([["seeds=0"]], 0)
+    assert time.monotonic() - began < lesion_ray.ANSWER + 5
 
 
 def test_what_ray_refuses_is_a_refusal():

@@ -28,7 +28,7 @@ ClusterName=lesion
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={folder}/munge.sock,cred_expire=30
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -95,7 +95,7 @@ def slurm(tmp_path_factory):
             time.sleep(0.5)
         yield run
     finally:
-        subprocess.run(["scancel", "--user=root"], capture_output=True)
+        _cancel_all()
         for one in reversed(started):
             one.terminate()
         for one in started:
@@ -104,6 +104,17 @@ def slurm(tmp_path_factory):
             except subprocess.TimeoutExpired:
                 one.kill()
         del os.environ["SLURM_CONF"]
+
+
+def _cancel_all() -> None:
+    """Cancel the jobs and wait until they are gone: without its daemons, SLURM's steps would wait for them forever."""
+    subprocess.run(["scancel", "--user=root"], capture_output=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        left = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True)
+        if left.returncode or not left.stdout.strip():
+            return
+        time.sleep(0.5)
 
 
 SHARDS = [
@@ -116,11 +127,24 @@ SHARDS = [
 
 @pytest.fixture
 def lesion(tmp_path):
-    return Command(tmp_path)
+    with Command(tmp_path) as command:
+        yield command
+
+
+IMAGES = 16  # of the study in all
 
 
 def logs(tmp_path: Path) -> str:
     return "".join(path.read_text() for path in (tmp_path / "parts" / ".submitit").rglob("*_log.*"))
+
+
+def stored(tmp_path: Path) -> dict[str, int]:
+    """When each image was stored, by its name."""
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store" / "cells").rglob("*.png")}
+
+
+def claims(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
 
 
 def jobs(slurm) -> dict[str, dict[str, str]]:
@@ -134,12 +158,9 @@ def jobs(slurm) -> dict[str, dict[str, str]]:
 
 
 def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp_path):
-    """A job of higher priority needs both cores: SLURM sends the signal that it also sends before a time limit, and
-    starts the shards again some two minutes later.
-    """
+    """A job of higher priority needs both cores: SLURM signals the shards, and starts them again some time later."""
     run = lesion(*SHARDS)
-    stored = lambda: len(list((tmp_path / "store" / "cells").rglob("*.png")))  # noqa: E731
-    until(lambda: stored() >= 2, run, lesion)
+    until(lambda: len(stored(tmp_path)) >= 2, run, lesion)
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 3")
     until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, lesion)
     assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
@@ -148,11 +169,42 @@ def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp
     assert sum(int(job["Restarts"]) for job in shards) >= 1
     assert "Traceback" not in logs(tmp_path)
     assert (tmp_path / "parts" / "report.html").is_file()
-    assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
+    assert not claims(tmp_path)
     alone = [one for one in SHARDS if not re.match(r"experiment|shard\.|hydra", one)]
     assert lesion(*alone, "hydra.run.dir=whole", "store.dir=other").wait(200) == 0
     both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
     pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
+
+
+def test_at_its_time_limit_a_job_ends_cleanly_and_goes_on_from_its_store(slurm, lesion, tmp_path):
+    """Its limit is moved to one or two minutes from now, so that it comes while images are made however slow this
+    machine is: SLURM signals 90 s before a limit, or up to a minute earlier.
+    """
+    before = jobs(slurm)
+    one = [word for word in SHARDS if not re.match(r"experiment|shard\.|hydra.launcher.signal|generation.steps", word)]
+    slow = ["generation.steps=200", "hydra.launcher.signal_delay_s=90", "hydra.launcher.timeout_min=9"]
+    run = lesion(*one, *slow, "-m", "store.dir=store")
+    until(lambda: len(stored(tmp_path)) >= 2, run, lesion)
+    number, job = next((number, job) for number, job in jobs(slurm).items() if number not in before)
+    hours, minutes, _ = map(int, job["RunTime"].split(":"))
+    slurm("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 2}")
+    until(lambda: jobs(slurm)[number]["JobState"] == "PENDING", run, lesion)
+    assert logs(tmp_path).count("this job is timed-out") == 1
+    assert "Exiting gracefully after preemption/timeout" in logs(tmp_path)
+    assert not claims(tmp_path)
+    kept = stored(tmp_path)
+    assert 2 <= len(kept) < IMAGES
+    slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
+    job = jobs(slurm)[number]
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    assert "Traceback" not in logs(tmp_path)
+    after = stored(tmp_path)
+    assert len(after) == IMAGES
+    assert kept.items() <= after.items()  # none was made again
+    frame = pd.read_parquet(next((tmp_path / "parts").rglob("results.parquet")))
+    assert list(frame["status"].unique()) == ["ok"]
+    assert not claims(tmp_path)
 
 
 def test_a_failed_shard_shows_as_failed_with_its_reason_in_its_log(slurm, lesion, tmp_path):

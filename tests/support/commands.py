@@ -9,22 +9,37 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import lesion
 
 
 class Command:
-    """Starts `lesion` in a folder. environment: of its processes. said: their output so far, kept in out.log."""
+    """Starts `lesion` in a folder, and ends at the end of a `with` what still runs.
+
+    environment: of its processes. said: their output so far, kept in out.log.
+    """
 
     def __init__(self, folder: Path):
         self.log, self.folder = folder / "out.log", folder
+        self._started: list[subprocess.Popen[bytes]] = []
         source = str(Path(lesion.__file__).parents[1])
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
 
     def __call__(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             words = [sys.executable, "-m", "lesion", *arguments]
-            return subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            one = subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+        self._started.append(one)
+        return one
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for one in self._started:  # of a test that failed
+            one.kill()
+            one.wait()
 
     @property
     def said(self) -> str:

@@ -614,7 +614,11 @@ def make(
 
     maker = Maker(work.request, model, work.study, work.store, _when_made(work, making, each), work.maps)
     maker.failures.update(failures)
-    maker.run(progress)
+    try:
+        maker.run(progress)
+        work.scores.flush()
+    finally:
+        work.scores.close()
     making.used(maker.sizes)
     return maker.failures
 

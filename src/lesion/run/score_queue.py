@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +21,7 @@ from tqdm.auto import tqdm
 from lesion import scoring
 from lesion.errors import RequestError
 from lesion.scoring import Scorer, ScorerSpec, Shot
+from lesion.store.claims import Claims
 from lesion.store.images import Damaged, Store
 from lesion.store.scores import Picture, Scores
 from lesion.study.grid import Cell, Study
@@ -23,6 +29,11 @@ from lesion.study.grid import Cell, Study
 log = logging.getLogger(__name__)
 CHUNK, CHUNK_BYTES = 256, 256 << 20  # images scored at once, and their pixels in memory
 FLUSH = 2048  # records after which a part file is written
+BLOCK = 64  # images whose scores are claimed at once
+OFTEN = 30.0  # seconds after which a part file is written while other processes may wait for it
+WAITING = (0.2, 5.0)  # seconds between looks at what other processes score: from, up to
+PATIENCE = 300.0  # seconds without a new score after which what others have claimed is scored here too
+T = TypeVar("T")
 
 
 class ScoreQueue:
@@ -30,6 +41,8 @@ class ScoreQueue:
 
     context: `Study.context` of the studies it is for. device: where metrics compute. While images are made on a GPU,
     they are scored as they come. check: read and compare every image once, not only those to score.
+
+    Several processes on one store score each image once: an image to score is claimed until its scores are written.
     """
 
     def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str, check: bool = False):
@@ -42,8 +55,11 @@ class ScoreQueue:
             raise RequestError("scorer", str(error).removeprefix("scorer ")) from None
         self.scores = Scores(store.scores / context[:16], self.identities)
         self.scores.load()
-        self._unwritten = 0
+        self._unwritten, self._written_at = 0, time.monotonic()
         self._warned = False
+        self._claims = Claims(store.claims, required=False, what="scores")
+        self._claimed_as = json.dumps(self.identities, sort_keys=True)
+        self._scored: set[str] = set()  # claims of what is scored and not written yet
         self._size: tuple[int, int] | None = None  # height and width of the images
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
@@ -70,7 +86,9 @@ class ScoreQueue:
             facts = self.scores.picture(baseline)
             if facts and not facts.reason:
                 with suppress(Damaged):
-                    self._enqueue(cell, pixels, pixels if baseline == cell.key else self._pixels(baseline))
+                    against = pixels if baseline == cell.key else self._pixels(baseline)
+                    if self._claims.take([self._claim(cell.key)]):
+                        self._enqueue(cell, pixels, against)
 
     def refresh(self) -> None:
         """Read what other processes have scored meanwhile, so that it is not scored again."""
@@ -81,40 +99,114 @@ class ScoreQueue:
         self._score(self._queue.keys())
         self._write()
 
+    def close(self) -> None:
+        """Write down what is scored, and give claims back; what waits is left to whoever comes next."""
+        self._queue.clear()
+        self._write()
+        self._claims.close()
+
     def complete(self, study: Study, failures: Mapping[str, str]) -> set[str]:
-        """Score every image of the study that lacks one, and write it down.
+        """Score every image of the study that lacks one, and write it down; wait for what other processes score.
 
         Returns the keys of images that turn out not to be there: damaged ones, now removed, or torn ones.
         """
         self._size = study.settings.height, study.settings.width
         self._score(self._queue.keys())  # what still waits, or it would be read and queued once more
         damaged: set[str] = set()
-        for cell in tqdm(study.cells(), total=len(study), desc="score", unit="image", disable=None):
-            baseline = cell.baseline.key
-            if cell.key in failures or cell.key in damaged:
-                continue
+
+        def guarded(cell: Cell, work: Callable[[Cell], bool]) -> bool:
+            """What the work says; False where an image that it reads is damaged."""
             try:
-                facts = self._facts(cell.key)
-                if facts is None:
-                    damaged.add(cell.key)
-                    continue
-                if baseline in damaged:  # it is scored once its baseline is made again
-                    continue
-                against = facts if baseline == cell.key else self.scores.picture(baseline)
-                if facts.reason or against is None or against.reason or baseline in failures:
-                    continue
-                if not self._lacking(cell):
-                    continue
-                pixels = self._pixels(cell.key) if cell.key == baseline else self._read(cell.key)
-                self._enqueue(cell, pixels, self._pixels(baseline))
+                return cell.baseline.key not in damaged and work(cell)
             except Damaged as error:
                 key = str(error.args[1]) if len(error.args) > 1 else cell.key
                 log.warning("a stored image is damaged and removed; it is made again (%s)", error.args[0])
                 with suppress(OSError):  # where it cannot be removed it is written over, or fails
                     self.store.discard(key)
                 damaged.add(key)
-        self.flush()
+                return False
+
+        def lacks(cell: Cell) -> bool:
+            if cell.key in failures or cell.key in damaged:
+                return False
+            facts = self._facts(cell.key)
+            if facts is None:
+                damaged.add(cell.key)
+                return False
+            baseline = cell.baseline.key
+            against = facts if baseline == cell.key else self.scores.picture(baseline)
+            if facts.reason or against is None or against.reason or baseline in failures:
+                return False
+            return bool(self._lacking(cell))
+
+        def queue(cell: Cell) -> bool:
+            pixels = self._pixels(cell.key) if cell.key == cell.baseline.key else self._read(cell.key)
+            self._enqueue(cell, pixels, self._pixels(cell.baseline.key))
+            return True
+
+        def score(cells: Sequence[Cell]) -> None:
+            for cell in cells:
+                guarded(cell, queue)
+
+        cells = tqdm(study.cells(), total=len(study), desc="score", unit="image", disable=None)
+        self._in_turn(cells, lambda cell: guarded(cell, lacks), lambda cell: cell.key, score)
         return damaged
+
+    def _in_turn(
+        self, items: Iterable[T], lacks: Callable[[T], bool], key: Callable[[T], str], score: Callable[[list[T]], None]
+    ) -> None:
+        """Score what lacks a score and no other process scores; then wait for the others, and score what they leave.
+
+        lacks: whether one has no score yet. key: by which it is claimed. score: scores them, or queues them.
+        """
+        try:
+            left = self._turn(items, lacks, key, score)
+            pause, changed = WAITING[0], time.monotonic()
+            if left:
+                log.info("waiting for the scores of %d images that other processes work out", len(left))
+            while left:
+                time.sleep(pause)
+                with suppress(OSError):
+                    self.refresh()
+                before, late = len(left), time.monotonic() > changed + PATIENCE
+                left = self._turn(left, lacks, key, score, late)
+                pause = min(2 * pause, WAITING[1])
+                if len(left) < before:
+                    changed = time.monotonic()
+        finally:
+            self.close()
+
+    def _turn(
+        self,
+        items: Iterable[T],
+        lacks: Callable[[T], bool],
+        key: Callable[[T], str],
+        score: Callable[[list[T]], None],
+        late: bool = False,
+    ) -> list[T]:
+        """One round of `_in_turn`: what other processes score at the moment. late: score that too."""
+        left: list[T] = []
+        items = iter(items)
+        while block := list(islice(items, BLOCK)):
+            lacking = [one for one in block if lacks(one)]
+            names = [self._claim(key(one)) for one in lacking]
+            mine = self._claims.take(names) if names else set()
+            if mine:
+                with suppress(OSError):
+                    self.refresh()  # what was scored before these claims
+            ours = [one for one, name in zip(lacking, names, strict=True) if late or name in mine]
+            left += [one for one, name in zip(lacking, names, strict=True) if not late and name not in mine]
+            still = [one for one in ours if lacks(one)]
+            self._claims.release(mine - {self._claim(key(one)) for one in still})
+            score(still)
+            if time.monotonic() > self._written_at + OFTEN:
+                self._write()
+        self.flush()
+        return left
+
+    def _claim(self, key: str) -> str:
+        """Under which scores by these metrics are claimed."""
+        return hashlib.blake2b(f"{self._claimed_as} {key}".encode(), digest_size=16).hexdigest()
 
     def picture(self, key: str) -> Picture | None:
         """What is known of a stored image; None of one that is not there."""
@@ -141,27 +233,31 @@ class ScoreQueue:
 
     def pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> list[float]:
         """What a metric says of pairs of valid images of one size, NaN for a damaged one; scores what has no score."""
-        lacking = [(a, b) for a, b in pairs if self.scores.pair(metric, a.key, b.key) is None]
-        if lacking:
-            settings = lacking[0][0].settings
-            size = max(1, min(CHUNK, CHUNK_BYTES // (6 * settings.height * settings.width)))
-            for start in range(0, len(lacking), size):
-                self._score_pairs(metric, lacking[start : start + size])
-            self._write()
+        self._in_turn(
+            pairs,
+            lambda pair: self.scores.pair(metric, pair[0].key, pair[1].key) is None,
+            lambda pair: " ".join([metric, *sorted(cell.key for cell in pair)]),
+            partial(self._score_pairs, metric),
+        )
         found = (self.scores.pair(metric, a.key, b.key) for a, b in pairs)
         return [float("nan") if value is None else value for value in found]
 
     def _score_pairs(self, metric: str, pairs: Sequence[tuple[Cell, Cell]]) -> None:
-        shots = []
-        for a, b in pairs:
-            first, second = sorted((a.key, b.key))  # whichever way round they are asked for
-            try:
-                shots.append(Shot(first, self._pixels(first), second, self._pixels(second), a.prompt.text))
-            except Damaged as error:
-                log.warning("a pair for the noise floor is left out: %s", error.args[0])
-        values = self.scorer.score(shots, only={metric})[metric] if shots else ()
-        for shot, value in zip(shots, values, strict=True):
-            self.scores.add_pair(metric, shot.key, shot.baseline_key, float(value))
+        if not pairs:
+            return
+        settings = pairs[0][0].settings
+        size = max(1, min(CHUNK, CHUNK_BYTES // (6 * settings.height * settings.width)))
+        for start in range(0, len(pairs), size):
+            shots = []
+            for a, b in pairs[start : start + size]:
+                first, second = sorted((a.key, b.key))  # whichever way round they are asked for
+                try:
+                    shots.append(Shot(first, self._pixels(first), second, self._pixels(second), a.prompt.text))
+                except Damaged as error:
+                    log.warning("a pair for the noise floor is left out: %s", error.args[0])
+            values = self.scorer.score(shots, only={metric})[metric] if shots else ()
+            for shot, value in zip(shots, values, strict=True):
+                self.scores.add_pair(metric, shot.key, shot.baseline_key, float(value))
 
     def _facts(self, key: str) -> Picture | None:
         """Of a stored image: those remembered, if its file is still the same; None if it is not there."""
@@ -206,13 +302,15 @@ class ScoreQueue:
 
     def _write(self) -> None:
         """Write what is known to the store; where that cannot be, one warning: it serves this run all the same."""
-        self._unwritten = 0
+        self._unwritten, self._written_at = 0, time.monotonic()
         try:
             self.scores.flush()
         except OSError as error:
             if not self._warned:
                 log.warning("scores cannot be kept, so the next run computes them again (%s)", error)
             self._warned = True
+        self._claims.release(self._scored)
+        self._scored.clear()
 
     def _written(self, records: int) -> None:
         self._unwritten += records
@@ -261,4 +359,5 @@ class ScoreQueue:
             for number, shot in enumerate(shots):
                 values = {column: float(values[number]) for column, values in found.items()}
                 self.scores.add_values(shot.key, shot.baseline_key, values)
+                self._scored.add(self._claim(shot.key))
             self._written(len(shots))

@@ -151,10 +151,7 @@ def _make(share: _Share, done: _Done, each: Callable[[], None]) -> None:
     if share.request.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // share.workers))
     work = Work.of(share.request, (share.source, share.study), share.folder)
-    try:
-        done.failures = make(work, loaded(work), share.failures, lambda more: None, done.making, each)
-    finally:
-        work.scores.flush()
+    done.failures = make(work, loaded(work), share.failures, lambda more: None, done.making, each)
 
 
 class _Telling(QueueHandler):

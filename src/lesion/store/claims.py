@@ -1,4 +1,5 @@
-"""Claims: which process is making which image, so that processes on a shared file system do not make the same one.
+"""Claims: which process is making which image or its scores, so that processes on a shared file system do not make the
+same.
 
 Format: claims/<first 2 digits>/<key>, a JSON object of an `_Owner`, who updates its modification time regularly.
 A claim is void when its process is dead or its modification time is too old, so a killed process blocks nobody. Also
@@ -120,12 +121,13 @@ class Claims:
     expires: seconds without an update by its owner after which a claim is void.
     required: whether methods raise OSError if the file system does. Otherwise there is one warning, and keys that
         cannot be claimed count as taken.
+    what: is made under a claim, for warnings.
     """
 
-    def __init__(self, folder: Path, expires: float = 120.0, required: bool = True):
+    def __init__(self, folder: Path, expires: float = 120.0, required: bool = True, what: str = "images"):
         if expires <= 0:
             raise ValueError(f"expires must be above 0 s, not {expires}")
-        self.folder, self.expires, self.required = folder, expires, required
+        self.folder, self.expires, self.required, self.what = folder, expires, required, what
         self._told: set[str] = set()  # warnings
         self._owner = _Owner(machine(), os.getpid(), _start_of(os.getpid()) or "", uuid.uuid4().hex)
         self._content = json.dumps(vars(self._owner)).encode()
@@ -183,7 +185,7 @@ class Claims:
     def _raise_or_warn(self, error: OSError) -> None:
         if self.required:
             raise error
-        self._warn("images cannot be claimed; other processes may make the same ones meanwhile", error)
+        self._warn(f"{self.what} cannot be claimed; other processes may make the same ones meanwhile", error)
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` that other living owners hold."""
@@ -279,7 +281,9 @@ class Claims:
                             self._mine.discard(key)
                             lost.append(key)
                 except OSError as error:
-                    self._warn("claims cannot be renewed; other processes may make the same images meanwhile", error)
+                    self._warn(
+                        f"claims cannot be renewed; other processes may make the same {self.what} meanwhile", error
+                    )
             if lost:
                 why = f"{len(lost)}, the first on {lost[0]}: removed, or this process was suspended for too long"
                 self._warn("claims were lost", why)

@@ -53,19 +53,27 @@ class _Parts:
 
     def __init__(self, folder: Path, schema: pa.Schema, owner: str):
         self.folder, self.schema, self.owner = folder, schema, owner
+        self._seen: set[str] = set()  # parts that were read, or written here
 
-    def read(self) -> pa.Table:
-        """Every row of every part, the latest last. Damaged parts are removed, many small ones merged."""
+    def read(self) -> tuple[pa.Table, NDArray[np.int64], bool]:
+        """Every row of the parts that were not read yet, the latest last; the time of its part in nanoseconds; whether
+        these are the rows of all parts.
+
+        Damaged parts are removed. Where there are many, all are read and merged.
+        """
         tables: dict[str, pa.Table] = {}
-        seen: set[str] = set()
-        while fresh := [name for name in self._names() if name not in seen]:  # again, for a merge may have moved rows
-            seen.update(fresh)
+        if len(self._names()) > MANY:
+            self._seen.clear()
+        whole = not self._seen
+        while fresh := [name for name in self._names() if name not in self._seen]:  # again: a merge may have moved rows
+            self._seen.update(fresh)
             tables |= {name: table for name in fresh if (table := self._read(name)) is not None}
         names = sorted(tables)
         table = pa.concat_tables([tables[name] for name in names]) if names else self.schema.empty_table()
-        if len(names) > MANY:
+        if whole and len(names) > MANY:
             self._merge(names, table)
-        return table
+        times = np.array([int(name[:20]) for name in names], np.int64)
+        return table, np.repeat(times, [len(tables[name]) for name in names]), whole
 
     def _names(self) -> list[str]:
         try:
@@ -109,7 +117,10 @@ class _Parts:
             raise ValueError(f"the same part lies in {others[0].parent.name}")
 
     def write(self, table: pa.Table, stamp: str | None = None, durable: bool = False) -> str:
-        """Add a part and return its name. stamp: the time in its name. durable: flushed to the device."""
+        """Add a part and return its name; it is not read again.
+
+        stamp: the time in its name. durable: flushed to the device.
+        """
         sink = pa.BufferOutputStream()
         pq.write_table(
             table.replace_schema_metadata({_OWNER: self.owner}), sink, compression="zstd", write_statistics=False
@@ -122,6 +133,7 @@ class _Parts:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+        self._seen.add(name)
         return name
 
     def _merge(self, names: list[str], table: pa.Table) -> None:
@@ -173,8 +185,14 @@ class _Columns:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def last(self) -> NDArray[Any]:
+        """The last column, with room behind it."""
+        return self._arrays[-1]
+
     def row(self, place: int) -> _Row:
-        return tuple(column.item(place) for column in self._arrays)
+        """A row, less the last column."""
+        return tuple(column.item(place) for column in self._arrays[:-1])
 
     def extend(self, columns: Sequence[NDArray[Any]]) -> None:
         """Adds rows; room is made for a quarter more each time, so that adding many costs little."""
@@ -196,25 +214,30 @@ class _Records:
 
     def __init__(self, folder: Path, schema: pa.Schema, owner: str):
         self._parts = _Parts(folder, schema, owner)
-        self._columns = _Columns()  # of what is on disk, less the key
+        self._columns = _Columns()  # of what is on disk, less the key; at the end the time of the part
         self._places = np.empty(0, np.int32)  # key number -> row in the columns, or -1
         self._pending: dict[bytes, _Row] = {}  # on no disk yet
 
     def load(self, numbers: dict[bytes, int]) -> None:
-        """Read the parts. numbers: of all keys seen so far in any folder; gets the new ones."""
-        self._columns, self._places = _Columns(), np.empty(0, np.int32)
-        self._take(self._parts.read(), numbers)
+        """Read the parts that were not read yet. numbers: of all keys seen so far in any folder; gets the new ones."""
+        table, times, whole = self._parts.read()
+        if whole:
+            self._columns, self._places = _Columns(), np.empty(0, np.int32)
+        if len(table):
+            self._take(table, times, numbers)
 
-    def _take(self, table: pa.Table, numbers: dict[bytes, int]) -> None:
-        """Rows of a table into the columns; the last of equal keys is the one that is found."""
+    def _take(self, table: pa.Table, times: NDArray[np.int64], numbers: dict[bytes, int]) -> None:
+        """Rows of a table into the columns; the latest of equal keys is the one that is found."""
         keys = _hashes(table, "key").tolist()
         numbered = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
         if len(numbers) > len(self._places):
             places = np.full(max(len(numbers), len(self._places) * 5 // 4), -1, np.int32)
             places[: len(self._places)] = self._places
             self._places = places
-        self._places[numbered] = np.arange(len(self._columns), len(self._columns) + len(keys), dtype=np.int32)
-        self._columns.extend([_array(table, field) for field in self._parts.schema if field.name != "key"])
+        earlier, new = self._places[numbered], np.arange(len(self._columns), len(self._columns) + len(keys))
+        self._columns.extend([*(_array(table, field) for field in self._parts.schema if field.name != "key"), times])
+        later = (earlier < 0) | (self._columns.last[earlier] <= times)
+        self._places[numbered[later]] = new[later]
 
     def get(self, key: bytes, number: int | None) -> _Row | None:
         if (row := self._pending.get(key)) is not None:
@@ -234,9 +257,9 @@ class _Records:
         schema = self._parts.schema
         columns = [pa.array(values, field.type) for values, field in zip(zip(*rows, strict=True), schema, strict=True)]
         table = pa.table(columns, schema=schema)
-        self._parts.write(table)
+        name = self._parts.write(table)
         self._pending.clear()
-        self._take(table, numbers)
+        self._take(table, np.full(len(table), int(name[:20])), numbers)
 
 
 class Scores:
@@ -261,8 +284,10 @@ class Scores:
         )
 
     def load(self) -> None:
-        """Read what any process has flushed. Damaged parts are reported and removed. Raises OSError."""
-        self._numbers = {}
+        """Read what any process has flushed since the last time. Raises OSError.
+
+        Damaged parts are reported and removed.
+        """
         for records in self._records():
             records.load(self._numbers)
 
