@@ -10,9 +10,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +23,7 @@ import pytest
 from commands import Command, free_port, until
 from lesion.report.merging import put_together, run_folders
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
 CONFIG = """
 ClusterName=lesion
@@ -176,32 +178,54 @@ def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp
     pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
 
 
+def process_of(tmp_path: Path) -> int:
+    """Number of the process that does the only job."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_text().split("\0")
+            if "submitit.core._submit" in words and words[0] != "srun" and str(tmp_path) in words[-2]:
+                return int(path.parent.name)
+    raise LookupError("there is no such process")
+
+
+def waits_for(process: int, number: int) -> bool:
+    """Whether a process that is stopped has been sent a signal."""
+    sent = re.findall(r"^(?:Shd|Sig)Pnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in sent)
+
+
 def test_at_its_time_limit_a_job_ends_cleanly_and_goes_on_from_its_store(slurm, lesion, tmp_path):
-    """Its limit is moved to one or two minutes from now, so that it comes while images are made however slow this
-    machine is: SLURM signals 90 s before a limit, or up to a minute earlier.
+    """Its limit is moved to one or two minutes from now, and it is held until SLURM sends the signal, 90 s before a
+    limit or up to a minute earlier: so that images are left to make on any machine.
     """
     before = jobs(slurm)
-    one = [word for word in SHARDS if not re.match(r"experiment|shard\.|hydra.launcher.signal|generation.steps", word)]
-    slow = ["generation.steps=200", "hydra.launcher.signal_delay_s=90", "hydra.launcher.timeout_min=9"]
-    run = lesion(*one, *slow, "-m", "store.dir=store")
+    one = [word for word in SHARDS if not re.match(r"experiment|shard\.|hydra.launcher.signal", word)]
+    run = lesion(*one, "-m", "store.dir=store", "hydra.launcher.signal_delay_s=90", "hydra.launcher.timeout_min=9")
     until(lambda: len(stored(tmp_path)) >= 2, run, lesion)
+    process = process_of(tmp_path)
+    os.kill(process, signal.SIGSTOP)
+    kept = stored(tmp_path)
+    assert 2 <= len(kept) < IMAGES
     number, job = next((number, job) for number, job in jobs(slurm).items() if number not in before)
     hours, minutes, _ = map(int, job["RunTime"].split(":"))
     slurm("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 2}")
+    until(lambda: waits_for(process, signal.SIGUSR2), run, lesion)
+    os.kill(process, signal.SIGCONT)
     until(lambda: jobs(slurm)[number]["JobState"] == "PENDING", run, lesion)
     assert logs(tmp_path).count("this job is timed-out") == 1
     assert "Exiting gracefully after preemption/timeout" in logs(tmp_path)
+    assert "DUE TO TIME LIMIT" not in logs(tmp_path)  # as SLURM says of jobs that it ends itself
     assert not claims(tmp_path)
+    assert kept.items() <= stored(tmp_path).items()
     kept = stored(tmp_path)
-    assert 2 <= len(kept) < IMAGES
+    assert len(kept) < IMAGES
     slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
     job = jobs(slurm)[number]
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
     assert "Traceback" not in logs(tmp_path)
-    after = stored(tmp_path)
-    assert len(after) == IMAGES
-    assert kept.items() <= after.items()  # none was made again
+    assert len(stored(tmp_path)) == IMAGES
+    assert kept.items() <= stored(tmp_path).items()  # none was made again
     frame = pd.read_parquet(next((tmp_path / "parts").rglob("results.parquet")))
     assert list(frame["status"].unique()) == ["ok"]
     assert not claims(tmp_path)

@@ -52,7 +52,7 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def until(true: Callable[[], bool], run: subprocess.Popen[bytes], command: Command, seconds: float = 200) -> None:
+def until(true: Callable[[], bool], run: subprocess.Popen[bytes], command: Command, seconds: float = 400) -> None:
     """Wait while a process runs; fails with what the command said where it ends before, or time is up."""
     deadline = time.monotonic() + seconds
     while not true():
