@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from judges import LABELS, small_tower, write_blip, write_chat, write_dreamsim, write_mask2former, write_yolos
+from judges import (
+    LABELS,
+    small_tower,
+    write_blip,
+    write_chat,
+    write_dreamsim,
+    write_dreamsim_of_dinov2,
+    write_mask2former,
+    write_yolos,
+)
 from lesion.errors import RequestError
 from lesion.scoring import ScorerError, ScorerSpec, Shot, _objects, _vqa, check, identities, make_scorer
 from lesion.scoring import dreamsim as dreamsim_module
@@ -147,10 +158,12 @@ def test_a_vqa_model_or_file_that_cannot_be_is_one_line(blip, chat, tmp_path):
     assert nowhere.key == "scorer.metrics.vqa_score.model" and "no such folder" in str(nowhere)
     for change, told in (
         (lambda place: (place / "model-00002-of-00006.safetensors").unlink(), "lacks model-00002"),
-        (lambda place: (place / "model.safetensors.index.json").write_text("[]"), "no index of weights"),
+        (lambda place: (place / "model.safetensors.index.json").write_text("{}"), "no index of weights"),
         (lambda place: (place / "chat_template.jinja").unlink(), "no chat template"),
         (lambda place: (place / "config.json").write_text('{"architectures": ["Dinov2Model"]}'), "is of Dinov2Model"),
-        (lambda place: (place / "config.json").write_text("[1]"), "is of no model"),
+        (lambda place: (place / "config.json").write_text("{}"), "is of no model"),
+        (lambda place: (place / "config.json").write_text("[1]"), "config.json holds no mapping"),
+        (lambda place: (place / "config.json").write_text("[" * 100_000), "config.json is no valid JSON"),
     ):
         place = tmp_path / str(abs(hash(told)))
         place.mkdir()
@@ -339,48 +352,88 @@ def dreamsim_folder(tmp_path_factory) -> Path:
     return write_dreamsim(tmp_path_factory.mktemp("judges") / "dreamsim")
 
 
-def test_dreamsim_is_its_tower_with_the_adapter_added(dreamsim_folder, monkeypatch):
-    from dreamsim.feature_extraction import load_open_clip_as_dino as loading
-    from safetensors.torch import load_file
+def adapted(state: dict[str, torch.Tensor], adapter: Path) -> dict[str, torch.Tensor]:
+    """W + (alpha / r) B A, for each block's attention."""
+    found = load_file(adapter / "adapter_model.safetensors")
+    for name in state:
+        if name.endswith("attn.qkv.weight"):
+            lora = f"base_model.model.extractor_list.0.model.{name.removesuffix('.weight')}"
+            state[name] = state[name] + 0.5 * found[f"{lora}.lora_B.weight"] @ found[f"{lora}.lora_A.weight"]
+    return state
 
-    monkeypatch.setattr(loading, "vit_base", small_tower)
-    place = torch.hub.get_dir()
-    given = [shot(1, ""), shot(2, ""), Shot("a", picture(3), "b", picture(3), "")]
-    spec = asked("dreamsim", folder=str(dreamsim_folder), kind="open_clip_vitb32")
+
+def dreamsim_by_hand(shots: list[Shot], embed, mean: list[float], std: list[float]) -> list[float]:
+    """embed: of pixels (1, 3, 224, 224), scaled by mean and std."""
+
+    def centred(image: np.ndarray) -> torch.Tensor:
+        large = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
+        pixels = (torch.from_numpy(np.asarray(large) / np.float32(255)) - torch.tensor(mean)) / torch.tensor(std)
+        with torch.no_grad():
+            vector = embed(pixels.permute(2, 0, 1)[None])
+        return vector - vector.mean()
+
+    pairs = [(centred(one.image), centred(one.baseline)) for one in shots]
+    return [1 - float(torch.cosine_similarity(*pair, dim=0)) for pair in pairs]
+
+
+def dreamsim_of(folder: Path, kind: str, shots: list[Shot]) -> np.ndarray:
+    spec, place = asked("dreamsim", folder=str(folder), kind=kind), torch.hub.get_dir()
     check(spec)
-    found = make_scorer(spec, "cpu").score(given)["dreamsim"]
+    found = make_scorer(spec, "cpu").score(shots)["dreamsim"]
     dreamsim_module._embedder.cache_clear()
     assert torch.hub.get_dir() == place
-    assert identities(spec)["dreamsim"].startswith("dreamsim/1 (open_clip_vitb32 ")
+    assert identities(spec)["dreamsim"].startswith(f"dreamsim/1 ({kind} ")
+    return found
 
+
+DREAMT = [shot(1, ""), shot(2, ""), Shot("a", picture(3), "b", picture(3), "")]
+
+
+def test_dreamsim_is_its_tower_with_the_adapter_added(dreamsim_folder, monkeypatch):
+    from dreamsim.feature_extraction import load_open_clip_as_dino as loading
+
+    monkeypatch.setattr(loading, "vit_base", small_tower)
+    found = dreamsim_of(dreamsim_folder, "open_clip_vitb32", DREAMT)
     state = torch.load(dreamsim_folder / "open_clip_vitb32_pretrain.pth.tar", weights_only=True)["state_dict"]
-    adapter = load_file(dreamsim_folder / "open_clip_vitb32_single_lora" / "adapter_model.safetensors")
     tower = small_tower()
     tower.pos_drop = torch.nn.LayerNorm(16)
     projection = state.pop("proj")
-    for block in range(2):  # W + (alpha / r) B A
-        name = f"base_model.model.extractor_list.0.model.blocks.{block}.attn.qkv"
-        state[f"blocks.{block}.attn.qkv.weight"] += (
-            0.5 * adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
-        )
-    tower.load_state_dict(state)
+    tower.load_state_dict(adapted(state, dreamsim_folder / "open_clip_vitb32_single_lora"))
     for module in tower.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-5
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-
-    def embedded(image: np.ndarray) -> torch.Tensor:
-        large = Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)
-        pixels = ((torch.from_numpy(np.asarray(large) / np.float32(255)) - mean) / std).permute(2, 0, 1)[None]
-        with torch.no_grad():
-            vector = (tower.eval()(pixels) @ projection)[0]
-        return vector - vector.mean()
-
-    expected = [
-        1 - float(torch.cosine_similarity(embedded(one.image), embedded(one.baseline), dim=0)) for one in given[:2]
-    ]
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    expected = dreamsim_by_hand(DREAMT[:2], lambda pixels: (tower.eval()(pixels) @ projection)[0], mean, std)
     np.testing.assert_allclose(found[:2], expected, atol=1e-5)
     assert min(expected) > 1e-3 and found[2] == 0
+
+
+def test_dreamsim_of_dinov2_reads_what_torch_hub_left(tmp_path, monkeypatch, capfd):
+    """The embedding is the class token behind the last block, in front of the final LayerNorm."""
+    folder = write_dreamsim_of_dinov2(tmp_path / "dreamsim")
+
+    def offline(*args: object, **options: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    found = dreamsim_of(folder, "dinov2_vitb14", DREAMT)
+    assert capfd.readouterr() == ("", "")
+    tower = small_tower(patch_size=14, depth=12).eval()
+    state = torch.load(folder / "checkpoints" / "dinov2_vitb14_pretrain.pth", weights_only=True)
+    tower.load_state_dict(adapted(state, folder / "dinov2_vitb14_single_lora"))
+    seen: list[torch.Tensor] = []
+    tower.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        tower(pixels)
+        return seen.pop()[0, 0]
+
+    expected = dreamsim_by_hand(DREAMT[:2], embed, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    np.testing.assert_allclose(found[:2], expected, atol=1e-4)  # twelve blocks amplify what floats round off
+    assert min(expected) > 1e-3 and found[2] == 0
+    (folder / "facebookresearch_dinov2_main" / "hubconf.py").unlink()
+    told = refused("dreamsim", folder=str(folder), kind="dinov2_vitb14")
+    assert "lacks facebookresearch_dinov2_main/hubconf.py of kind dinov2_vitb14" in str(told)
 
 
 def test_a_dreamsim_that_cannot_be_is_one_line(dreamsim_folder, tmp_path, monkeypatch):

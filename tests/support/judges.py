@@ -147,17 +147,15 @@ def write_mask2former(folder: Path) -> Path:
     return folder
 
 
-def small_tower(patch_size: int = 32):
+def small_tower(patch_size: int = 32, depth: int = 2):
     """DreamSim's own vision transformer, small: stands for its `vit_base`."""
     from dreamsim.feature_extraction.vision_transformer import VisionTransformer
 
-    return VisionTransformer(patch_size=patch_size, embed_dim=16, depth=2, num_heads=2, qkv_bias=True)
+    return VisionTransformer(patch_size=patch_size, embed_dim=16, depth=depth, num_heads=2, qkv_bias=True)
 
 
 def write_dreamsim(folder: Path) -> Path:
     """The folder of kind open_clip_vitb32 as the package makes it: a tower, and an adapter of its attention."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     tower = small_tower()
     tower.pos_drop = torch.nn.LayerNorm(16)
@@ -165,15 +163,46 @@ def write_dreamsim(folder: Path) -> Path:
     folder.mkdir(parents=True)
     state = {**tower.state_dict(), "proj": torch.randn(16, 12)}
     torch.save({"state_dict": state}, folder / "open_clip_vitb32_pretrain.pth.tar")
-    adapter = folder / "open_clip_vitb32_single_lora"
-    adapter.mkdir()
+    _write_adapter(folder / "open_clip_vitb32_single_lora", blocks=2)
+    return folder
+
+
+HUB = """
+import torch
+from judges import small_tower
+
+def dinov2_vitb14():
+    tower = small_tower(patch_size=14, depth=12)
+    weights = f"{torch.hub.get_dir()}/checkpoints/dinov2_vitb14_pretrain.pth"
+    tower.load_state_dict(torch.load(weights, weights_only=True))
+    return tower
+"""
+
+
+def write_dreamsim_of_dinov2(folder: Path) -> Path:
+    """The folder of kind dinov2_vitb14: the tower's code and weights lie as torch hub keeps them."""
+    torch.manual_seed(0)
+    tower = small_tower(patch_size=14, depth=12)
+    louder(tower, 3)  # through twelve blocks a larger factor blows up what floats round off
+    for name in ("checkpoints", "facebookresearch_dinov2_main"):
+        (folder / name).mkdir(parents=True)
+    torch.save(tower.state_dict(), folder / "checkpoints" / "dinov2_vitb14_pretrain.pth")
+    (folder / "facebookresearch_dinov2_main" / "hubconf.py").write_text(HUB)
+    (folder / "dinov2_vitb14_pretrain.pth").touch()  # the package asks for it, and reads nothing of it
+    _write_adapter(folder / "dinov2_vitb14_single_lora", blocks=12)
+    return folder
+
+
+def _write_adapter(folder: Path, blocks: int) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
     config = {"r": 2, "lora_alpha": 1, "lora_dropout": 0.0, "bias": "none", "target_modules": ["qkv"],
               "peft_type": "LORA", "base_model_name_or_path": "", "inference_mode": True}  # fmt: skip
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     weights = {}
-    for block in range(2):
+    for block in range(blocks):
         name = f"base_model.model.extractor_list.0.model.blocks.{block}.attn.qkv"
         weights[f"{name}.lora_A.weight"] = torch.randn(2, 16)
         weights[f"{name}.lora_B.weight"] = torch.randn(48, 2)
-    save_file(weights, adapter / "adapter_model.safetensors")
-    return folder
+    save_file(weights, folder / "adapter_model.safetensors")

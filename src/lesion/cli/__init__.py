@@ -42,9 +42,3 @@ def keep_traceback(error: BaseException) -> str:
     except OSError as why:
         return f"{where} cannot be written: {why.strerror}"
     return f"the traceback is in {where}"
-
-
-def is_from(error: BaseException, *packages: str) -> bool:
-    """Whether an error arose in one of these packages."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and bool({*packages} & {*Path(frames[-1].filename).parts})

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 import lesion
-from lesion.cli import _hydra, in_utf8, is_from, keep_traceback, say, unforeseen
+from lesion.cli import _hydra, in_utf8, keep_traceback, say, unforeseen
 from lesion.config.compose import one_line, plain, with_hydras, with_own_keys
 from lesion.config.overrides import prepared, split
 from lesion.config.schema import conf_dir, register
@@ -400,11 +400,11 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
-def _of_hydra(error: OSError) -> bool:
-    """Whether an error arose while Hydra made its folder or files, and in no module of ours that it called."""
+def _of_hydra(error: Exception) -> bool:
+    """Whether an error arose in Hydra or in what it called, and in no module of ours that it called."""
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     ours = [place for place, path in enumerate(frames) if path.is_relative_to(Path(lesion.__file__).parent)]
-    return any("hydra" in path.parts for path in frames[ours[-1] if ours else 0 :])
+    return any({"hydra", "omegaconf"} & {*path.parts} for path in frames[ours[-1] if ours else 0 :])
 
 
 def _check_here() -> None:
@@ -476,7 +476,7 @@ def _main() -> None:
             if isinstance(one, OSError) and (one.errno in FULL or (not _started and _of_hydra(one))):
                 code = _refuse(RequestError("hydra.run.dir", f"cannot be written to: {one.strerror}"))
                 sys.exit(1 if _started else code)
-        if not _started and isinstance(error, OF_HYDRA) and is_from(error, "hydra", "omegaconf"):
+        if not _started and isinstance(error, OF_HYDRA) and _of_hydra(error):
             why = str(error) or type(error).__name__
             sys.exit(_refuse(RequestError("command line", f"cannot be read: {why}")))  # such as KEY.x=1 of a list
         sys.exit(unforeseen("lesion", error, 1 if _started else 2))

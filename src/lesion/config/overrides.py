@@ -32,8 +32,20 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     for given in overrides:
         for one in _with_prompt_files(given):
             override = _read(one)
+            _check_verbose(override)
             found.append(_group(_listed(one, override), override))
     return found
+
+
+def _check_verbose(override: Override) -> None:
+    """Hydra sets up its log by this key before it calls anyone who could check it."""
+    if override.key_or_group != "hydra.verbose" or override.is_delete():
+        return
+    for value in _values(override):
+        names = value if isinstance(value, list) else [value]
+        if not isinstance(value, bool) and not all(isinstance(name, str | QuotedString) for name in names):
+            told = "must be true, false, the name of a logger or a list of such"
+            raise RequestError("hydra.verbose", f"{told}; got {str(value)[:80]}")
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

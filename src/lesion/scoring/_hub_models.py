@@ -78,11 +78,10 @@ def _weights(folder: Path) -> tuple[str, ...]:
     index = folder / INDEX
     if (folder / WEIGHTS[0]).is_file() or not index.is_file():
         return WEIGHTS[:1]
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return tuple(sorted({str(file) for file in files}))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{INDEX} is no index of weights: {error}") from None
+    files = mapping(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{INDEX} is no index of weights")
+    return tuple(sorted({str(file) for file in files.values()}))
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -93,11 +92,19 @@ def digest_of_folder(folder: Path) -> str:
 
 def architecture(folder: Path) -> str:
     """Return the class of transformers that a folder's config names; "" where it names none."""
+    found = mapping(folder / CONFIG).get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else ""
+
+
+def mapping(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping. Raises ValueError for anything else."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"][0]
-    except (ValueError, KeyError, TypeError, IndexError):
-        return ""
-    return str(found)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is no valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} holds no mapping")
+    return found
 
 
 def check_name(name: str) -> None:
@@ -108,11 +115,7 @@ def check_name(name: str) -> None:
 
 def check_kind(config: Path, kind: str) -> None:
     """Raise ValueError for a config whose `model_type` is another."""
-    try:
-        found = str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
-    except (ValueError, KeyError, TypeError):
-        found = "no model"
-    if found != kind:
+    if (found := str(mapping(config).get("model_type", "no model"))) != kind:
         raise ValueError(f"{CONFIG} is of {found}; allowed: {kind}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,8 +35,7 @@ def classes(folder: Path) -> set[str]:
     kind = _hub_models.architecture(folder)
     if kind != MASKS and not kind.endswith(BOXES):
         raise ValueError(f"{_hub_models.CONFIG} is of {kind or 'no model'}; allowed: {MASKS}, or a detector …{BOXES}")
-    config = json.loads((folder / _hub_models.CONFIG).read_text(encoding="utf-8"))
-    names = config.get("id2label")
+    names = _hub_models.mapping(folder / _hub_models.CONFIG).get("id2label")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{_hub_models.CONFIG} names no classes (id2label)")
     return {called(str(name)) for name in names.values()}

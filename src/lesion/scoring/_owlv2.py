@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +38,9 @@ class Detector:
         import torch
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
-        self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
-        model, report = Owlv2ForObjectDetection.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"the weights lack {missing[0]}")
         self.device = torch.device(device)
-        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.processor = Owlv2Processor.from_pretrained(folder, local_files_only=True)
+        self.model = _hub_models.loaded(Owlv2ForObjectDetection, folder, self.device)
         self._kept: Kept[tuple[str, tuple[str, ...]], list[list[Corners]]] = Kept(KEPT)
 
     def __call__(self, image: NDArray[np.uint8], words: Sequence[str]) -> list[list[Corners]]:

@@ -124,8 +124,9 @@ def _embedder(folder: str, kind: Kind, device: str) -> DreamSimEmbedder:
 
     place = torch.hub.get_dir()  # the package moves it to its folder
     try:
-        # It says on standard output what it finds, and peft warns of the adapter that it lays in twice.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        # It and torch hub say what they find, and peft warns of the adapter that it lays in twice.
+        silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with silence[0], silence[1], warnings.catch_warnings(action="ignore"):
             model, preprocess = dreamsim(device=device, cache_dir=folder, dreamsim_type=kind)
     finally:
         torch.hub.set_dir(place)

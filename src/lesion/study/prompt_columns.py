@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import tokenize
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def fulfil(rows: Sequence[Row], where: str, key: str) -> list[Row]:
         if numbers.notna().sum() == frame[name].replace("", None).notna().sum():
             frame[name] = numbers
     try:
-        with _at_most(LIMIT):
+        with _at_most(LIMIT), warnings.catch_warnings(action="ignore"):  # of groups in a pattern
             fits = frame.eval(where, engine="python", local_dict={}, global_dict={})
     except TimeoutError:
         why = f"takes more than {LIMIT:g} s; write its expressions without nested repetitions"
