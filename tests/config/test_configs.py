@@ -53,6 +53,7 @@ NEEDS = {
     "resample": ["replacement.resample.prompt=a blue square"],
     "layout": ["prompts=boxes"],
     "identity": ["layers.kind=self_attention"],
+    "mask": ["layers.by=token"],
     "steering_off": ["prompts=boxes", "steering=layout"],
     "lora_off": ["model.loras=[{path: my_lora}]"],
 }
@@ -179,6 +180,7 @@ def small(pipeline_folder: Path, clip: Path, dino: Path, steps: int = 2) -> list
 SIZES = {
     "demo": 1 + 7 + 7,
     "study": 1 + 2 * (7 + 7 + 1),
+    "tokens": 1 + 12,
     "sdxl_layers": 1 + 11 + 11 + 1,
     "sdxl_style_layout": 1 + 6 + 1,
     "sd15_per_layer_prompts": 1 + 2 + 16,

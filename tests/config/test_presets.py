@@ -18,7 +18,7 @@ from lesion.study.lesions import choices, covers
 from lesion.surgery.anatomy import examine
 from test_configs import CONF, FILES, composed
 
-OWN = ("demo", "lora", "shards", "study", "attribution")  # of no publication
+OWN = ("demo", "lora", "shards", "study", "attribution", "components", "tokens")  # of no publication
 PRESETS = [name for group, name in FILES if group == "experiment" and name not in OWN]
 DOCS = CONF.parent / "docs" / "presets.md"
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

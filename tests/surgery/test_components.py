@@ -12,12 +12,17 @@ import torch
 
 import pipelines
 from conftest import settings, tiny_spec
-from lesion import models, replacements
-from lesion.analysis.settings import layers_in_order
+from lesion import lesioned, models, replacements
+from lesion.analysis.importance import layer_table
+from lesion.analysis.settings import layers_in_order, rows
+from lesion.analysis.settings import settings as settings_in
+from lesion.cli import structure
 from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.models import components as listed
+from lesion.models.words import words_of
+from lesion.report.merging import Refused, put_together, run_folders
 from lesion.run.job import examined
 from lesion.study.components import AFTER, check_axes
 from lesion.study.grid import Cell, Study
@@ -313,10 +318,25 @@ def test_a_study_of_several_components_from_the_command_line(cli):
     assert frame["layer_index"].tolist() == [-1, 0, 1, 2, 0, 1, 2]
     assert frame.loc[1:, "clip_similarity"].lt(1).all()
     assert layers_in_order(frame) == frame["layer"].tolist()[1:]
+    code, out, err = cli(*study, "layers.component=text_encoder", "layers.include=null")
+    assert code == 0, err
     _, out, _ = cli(*study, "layers.component=text_encoder", "layers.include=null", "dry_run=true")
     assert "already in the store store: 3" in out
     _, out, _ = cli(*study, "layers.include=null", "dry_run=true")
     assert "already in the store store: 2" in out
+    # What is compared with one another is of one component; runs of others stand beside it.
+    tokens = ["layers.by=token", "layers.tokens=[words]", "layers.kind=cross_attention", "layers.include=[mid_block*]"]
+    code, _, err = cli(*study, *tokens)
+    assert code == 0, err
+    both, _, _, _ = put_together(run_folders([cli.folder / "outputs"]), cli.folder)
+    assert both["component"].tolist() == [*frame["component"], "denoiser"]
+    assert both["layer"].tolist() == [*frame["layer"], "mid_block.attentions.0.tokens.words"]
+    assert [(table["layer"].iloc[0], len(table)) for table in map(layer_table, (rows(both, one) for one in
+            settings_in(both)))] == [("text_encoder.encoder.layers.0", 6), (both["layer"].iloc[-1], 1)]  # fmt: skip
+    code, _, err = cli(*study, "layers.component=[denoiser]", "layers.include=[up_blocks.0*,mid_block*]")
+    assert code == 0, err
+    with pytest.raises(Refused, match="protocol of replacement zero of 'local' is"):
+        put_together(run_folders([cli.folder / "outputs"]), cli.folder)
 
 
 def asked(component, kind="block", by="attention"):
@@ -370,3 +390,64 @@ def test_components_of_classes_that_are_not_known_are_refused_by_class(folder_of
     for component, name in (("text_encoder", "Gemma2Model"), ("vae", "AutoencoderDC")):
         with pytest.raises(RequestError, match=f"{component} is a {name}; layers are known of"):
             listed.layer_paths(source, (component,), "attention", "block")
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "kind"),
+    [("sdxl", "text_encoder_2", "feed_forward"), ("pixart_sigma", "text_encoder", ""), ("sd", "vae", "")],
+)
+def test_inspect_lists_the_layers_of_a_component(name, component, kind, folder_of):
+    lines = structure.report(
+        ["model=local", f"model.id={folder_of(name)}", f"component={component}", f"kind={kind}", "depth=0"]
+    )
+    source = models.resolve(tiny_spec(folder_of(name)))
+    paths = listed.layer_paths(source, (component,), "attention", kind or "block")
+    assert [line.split()[0] for line in lines[4 : 4 + len(paths)]] == list(paths)
+    assert f"{len(paths)} layers, {len(paths)} sites" in lines
+    with pytest.raises(RequestError, match="kind: got 'text_stream'; allowed: "):
+        structure.report(["model=local", f"model.id={folder_of(name)}", f"component={component}", "kind=text_stream"])
+
+
+def test_inspect_says_which_classes_it_knows_and_where_the_tokens_of_a_prompt_are(folder_of):
+    given = ["model=local", f"model.id={folder_of('sana')}", "component=text_encoder", "depth=0"]
+    assert any(
+        "no layers to lesion: text_encoder is a Gemma2Model; known are CLIP" in one for one in structure.report(given)
+    )
+    lines = structure.report(["model=local", f"model.id={folder_of('sd3')}", "depth=0", "prompt='a red cat'"])
+    at = lines.index(next(line for line in lines if line.endswith(" text tokens")))
+    words = words_of(diffusers.DiffusionPipeline.from_pretrained(folder_of("sd3")), "a red cat")
+    table = dict(line.split(maxsplit=1) for line in lines[at + 3 : at + 9])
+    assert lines[at] == f"{words.length} text tokens" and words.columns["red"] == (2, 3, 4, 79, 80, 81, 82)
+    assert table["word:red"] == "2-4, 79-82" and table["begin"] == "0" and set(table) == {
+        "begin", "end", "padding", "word:a", "word:red", "word:cat"
+    }  # fmt: skip
+    with pytest.raises(RequestError, match=r"prompt: .* puts a template around"):
+        structure.report(["model=local", f"model.id={folder_of('qwen_image')}", "prompt=a"])
+
+
+def test_layers_of_a_pipeline_of_ones_own(folder_of):
+    """`lesion.lesioned` on the user's pipeline: as a plain hook, and nothing stays behind."""
+    folder = folder_of("sd")
+    pipe, untouched = pipeline(folder), plain(folder)
+    last = "text_encoder.encoder.layers.1"
+    with lesioned(pipe, last, component="text_encoder", branch="cond"):
+        skipped = plain(folder)
+    assert np.array_equal(skipped, plain(folder, clip_skip=1))
+    with lesioned(pipe, "text_encoder*", component="text_encoder"):
+        both = plain(folder)
+    with lesioned(pipe, f"vae.{DECODER}", component="vae"):
+        assert np.array_equal(plain(folder), plain(folder, zeroed("vae", f"{DECODER}.conv2")))
+        decoded = plain(folder)
+    assert np.array_equal(plain(folder), untouched)
+    assert len({one.tobytes() for one in (untouched, skipped, both, decoded)}) == 4
+    for words, more in (
+        ("component: got 'unet'", {"component": "unet"}),
+        ("component: StableDiffusionPipeline has no text_encoder_2", {"component": "text_encoder_2"}),
+        ("layers: 'x' matches no layer; allowed: vae.decoder", {"component": "vae"}),
+        ("branch: vae decodes one image", {"component": "vae", "branch": "cond"}),
+        ("window: vae runs once an image", {"component": "vae", "window": (0.0, 0.5)}),
+        ("replacement: mean needs a calibration", {"component": "vae", "replacement": "mean"}),
+        ("layers.kind: vae has no feed_forward", {"component": "vae", "kind": "feed_forward"}),
+    ):
+        with pytest.raises(RequestError, match=words), lesioned(pipe, "x", **more):
+            pass

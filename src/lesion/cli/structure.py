@@ -2,7 +2,8 @@
 
     lesion-inspect model=embedded                         the layers of the denoiser and the tree of its modules
     lesion-inspect model=local model.id=FOLDER depth=2    deeper
-    lesion-inspect model=embedded component=text_encoder  another component
+    lesion-inspect model=embedded component=text_encoder  another component, with its layers
+    lesion-inspect model=embedded "prompt=a red circle"   the text tokens of a prompt, for layers.by=token
     lesion-inspect model=embedded by=head kind=self_attention   layers of another granularity and kind
 
 Builds the component on the meta device from its config: no weight is loaded.
@@ -10,8 +11,10 @@ Builds the component on the meta device from its config: no weight is loaded.
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -24,8 +27,15 @@ from lesion.cli import in_utf8, say, unforeseen
 from lesion.config.compose import one_line
 from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, visible
+from lesion.models import components
+from lesion.study import tokens
+from lesion.study.checks import one_of
+from lesion.study.components import DENOISER
+from lesion.study.components import GRANULARITIES as GRANULARITIES_OF
+from lesion.study.components import KINDS as KINDS_OF
 from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
 from lesion.surgery.anatomy import PLACES, AnatomyError, attentions_of, examine, kinds_of
+from lesion.surgery.components import examine_component
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -79,6 +89,74 @@ def layer_lines(denoiser: nn.Module, by: str = "attention", kind: str = "") -> l
     return lines
 
 
+def component_lines(source: models.Source, component: str, module: nn.Module, by: str, kind: str) -> list[str]:
+    """A table of the layers of a text encoder or of the decoder that can be lesioned, in forward order.
+
+    kind: by default `block`. Where the class is not known, a line that says so.
+    """
+    allowed = components.kinds(source, component)
+    if not allowed:
+        name = source.components[component][1]
+        return [f"no layers to lesion: {component} is a {name}; known are {', '.join(components.KNOWN[component])}"]
+    for key, given, known in (("by", by, GRANULARITIES_OF[component]), ("kind", kind or "block", allowed)):
+        one_of(key, given, [one for one in known if one != tokens.BY])
+    layers = examine_component(component, module, by, kind or "block").layers
+    width = max(len(layer.path) for layer in layers)
+    lines = [f"{'layer':{width}}  sites  first module", f"{'-' * width}  -----  ------------"]
+    for layer in layers:
+        lines.append(f"{layer.path:{width}}  {len(layer.sites):5}  {component}.{layer.sites[0].hook.module}")
+    counts = {one: len(examine_component(component, module, "attention", one).by_path) for one in allowed}
+    lines.append(f"{len(layers)} layers, {sum(len(layer.sites) for layer in layers)} sites")
+    lines.append(f"sites by kind: {', '.join(f'{one} {count}' for one, count in counts.items())}")
+    return lines
+
+
+def token_lines(source: models.Source, prompt: str) -> list[str]:
+    """Where the words of a prompt, and what the tokenizers put around it, are among the text tokens (layers.by=token).
+
+    Raises RequestError for a pipeline whose words cannot be told apart.
+    """
+    from lesion.models.words import words_of
+
+    try:
+        words = words_of(_tokenizing(source), prompt)
+    except ValueError as error:
+        raise RequestError("prompt", str(error)) from None
+    named = {name: getattr(words, name) for name in ("begin", "end", "padding")} | {
+        f"word:{name}": columns for name, columns in words.columns.items()
+    }
+    rows = sorted((columns, name) for name, columns in named.items() if columns)
+    width = max(len(name) for _, name in rows)
+    lines = [f"{words.length} text tokens", f"{'layers.tokens':{width}}  position", f"{'-' * width}  --------"]
+    lines += [f"{name:{width}}  {', '.join(_spans(columns))}" for columns, name in rows]
+    return [*lines, *([f"beyond the limit: {', '.join(words.unseen)}"] if words.unseen else [])]
+
+
+def _tokenizing(source: models.Source) -> Any:
+    """What a pipeline is to `models.words`: its class's call and its tokenizers, without any weight."""
+    import transformers
+
+    cls = models.source.pipeline_class(source.pipeline)
+    pipe = type(source.pipeline, (), {"__call__": cls.__call__})()
+    for name, (library, kind) in source.components.items():
+        if name.startswith("tokenizer") and library == "transformers":
+            setattr(pipe, name, getattr(transformers, kind).from_pretrained(source.folder / name))
+        elif name.startswith("text_encoder"):
+            setattr(pipe, name, kind)
+    for name in ("text_encoder_3", "tokenizer_3"):
+        pipe.__dict__.setdefault(name, None)
+    if hasattr(pipe, "tokenizer"):
+        pipe.tokenizer_max_length = pipe.tokenizer.model_max_length
+    return pipe
+
+
+def _spans(numbers: Iterable[int]) -> Iterator[str]:
+    """Rising whole numbers as text, neighbours as 5-7."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in group]
+        yield f"{found[0]}-{found[-1]}" if len(found) > 1 else str(found[0])
+
+
 def processor_lines(denoiser: nn.Module) -> list[str]:
     """Each attention processor with its kind and place, and their number by kind, name and place."""
     processors = getattr(denoiser, "attn_processors", {})
@@ -105,14 +183,14 @@ def processor_lines(denoiser: nn.Module) -> list[str]:
 
 def report(arguments: list[str]) -> list[str]:
     """All lines for these overrides; `component` (default: the denoiser), `depth` (default 1) and `processors`;
-    `by` and `kind` of the layers that are listed.
+    `by` and `kind` of the layers that are listed; a `prompt` whose tokens are.
     """
-    wanted = {"component": "", "depth": "1", "processors": "false", "by": "attention", "kind": ""}
+    wanted = {"component": "", "depth": "1", "processors": "false", "by": "attention", "kind": "", "prompt": ""}
     overrides = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key in wanted:
-            wanted[key] = value
+            wanted[key] = value.strip("'\"") if key == "prompt" else value
         elif key.startswith("model"):
             overrides.append(argument)
         else:
@@ -130,13 +208,17 @@ def report(arguments: list[str]) -> list[str]:
     if missing := OmegaConf.missing_keys(conf):
         raise RequestError(f"model.{min(missing)}", "has no value; give one")
     source = models.resolve(models.ModelSpec.of(conf, {}))
-    component = wanted["component"] or source.denoiser
+    component = source.denoiser if wanted["component"] in ("", DENOISER) else wanted["component"]
     module = source.skeleton(component)
     lines = [f"{conf.name}: {source.index.get('_class_name', 'pipeline')} with {', '.join(source.components)}", ""]
     if component == source.denoiser:
         lines += [*layer_lines(module, wanted["by"], wanted["kind"]), ""]
         shown = processor_lines(module)
         lines += [*(shown if wanted["processors"] == "true" else shown[:1]), ""]
+    elif component in KINDS_OF:
+        lines += [*component_lines(source, component, module, wanted["by"], wanted["kind"]), ""]
+    if wanted["prompt"]:
+        lines += [*token_lines(source, wanted["prompt"]), ""]
     return [*lines, *tree(module, int(wanted["depth"]), component)]
 
 

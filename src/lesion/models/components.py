@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lesion.errors import RequestError
 from lesion.models import layers
 from lesion.models.source import TEMPLATED
-from lesion.study.components import DENOISER, VAE, decoder_layer
+from lesion.study.components import DENOISER, KINDS, TEXT, VAE, decoder_layer
 from lesion.study.tokens import BY, expanded
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ ENCODERS: Mapping[str, tuple[str, str]] = {
     "UMT5EncoderModel": _T5,
 }
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
+KNOWN = {**dict.fromkeys(TEXT, tuple(ENCODERS)), VAE: AUTOENCODERS}  # classes by component
 
 
 def layer_paths(
@@ -48,6 +50,16 @@ def asked_paths(source: Source, asked: Layers) -> tuple[str, ...]:
     if asked.tokens and source.pipeline.startswith(TEMPLATED):
         raise RequestError("layers.by", f"{source.pipeline} puts a template around its prompts: not with {BY}")
     return layer_paths(source, asked.components, asked.grouping, asked.kind, asked.tokens)
+
+
+def kinds(source: Source, component: str) -> tuple[str, ...]:
+    """The values of `layers.kind` that a component of the pipeline has layers of; none if its class is not known."""
+    found = []
+    for kind in KINDS[component]:
+        with suppress(RequestError):
+            if _paths(source, component, "attention", kind):
+                found.append(kind)
+    return tuple(found)
 
 
 def _paths(source: Source, component: str, by: str, kind: str) -> list[str]:

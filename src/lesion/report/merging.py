@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lesion.analysis.cells import names_of
 from lesion.analysis.settings import slug
 from lesion.report.data import inside
 from lesion.store import tables
@@ -32,6 +33,7 @@ from lesion.study.columns import (
     WHOLE,
 )
 from lesion.study.components import DENOISER
+from lesion.study.tokens import layer_and_set
 
 RESULTS, FLOOR, MAPS = "results.parquet", "floor.parquet", "maps.parquet"
 BEST = {"ok": 0, "invalid": 1, "failed": 2}
@@ -179,13 +181,27 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> dict[tuple[str, st
         for name in names:
             if name not in run.frame:
                 continue
-            rows = run.frame[run.frame["selection"] != "none"] if name == "protocol" else run.frame
-            keys = ["model", "replacement"] if name == "protocol" else ["model"]
+            rows, keys = run.frame, ["model"]
+            if name == "protocol":  # of lesions, each compared with those in the same components and sets of tokens
+                rows = rows[rows["selection"] != "none"]
+                component = rows[COMPONENT].fillna(DENOISER) if COMPONENT in rows else DENOISER
+                rows = rows.assign(_component=component, _tokens=_sets(rows))
+                keys = ["model", "replacement", "_component", "_tokens"]
             for key, values in rows.groupby(keys, sort=False)[name]:
-                what = f"{name} of replacement {key[1]}" if name == "protocol" else name
+                what = name
+                if name == "protocol":
+                    where = " ".join(str(one) for one in key[2:] if one)
+                    what = f"{name} of replacement {key[1]}" + (f" in {where}" if where != DENOISER else "")
                 for value in values.astype(object).where(values.notna(), "").astype(str).unique():
                     found[what, str(key[0])][value].append(run.folder)
     return {key: dict(values) for key, values in found.items() if len(values) > 1}
+
+
+def _sets(rows: pd.DataFrame) -> pd.Series:
+    """Of each lesion the sets of text tokens in it, joined by "+"; "" where layers are lesioned as a whole."""
+    named = rows["layer"].where(rows["lesioned"] == "", rows["lesioned"])
+    known = {text: "+".join(sorted({layer_and_set(one)[1] for one in names_of(text)})) for text in named.unique()}
+    return named.map(known)
 
 
 def check(runs: Sequence[Run]) -> None:

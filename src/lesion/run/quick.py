@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
 from lesion import replacements
-from lesion.denoising.run import Denoising, Enough, sample_of
+from lesion.denoising.run import COND, UNCOND, Denoising, Enough, sample_of
 from lesion.denoising.wrapping import forward_replaced, method_replaced
 from lesion.errors import RequestError
 from lesion.models.source import APART
 from lesion.study import layer_patterns
 from lesion.study.checks import one_of, share
-from lesion.study.lesions import BRANCHES, MOST, Lesion
+from lesion.study.components import COMPONENTS, DENOISER, VAE, check_axes, parse_components
+from lesion.study.lesions import BRANCHES, MOST, Axes, Lesion
 from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, text_sites
+from lesion.surgery.components import Applied, ComponentLesions, examine_component
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, replacement_key
 
@@ -30,6 +33,7 @@ def lesioned(
     layers: str | Sequence[str],
     replacement: str = "zero",
     *,
+    component: str = DENOISER,
     by: str = "attention",
     kind: str | None = None,
     window: tuple[float, float] = (0.0, 1.0),
@@ -45,15 +49,23 @@ def lesioned(
     layers: module paths as `lesion-inspect` lists them, with * and ?, or re:REGEX; one or a list.
     replacement: a name of `lesion.replacements`, but for `mean`, `optimal`, `resample` and `resample_pairs`, which need
         a study.
+    component: whose layers, as `layers.component`: the denoiser, or a text encoder or the vae, whose layers have its
+        name in front: `text_encoder.encoder.layers.3`. Text is lesioned as it is encoded, so within a block give
+        prompts, not embeddings.
     by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`; kind None: the first
-        that the model has.
-    window: [start, end) as fractions of the denoising steps.
-    branch: both, cond or uncond.
+        that the model has, of other components than the denoiser block.
+    window: [start, end) as fractions of the denoising steps; of other components than the denoiser all of them.
+    branch: both, cond or uncond; of the vae both. Of text encoders it takes pipelines that encode the prompt first.
     strength: in [0, 1], of `double` in [0, 2].
     options: of the replacement, e.g. `prompt` of `donor_prompt`.
 
     Raises RequestError for what cannot be done, naming what is allowed.
     """
+    one_of("component", component, COMPONENTS)
+    if component != DENOISER:
+        with _once(pipe, layers, replacement, component, by, kind or "block", window, branch, strength, options):
+            yield
+        return
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if denoiser is None:
         raise RequestError("pipe", f"{type(pipe).__name__} has no unet and no transformer")
@@ -76,6 +88,63 @@ def lesioned(
         stack.callback(calls.end)
         stack.enter_context(method_replaced(pipe.scheduler, "set_timesteps", calls.beginning))
         stack.enter_context(forward_replaced(denoiser, calls.lesioned))
+        yield
+
+
+@contextmanager
+def _once(
+    pipe: Any,
+    layers: str | Sequence[str],
+    replacement: str,
+    component: str,
+    by: str,
+    kind: str,
+    window: tuple[float, float],
+    branch: str,
+    strength: float,
+    options: Mapping[str, Any],
+) -> Iterator[None]:
+    """Lesion layers of what runs once an image, in every run of it within the block: of branch=cond and uncond in the
+    first and the second that an encoder has before the denoising."""
+    module = getattr(pipe, component, None)
+    if module is None:
+        raise RequestError("component", f"{type(pipe).__name__} has no {component}")
+    one_of("branch", branch, BRANCHES)
+    parse_components([component], by, kind)
+    start, end = window
+    check_axes([component], Axes(selections={}, windows=((start, end),), branches=(branch,)))
+    if replacement in UNFIT:
+        raise RequestError("replacement", f"{replacement} {UNFIT[replacement]}; use lesion.study")
+    described = replacements.describe(replacement, options)
+    replacements.check(replacement, kind, (branch,), by, (share("strength", strength, MOST),), (component,))
+    try:
+        anatomy = examine_component(component, module, by, kind)
+    except AnatomyError as error:
+        raise RequestError(error.key, str(error)) from None
+    lesion = Lesion("custom", "", _chosen(layers, anatomy), described, (start, end), branch, strength, kind)
+    applied = Applied(lesion, replacements.find(replacement).build(options, SimpleNamespace()))
+    lesions, runs = ComponentLesions({component: anatomy}, [], {}), itertools.count()
+
+    def lesioned(run: Callable[..., Any]) -> Callable[..., Any]:
+        def under(*args: Any, **kwargs: Any) -> Any:
+            row = {0: "cond", 1: "uncond"}.get(next(runs), "")
+            what = (applied, UNCOND if row == "uncond" else COND) if branch in ("both", row) and strength else None
+            with lesions.at_work(component, module, what):
+                return run(*args, **kwargs)
+
+        return under
+
+    def beginning(set_timesteps: Callable[..., Any]) -> Callable[..., Any]:
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            nonlocal runs
+            runs = itertools.count()  # the text is encoded
+            return set_timesteps(*args, **kwargs)
+
+        return begin
+
+    with ExitStack() as stack:
+        stack.enter_context(method_replaced(pipe.scheduler, "set_timesteps", beginning))
+        stack.enter_context(method_replaced(module, "decode" if component == VAE else "forward", lesioned))
         yield
 
 

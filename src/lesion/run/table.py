@@ -35,7 +35,6 @@ def results(
     """
     columns: defaultdict[str, list[Any]] = defaultdict(list)
     parts: list[pd.DataFrame] = []
-    protocol = study.protocol
     scorer = {
         "scorer": scores.spec.name,
         "scorer_identity": "; ".join(scores.identities.values()),
@@ -55,7 +54,7 @@ def results(
             "image": "" if status == "failed" else publisher.place(cell),
             **{column: values.get(column, float("nan")) for column in scores.identities},
             **scorer,
-            "protocol": protocol[cell.lesion.replacement.name] if cell.lesion else "",
+            "protocol": study.protocol_of(cell.lesion) if cell.lesion else "",
             **({COMPONENT: component(cell)} if several else {}),
             **({WHOLE: study.whole, PLACE: place} if sharded else {}),
         }

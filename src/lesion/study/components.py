@@ -78,6 +78,17 @@ def components_of(layers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(component for component in COMPONENTS if component in found)
 
 
+def family_of(layer: str) -> tuple[str, str]:
+    """What layers have in common that are compared with one another: the component, and the set of text tokens."""
+    return component_of(layer), tokens.layer_and_set(layer)[1]
+
+
+@lru_cache(4096)
+def families_of(layers: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    """The families that these layers are of."""
+    return frozenset(map(family_of, layers))
+
+
 def part_of(lesion: Lesion | None, component: str) -> Lesion | None:
     """What a lesion does to a component; None if nothing."""
     if lesion is None or not lesion.strength:

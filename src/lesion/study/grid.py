@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lesion.errors import RequestError
-from lesion.study.components import AFTER, VAE, components_of
+from lesion.study.components import AFTER, VAE, components_of, families_of, family_of
 from lesion.study.lesions import Axes, Choice, Lesion, Replacement, choices, digest_of
 from lesion.study.prompts import Prompt
 from lesion.study.settings import Settings
@@ -329,11 +329,25 @@ class Study:
 
     @property
     def protocol(self) -> Mapping[str, str]:
-        """For each replacement 8 hex digits: the layers under study and its calibration. Only equals compare."""
-        return {
-            replacement.name: digest_of([dict(replacement.identity), self.layers])[:8]
-            for replacement in self.replacements
-        }
+        """For each replacement 8 hex digits: the layers under study and its calibration."""
+        return {replacement.name: _protocol(replacement, self.layers) for replacement in self.replacements}
+
+    def protocol_of(self, lesion: Lesion) -> str:
+        """Of a lesion 8 hex digits: the layers under study of its families, and its calibration. Only equals compare.
+
+        So studies of different components, or sets of tokens, stand beside one another.
+        """
+        families = families_of(lesion.layers)
+        known = self._protocols
+        key = lesion.replacement.name, families
+        if key not in known:
+            layers = tuple(layer for layer in self.layers if family_of(layer) in families)
+            known[key] = _protocol(lesion.replacement, layers)
+        return known[key]
+
+    @cached_property
+    def _protocols(self) -> dict[Any, str]:
+        return {}
 
     @property
     def begins(self) -> tuple[tuple[float, float], ...]:
@@ -344,6 +358,10 @@ class Study:
         kinds = len(self.replacements) * len(self.windows) * len(self.branches) * len(self.strengths)
         lesions = kinds * sum(len(picked) for picked in self._choices.values())
         return self._subjects * (1 + lesions)
+
+
+def _protocol(replacement: Replacement, layers: Sequence[str]) -> str:
+    return digest_of([dict(replacement.identity), layers])[:8]
 
 
 def kind_of(lesion: Lesion | None) -> tuple[Any, ...]:
