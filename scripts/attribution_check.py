@@ -162,7 +162,8 @@ class Half:
         best = {*np.argsort(-real)[:most]} & {*np.argsort(-scores)[:most]}
         some = real >= EFFECT
         order = [stats.spearmanr(scores[kept], real[kept]).statistic for kept in (real > -1, some)]
-        return f"{order[0]:.2f} | {order[1]:.2f} ({some.sum()}) | {len(best)}/{most}"
+        some_order = f"{order[1]:.2f}" if some.sum() > 2 else "n/a"
+        return f"{order[0]:.2f} | {some_order} ({some.sum()}) | {len(best)}/{most}"
 
 
 def main() -> None:
