@@ -17,7 +17,7 @@ import pandas as pd
 from lesion.analysis.cells import names_of
 from lesion.report.merging import put_together, run_folders
 from lesion.study.components import COMPONENTS, components_of
-from lesion.study.tokens import layer_and_set
+from lesion.study.tokens import MARK, layer_and_set
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"(<!-- grid -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -60,7 +60,7 @@ def of_components(found: pd.DataFrame) -> str:
 def of_tokens(found: pd.DataFrame) -> str:
     """A row for each set of tokens and where it is lesioned."""
     lines = [f"| tokens | lesioned in | importance | {' | '.join(BROKEN)} |", "| --- | --- | --- | --- | --- |"]
-    for lesioned, rows in found.groupby("lesioned", sort=False):
+    for lesioned, rows in found.groupby(found["layer"].where(found["layer"] != "", found["lesioned"]), sort=False):
         layers = names_of(lesioned)
         (name,) = {layer_and_set(layer)[1] for layer in layers}
         means = rows[["importance", *ASPECTS]].mean()
@@ -76,10 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     frame, _, _, _ = put_together(run_folders(args.folders), Path.cwd())
     found = effects(frame)
-    tables = {
-        "components.md": of_components(found[found["selection"] == "leave_one_out"]),
-        "tokens.md": of_tokens(found[found["selection"] == "custom"]),
-    }
+    of_sets = found["layer"].str.contains(MARK, regex=False) | found["lesioned"].str.contains(MARK, regex=False)
+    tables = {"components.md": of_components(found[~of_sets]), "tokens.md": of_tokens(found[of_sets])}
     for name, table in tables.items():
         page = DOCS / name
         if args.print:

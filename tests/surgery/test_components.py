@@ -325,12 +325,12 @@ def test_a_study_of_several_components_from_the_command_line(cli):
     _, out, _ = cli(*study, "layers.include=null", "dry_run=true")
     assert "already in the store store: 2" in out
     # What is compared with one another is of one component; runs of others stand beside it.
-    tokens = ["layers.by=token", "layers.tokens=[words]", "layers.kind=cross_attention", "layers.include=[mid_block*]"]
+    tokens = ["layers.by=token", "layers.tokens=[words]", "layers.kind=cross_attention", "layers.include=null"]
     code, _, err = cli(*study, *tokens)
     assert code == 0, err
     both, _, _, _ = put_together(run_folders([cli.folder / "outputs"]), cli.folder)
     assert both["component"].tolist() == [*frame["component"], "denoiser"]
-    assert both["layer"].tolist() == [*frame["layer"], "mid_block.attentions.0.tokens.words"]
+    assert both["layer"].tolist() == [*frame["layer"], "denoiser.tokens.words"]
     assert [(table["layer"].iloc[0], len(table)) for table in map(layer_table, (rows(both, one) for one in
             settings_in(both)))] == [("text_encoder.encoder.layers.0", 6), (both["layer"].iloc[-1], 1)]  # fmt: skip
     code, _, err = cli(*study, "layers.component=[denoiser]", "layers.include=[up_blocks.0*,mid_block*]")

@@ -18,12 +18,14 @@ from lesion import models, replacements
 from lesion.denoising.run import COND, UNCOND
 from lesion.errors import RequestError
 from lesion.generation.generate import generate, token_places
+from lesion.models.components import asked_paths
 from lesion.models.tokens import check_texts, columns_of
 from lesion.models.words import in_parts
 from lesion.replacements.mask import Mask
 from lesion.replacements.resample import Resample
 from lesion.replacements.zero import Zero
 from lesion.run.job import examined
+from lesion.study.components import component_of
 from lesion.study.grid import Cell
 from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion
@@ -45,7 +47,7 @@ def folder_of(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
                      or pipelines.build(name, root / name))  # fmt: skip
 
 
-def asked(tokens, kind="cross_attention", by="token", component="denoiser"):
+def asked(tokens, kind="cross_attention", by="attention_token", component="denoiser"):
     return Layers.of(
         {"by": by, "tokens": tokens, "kind": kind, "include": None, "exclude": None, "component": component}
     )
@@ -71,6 +73,19 @@ def images(model, name, replacement="zero", options=None, layers=None, texts=TEX
     bench = replacements.Bench(model, given, None, 2)
     built = {replacement_key(one): replacements.build(replacement, options or {}, bench)}
     return generate(model, cells, built)
+
+
+def test_a_set_in_a_whole_component_is_that_set_in_each_of_its_layers(folder_of):
+    model, source = loaded(folder_of("sd")), models.resolve(tiny_spec(folder_of("sd")))
+    layers = asked([WORD, "padding"], by="token", component=["text_encoder", "denoiser"])
+    whole = examined(models.load(source, "cpu"), source, layers)
+    assert whole.anatomy.paths == (f"denoiser.tokens.{WORD}", "denoiser.tokens.padding")
+    assert asked_paths(source, layers) == (*whole.components["text_encoder"].paths, *whole.anatomy.paths)
+    assert [component_of(path) for path in asked_paths(source, layers)] == [*["text_encoder"] * 2, *["denoiser"] * 2]
+    for replacement in ("zero", "mask"):
+        assert np.array_equal(images(whole, WORD, replacement), images(model, WORD, replacement))
+    both = images(whole, WORD, layers=asked_paths(source, layers))
+    assert not np.array_equal(both, images(whole, WORD))
 
 
 def places_of(model, name):
@@ -370,8 +385,8 @@ def test_sets_of_tokens_by_name(folder_of):
         (lambda: asked(["re:a+"]), "layers.tokens: 're:a.' has a +"),
         (lambda: asked(["re:("]), "layers.tokens: 're:.' is no regular expression"),
         (lambda: asked(["word:red circle/0"]), "layers.tokens: got 'word:red circle/0'"),
-        (lambda: asked(["end"], by="attention"), "layers.tokens: needs layers.by=token; allowed with attention: null"),
-        (lambda: asked(None, "feed_forward"), "layers.kind: got feed_forward; allowed with layers.by=token: cross"),
+        (lambda: asked(["end"], by="attention"), "layers.tokens: needs layers.by=token or attention_token; allowed"),
+        (lambda: asked(None, "feed_forward"), "layers.kind: got feed_forward; allowed with .*_token: cross"),
         (lambda: replacements.check("mean", "cross_attention", ["both"], "token"),
          "replacement: mean does not suit single tokens; allowed with layers.by=token: donor_prompt, double, mask, n"),
         (lambda: replacements.check("mask", "cross_attention", ["both"]), "replacement: mask .*: layers.by=token"),
@@ -407,7 +422,7 @@ def test_a_study_from_the_command_line(cli):
     """Rows of one layer and several sets; a prompt that fills the encoder has no padding, and only its cells fail."""
     full = "a red circle" + " and a blue star" * 30
     code, _, err = cli(
-        "layers.by=token", "layers.tokens=['re:^red$',padding]", "layers.include=[mid_block*]",
+        "layers.by=attention_token", "layers.tokens=['re:^red$',padding]", "layers.include=[mid_block*]",
         "replacement=[zero,mask]",
         f"prompts.items=[a red circle,{full}]", "generation.steps=1", "selection=leave_one_out",
     )  # fmt: skip

@@ -99,7 +99,7 @@ def component_lines(source: models.Source, component: str, module: nn.Module, by
         name = source.components[component][1]
         return [f"no layers to lesion: {component} is a {name}; known are {', '.join(components.KNOWN[component])}"]
     for key, given, known in (("by", by, GRANULARITIES_OF[component]), ("kind", kind or "block", allowed)):
-        one_of(key, given, [one for one in known if one != tokens.BY])
+        one_of(key, given, [one for one in known if one not in tokens.BY])
     layers = examine_component(component, module, by, kind or "block").layers
     width = max(len(layer.path) for layer in layers)
     lines = [f"{'layer':{width}}  sites  first module", f"{'-' * width}  -----  ------------"]

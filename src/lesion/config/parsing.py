@@ -220,7 +220,7 @@ def _check_compiled(model: ModelSpec, layers: Layers) -> None:
         return
     if layers.kind == "text_stream":
         raise RequestError("performance.compile", "does not work with layers.kind=text_stream; allowed here: false")
-    if layers.by in ("head", "token"):
+    if layers.by == "head" or layers.tokens:
         raise RequestError("performance.compile", f"does not work with layers.by={layers.by}; allowed here: false")
     if model.shared_rows:
         raise RequestError("performance.shared_rows", "works without performance.compile only; allowed here: false")

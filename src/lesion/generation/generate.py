@@ -100,7 +100,7 @@ def token_places(
     Raises ValueError, in a sentence that says why, where a prompt has none of them.
     """
     anatomy = model.anatomy if component == DENOISER else model.components[component]
-    if anatomy.by != BY:
+    if anatomy.by not in BY:
         return None
     settings = cells[0].settings
     pipe = model.pipeline(settings.task)

@@ -10,7 +10,7 @@ from lesion.errors import RequestError
 from lesion.models import layers
 from lesion.models.source import TEMPLATED
 from lesion.study.components import DENOISER, KINDS, TEXT, VAE, decoder_layer
-from lesion.study.tokens import BY, expanded
+from lesion.study.tokens import expanded
 
 if TYPE_CHECKING:
     from lesion.models.source import Source
@@ -29,11 +29,16 @@ KNOWN = {**dict.fromkeys(TEXT, tuple(ENCODERS)), VAE: AUTOENCODERS}  # classes b
 
 
 def layer_paths(
-    source: Source, components: Sequence[str], by: str, kind: str, tokens: Sequence[str] = ()
+    source: Source,
+    components: Sequence[str],
+    by: str,
+    kind: str,
+    tokens: Sequence[str] = (),
+    everywhere: bool = False,
 ) -> tuple[str, ...]:
     """Names of the layers of these components, in the order in which an image passes them, without their weights.
 
-    tokens: sets of text tokens, each of which makes a layer of its own of every layer.
+    tokens: sets of text tokens, each of which makes a layer of its own of every layer; everywhere: one of all together.
 
     Raises RequestError for a component that the model lacks, or of a class whose layers are not known.
     """
@@ -41,15 +46,15 @@ def layer_paths(
     for component in components:
         of_denoiser = component == DENOISER
         own = layers.layer_paths(source, by, kind) if of_denoiser else _paths(source, component, by, kind)
-        found += expanded(own, tokens)
+        found += expanded(own, tokens, component if everywhere else "")
     return tuple(found)
 
 
 def asked_paths(source: Source, asked: Layers) -> tuple[str, ...]:
     """`layer_paths` of those that a study asks for, before it chooses some. Raises RequestError as that does."""
     if asked.tokens and source.pipeline.startswith(TEMPLATED):
-        raise RequestError("layers.by", f"{source.pipeline} puts a template around its prompts: not with {BY}")
-    return layer_paths(source, asked.components, asked.grouping, asked.kind, asked.tokens)
+        raise RequestError("layers.by", f"{source.pipeline} puts a template around its prompts: not with {asked.by}")
+    return layer_paths(source, asked.components, asked.grouping, asked.kind, asked.tokens, asked.everywhere)
 
 
 def kinds(source: Source, component: str) -> tuple[str, ...]:

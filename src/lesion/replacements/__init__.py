@@ -75,10 +75,10 @@ def check(
     if not one.once and (others := [component for component in components if component != DENOISER]):
         allowed = ", ".join(other for other in known() if find(other).once)
         raise RequestError("replacement", f"{name} suits the denoiser only; with {others[0]}: {allowed}")
-    if one.changes == "tokens" and by != tokens.BY:
-        raise RequestError("replacement", f"{name} is of text tokens; with it: layers.by={tokens.BY}")
-    kinds = one.kinds_of_tokens() if by == tokens.BY else one.kinds
-    if by == tokens.BY and not kinds:
+    if one.changes == "tokens" and by not in tokens.BY:
+        raise RequestError("replacement", f"{name} is of text tokens; with it: layers.by={', '.join(tokens.BY)}")
+    kinds = one.kinds_of_tokens() if by in tokens.BY else one.kinds
+    if by in tokens.BY and not kinds:
         suited = ", ".join(other for other in known() if kind in find(other).kinds_of_tokens())
         raise RequestError("replacement", f"{name} does not suit single tokens; allowed with layers.by={by}: {suited}")
     if kinds is not None and kind not in kinds:

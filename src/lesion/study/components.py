@@ -25,7 +25,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     VAE: ("self_attention", "block"),
 }
 GRANULARITIES: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(TEXT, ("attention", "transformer_block", tokens.BY)),
+    **dict.fromkeys(TEXT, ("attention", "transformer_block", *tokens.BY)),
     VAE: ("attention", "transformer_block", "block", "stage"),
 }
 AFTER = (1.0, 1.0)  # stands for a window that opens once the last step is done
@@ -39,7 +39,7 @@ def parse_components(value: Any, by: str, kind: str) -> tuple[str, ...]:
     asked = [one_of("layers.component", one, COMPONENTS) for one in distinct("layers.component", value)]
     for component in asked:
         for key, given, allowed in (("by", by, GRANULARITIES), ("kind", kind, KINDS)):
-            if key == "kind" and by == tokens.BY:  # of tokens it is the self-attention
+            if key == "kind" and by in tokens.BY:  # of tokens it is the self-attention
                 continue
             if component in allowed and given not in allowed[component]:
                 choices = ", ".join(allowed[component])

@@ -16,7 +16,7 @@ KINDS = (
     "text_stream",
 )
 GRANULARITIES = ("attention", "transformer_block", "block", "stage", "head")
-ALL_BY = (*GRANULARITIES, tokens.BY)
+ALL_BY = (*GRANULARITIES, *tokens.BY)
 WITH_HEADS = ("cross_attention", "self_attention", "joint_attention")  # kinds that `by=head` can take apart
 
 
@@ -26,7 +26,7 @@ class Layers:
 
     include, exclude: patterns of layer paths, a glob or `re:` and a regular expression; None for all and for none.
     components: whose layers, in the order in which an image passes them.
-    tokens: with by=token the sets of text tokens, of each of which every layer by attention makes one; else none.
+    tokens: with by=token or attention_token the sets of text tokens that layers are made of; else none.
     """
 
     by: str
@@ -35,6 +35,11 @@ class Layers:
     exclude: tuple[str, ...] | None = None
     components: tuple[str, ...] = (DENOISER,)
     tokens: tuple[str, ...] = ()
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether each set of tokens is lesioned in a whole component."""
+        return self.by == tokens.EVERYWHERE
 
     @property
     def grouping(self) -> str:
@@ -49,13 +54,13 @@ class Layers:
             raise RequestError(
                 "layers.by", f"{kind} has no attention heads; with head: layers.kind={', '.join(WITH_HEADS)}"
             )
-        if by == tokens.BY and kind not in tokens.KINDS:
+        if by in tokens.BY and kind not in tokens.KINDS:
             raise RequestError("layers.kind", f"got {kind}; allowed with layers.by={by}: {', '.join(tokens.KINDS)}")
-        if by != tokens.BY and config.get("tokens") is not None:
-            raise RequestError(tokens.KEY, f"needs layers.by={tokens.BY}; allowed with {by}: null")
+        if by not in tokens.BY and config.get("tokens") is not None:
+            raise RequestError(tokens.KEY, f"needs layers.by={' or '.join(tokens.BY)}; allowed with {by}: null")
         include, exclude = (_patterns(f"layers.{name}", config[name]) for name in ("include", "exclude"))
         components = parse_components(config["component"], by, kind)
-        named = tokens.parse_tokens(config.get("tokens")) if by == tokens.BY else ()
+        named = tokens.parse_tokens(config.get("tokens")) if by in tokens.BY else ()
         return cls(by, kind, include, exclude, components, named)
 
     def chosen(self, paths: Sequence[str]) -> tuple[str, ...]:

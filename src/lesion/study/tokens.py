@@ -1,7 +1,8 @@
 """Sets of text tokens by name, and layers that are what one such set brings to a layer. Imports nothing of torch.
 
-With `layers.by=token` each layer under study is a layer by `attention` and a set of tokens:
-`up_blocks.2.attentions.2.tokens.word:red`. Which tokens of a prompt a set has is for `lesion.models.tokens`.
+With `layers.by=token` each set in all layers of a component is a layer under study, `denoiser.tokens.word:red`; with
+`attention_token` each set in each layer by `attention`, `up_blocks.2.attentions.2.tokens.word:red`. Which tokens of a
+prompt a set has is for `lesion.models.tokens`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from lesion.study import layer_patterns
 from lesion.study.checks import distinct
 from lesion.study.words import words_in
 
-BY = "token"  # the value of `layers.by`
+EVERYWHERE, EACH = "token", "attention_token"
+BY = (EVERYWHERE, EACH)  # values of `layers.by`
 KEY = "layers.tokens"
 KINDS = ("cross_attention", "text_to_image")  # of sites that tokens can be told apart in
 GROUPS = ("begin", "words", "rest", "end", "padding")
@@ -71,9 +73,12 @@ def of_text(name: str) -> bool:
     return name.startswith((WORD, ASPECT, REGEX))
 
 
-def expanded(paths: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """The layers by token: each of these layers with each set; all as they are where no set is named."""
-    return tuple(f"{path}{MARK}{name}" for path in paths for name in names) if names else tuple(paths)
+def expanded(paths: Sequence[str], names: Sequence[str], whole: str = "") -> tuple[str, ...]:
+    """The layers by token: each of these layers with each set; all as they are where no set is named.
+
+    whole: the component, where each set in all of its layers is one.
+    """
+    return tuple(f"{path}{MARK}{name}" for path in ([whole] if whole else paths) for name in names) or tuple(paths)
 
 
 def layer_and_set(path: str) -> tuple[str, str]:

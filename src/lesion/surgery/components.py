@@ -87,13 +87,16 @@ def _text_sites(component: str, encoder: nn.Module, kind: str) -> Iterator[tuple
             yield f"{component}.{match['layer']}", Site(hook[kind].module, 0, 0, 0, 0, hook[kind])
 
 
-def encoder_tokens(anatomy: Anatomy, names: Sequence[str]) -> Anatomy:
-    """The layers by token of a text encoder, of its anatomy by self-attention: the values of sets of tokens."""
+def encoder_tokens(anatomy: Anatomy, names: Sequence[str], whole: str = "") -> Anatomy:
+    """The layers by token of a text encoder, of its anatomy by self-attention: the values of sets of tokens.
+
+    whole: the encoder, where each set in all of its layers is one.
+    """
 
     def values(site: Site) -> HookPoint:
         return HookPoint(f"{site.hook.module}.{_VALUES[site.hook.module.rpartition('.')[2]]}")
 
-    return with_tokens(anatomy, names, values)
+    return with_tokens(anatomy, names, values, whole)
 
 
 def _decoder_sites(vae: nn.Module, by: str, kind: str) -> Iterator[tuple[str, Site]]:

@@ -8,6 +8,7 @@ processor this is an attention mask. Nothing of what the text itself gets in a j
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lesion.denoising.wrapping import forward_replaced
-from lesion.study.tokens import expanded, layer_and_set
+from lesion.study.tokens import EACH, EVERYWHERE, expanded, layer_and_set
 from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
 from lesion.surgery.hook_points import Call, FromText, HookPoint, ImageStream, ImageTokens, Share, TextLength
 from lesion.surgery.intervention import Intervention
@@ -39,22 +40,26 @@ class Places:
 
 
 def with_tokens(
-    anatomy: Anatomy, names: Sequence[str], of_tokens: Callable[[Site], HookPoint] | None = None
+    anatomy: Anatomy,
+    names: Sequence[str],
+    of_tokens: Callable[[Site], HookPoint] | None = None,
+    whole: str = "",
 ) -> Anatomy:
     """The layers by token: each layer of an anatomy by attention with each of these sets of tokens.
 
     of_tokens: the hook point of what tokens bring to a site; of a denoiser's None.
+    whole: the component, where each set in all of its layers is one layer.
     """
+    places = of_tokens or _of_tokens
+    groups = anatomy.layers
+    if whole:
+        groups = (Layer(whole, 0, "", 0, tuple(site for layer in groups for site in layer.sites)),)
     layers: list[Layer] = []
-    for layer in anatomy.layers:
-        for name in names:
-            (path,) = expanded([layer.path], [name])
-            sites = tuple(
-                replace(site, path=expanded([site.path], [name])[0], hook=(of_tokens or _of_tokens)(site))
-                for site in layer.sites
-            )
-            layers.append(Layer(path, len(layers), layer.place, layer.resolution, sites))
-    return Anatomy(tuple(layers), anatomy.kind, "token")
+    for layer, name in itertools.product(groups, names):
+        sites = tuple(replace(site, path=expanded([site.path], [name])[0], hook=places(site)) for site in layer.sites)
+        path = expanded([layer.path], [name])[0]
+        layers.append(Layer(path, len(layers), layer.place, layer.resolution, sites))
+    return Anatomy(tuple(layers), anatomy.kind, EVERYWHERE if whole else EACH)
 
 
 def _of_tokens(site: Site) -> HookPoint:
