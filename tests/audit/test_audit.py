@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from lesion.audit import run as auditing
+from lesion.audit.checks import Check
 from lesion.audit.paper import Tables, numbers
 from lesion.cli import audit
 from lesion.report.pictures import Drawn
@@ -53,6 +54,12 @@ def last_digit(folder: Path) -> None:
 def edited(folder: Path) -> None:
     path = folder / ".hydra" / "config.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("steps: 3", "steps: 4"), encoding="utf-8")
+
+
+def of_other_torch(folder: Path) -> None:
+    record = json.loads((folder / environment.RECORD).read_text())
+    record["runs"][0]["torch"] = "1.13.0"
+    (folder / environment.RECORD).write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -104,14 +111,28 @@ def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, w
     rescored(one)
     last_digit(one)
     edited(one)
+    of_other_torch(one)
+    shutil.copyfile(images[2], images[2].with_name("more.png"))
+    with Image.open(images[3]) as image:
+        pixels = np.array(image)
+    images[3].unlink()
+    Image.fromarray(pixels).save(images[3])
+    (one / "confirmation.json").write_text("{}")
     assert audit.main([str(one), "--share", "1", "--out", str(cli.folder / "elsewhere")]) == 1
     said = capfd.readouterr().out
     (checks,) = json.loads((cli.folder / "elsewhere" / "audit.json").read_text())["checks"].values()
     differs = {check["name"]: check["differs"] for check in checks}
-    assert {"results.parquet", ".hydra/config.yaml"} <= {text.split()[0] for text in differs["files"]}
+    named = {"results.parquet", ".hydra/config.yaml", "environment.json"}
+    assert named <= {text.split()[0] for text in differs["files"] if "is not the file that was written" in text}
+    assert "confirmation.json has no digest in SHA256SUMS" in differs["files"]
     assert ".hydra/config.yaml: generation.steps is 4, was 3 when the study ran" in differs["config"]
-    (picture,) = differs["pictures"]  # the other file says nothing of its pixels, so only making it again can tell
-    assert images[0].name in picture and "not those that were made" in picture
+    # images[1] says nothing of its pixels, so only making it again can tell.
+    assert [text.split()[0].rpartition("/")[2] for text in differs["pictures"]] == [
+        images[0].name, images[3].name, "more.png"
+    ]  # fmt: skip
+    why = ("not those that were made", "it has no record of what it shows", "is of no row of the results")
+    assert all(text.endswith(words) for text, words in zip(differs["pictures"], why, strict=True))
+    assert differs["remade"] == ["12 pictures are none that the config asks for, so cannot be made again"]
     assert any("layers--" in text and "importance" in text for text in differs["report"])
     assert "not signed off" in said and "generation.steps" in said
 
@@ -130,6 +151,13 @@ def test_scores_and_pixels_are_compared_with_what_is_worked_out_anew(cli):
     assert any("row 4" in text and "in the store" in text for text in scores)  # in its last digit
     assert any("row 6" in text and "anew" in text for text in scores)
     assert differs["remade"] == [f"cell {keys['cell'].iloc[2]}: made anew, 1 pixels differ, by up to 1/255"]
+    # A record with the digest to it is told by the images.
+    of_other_torch(folder)
+    sample = auditing.RunAudit(folder, auditing.Sample(), cli.folder / "versions")
+    sample.work.mkdir()
+    sample.given, check = sample._results(), Check("remade", "images")
+    sample._made_with(check)
+    assert [text.partition(" by ")[0] for text in check.differs] == ["environment.json: torch is 1.13.0,"]
     # Of a run that has no record, the batch effect is allowed.
     (folder / environment.RECORD).unlink()
     (folder / "SHA256SUMS").unlink()

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,7 @@ class RunAudit:
             for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
                 digest, _, name = line.partition("  ")
                 wanted[name] = digest
-            for name in TABLES:
+            for name in (*TABLES, *folders.SEALED):
                 if (self.folder / name).is_file() and name not in wanted:
                     check.differs.append(f"{name} has no digest in {SUMS}")
         elif self.record is None:
@@ -111,10 +111,13 @@ class RunAudit:
         for name, digest in wanted.items():
             check.looked += 1
             if environment.sha256(self.folder / name) != digest:
-                check.differs.append(f"{name} is not the file that was written")
+                there = (self.folder / name).is_file()
+                check.differs.append(f"{name} is not the file that was written" if there else f"{name} is not there")
 
     def config(self, check: Check) -> None:
         """The config against the records of what was asked, key by key; then what it asks for is laid out."""
+        if not (self.folder / ".hydra" / "config.yaml").is_file():
+            raise Refused(".hydra/config.yaml is not there")
         config = OmegaConf.load(self.folder / ".hydra" / "config.yaml")
         assert isinstance(config, DictConfig)
         start = Path((self.record or {}).get("folder", Path.cwd()))
@@ -180,18 +183,26 @@ class RunAudit:
                 path.unlink()
                 why = "it is not there" if not (self.folder / image).is_file() else str(error).partition(": ")[2]
                 check.differs.append(f"{image} (row {place}): {why}")
-        self._link_unsteered()
+        known = {*map(str, frame["image"]), *self._link_unsteered()}
+        known |= {beside_image(image) for image in known}
+        for kind in ("images", "maps"):
+            for path in sorted((self.folder / kind).rglob("*")):
+                name = path.relative_to(self.folder).as_posix()
+                if name not in known and not path.is_dir():
+                    check.differs.append(f"{name} is of no row of the results")
 
-    def _link_unsteered(self) -> None:
-        """Give this audit's store the unsteered pictures that the steered ones are compared with."""
+    def _link_unsteered(self) -> Iterator[str]:
+        """Give this audit's store the unsteered pictures that the steered ones are compared with; their places."""
         if self.study is None or self.study.unsteered is None:
             return
         places = Publisher(self.store, self.folder, steered=True)
         for cell in self.study.unsteered.cells():
-            path, picture = self.store.path(cell.key), self.folder / places.place(cell)
+            place = places.place(cell)
+            path, picture = self.store.path(cell.key), self.folder / place
             if picture.is_file() and not path.is_symlink():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(picture.absolute())
+            yield place
 
     def _given(self) -> Run:
         if self.given is None:
@@ -298,9 +309,16 @@ class RunAudit:
         keys = sorted(key for key, stored in self.good.items() if not stored.reason)
         if not keys:
             raise Refused("no picture is there to compare with")
+        wanted = {*study.keys()}
+        foreign, keys = [key for key in keys if key not in wanted], [key for key in keys if key in wanted]
+        if foreign:
+            check.differs.append(f"{len(foreign)} pictures are none that the config asks for, so cannot be made again")
+        if not keys:
+            return
+        self._made_with(check)
         number = math.ceil(self.sample.share * len(keys))
         chosen = set(random.Random(self.sample.seed).sample(keys, number))
-        size, why = self._batch_size(len({*study.keys()}), request)
+        size, why = self._batch_size(len(wanted), request)
         exact: set[str] = set()
         if size and not why:
             planned = list(batches(study, size, lambda key: False))
@@ -328,6 +346,20 @@ class RunAudit:
             if most > (0 if key in exact else PIXEL):
                 count = int((change > 0).any(axis=2).sum())
                 check.differs.append(f"cell {key}: made anew, {count} pixels differ, by up to {most}/255")
+
+    def _made_with(self, check: Check) -> None:
+        """The versions that the record says images were made with, against those that the images say."""
+        runs = [run for run in (self.record or {}).get("runs", []) if run.get("images")]
+        frame = self._given().frame
+        told = {
+            "torch": {str(run.get("torch")) for run in runs},
+            "diffusers": {str(run.get("packages", {}).get("diffusers")) for run in runs},
+        }
+        for name in told:
+            found = {str(one) for one in frame.get(name, ()) if one}
+            if found and (strange := sorted(told[name] - found)):
+                said = f"{name} is {', '.join(strange)}, by the pictures {', '.join(sorted(found))}"
+                check.differs.append(f"{environment.RECORD}: {said}")
 
     def _batch_size(self, images: int, request: Request) -> tuple[int | None, str]:
         """The size of batches the images were made in, and why pixels need not be equal to the bit; "" if they must."""

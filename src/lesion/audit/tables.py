@@ -15,7 +15,7 @@ from PIL import Image
 from lesion.study.columns import EARLIER
 
 SCORE = 1e-5  # scores of other batches of images differ by less: docs/benchmarks.md, "Batch effect"
-DRAWN = (".png", ".pdf", ".svg")
+DRAWN = (".png", ".pdf", ".svg", ".jpg")
 
 
 def frames(
@@ -93,14 +93,14 @@ def files(folder: Path, anew: Path, made: Collection[Path], drawn: bool) -> Iter
             yield name, ""
         else:
             yield name, next(_differences(name, path, anew / name), "")
-    for kind in ("tables", "figures", "grids"):
+    for kind in ("tables", "figures", "grids", "thumbs"):
         for path in sorted((folder / kind).rglob("*")):
             if path.is_file() and (name := path.relative_to(folder).as_posix()) not in names:
                 yield name, f"{name} is none of the files that the results give"
 
 
 def _differences(name: str, given: Path, anew: Path) -> Iterator[str]:
-    if given.suffix == ".png":
+    if given.suffix in (".png", ".jpg"):
         try:
             with Image.open(given) as one, Image.open(anew) as other:
                 if one.size == other.size and np.array_equal(np.asarray(one), np.asarray(other)):

@@ -32,6 +32,7 @@ FILES = (
     "attribution.parquet",
     "certificate.json",
 )
+SEALED = ("environment.json", "confirmation.json", "certificate.json", RECORD.as_posix())  # with a digest, as tables
 HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request

@@ -26,10 +26,11 @@ from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.run import attribution, environment
 from lesion.run.capture import attention_layers, bound, captured, in_store, maps_of, measured
-from lesion.run.folder import asked, planned, prune, reserved
+from lesion.run.folder import SEALED, asked, planned, prune, reserved
 from lesion.run.sweep import Sweep
 from lesion.store.images import Picture, Store
 from lesion.store.maps import Maps, beside_image
+from lesion.store.tables import noted
 from lesion.study.budget import Budget
 from lesion.study.components import DENOISER
 from lesion.study.grid import Cell, Study
@@ -402,6 +403,7 @@ def complete(
             written += attribution.write(context.folder, beside["attribution"], certificate)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
             written.append(environment.record(context.folder, context.config, request.device, making))
+            noted(context.folder, SEALED)
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
         trouble = ""
         if stopped:

@@ -260,7 +260,9 @@ class Store:
                 file.seek(0)
                 with Image.open(file, formats=["PNG"]) as image:
                     image.load()
-                    record = json.loads(image.text["lesion"])  # type: ignore[attr-defined]
+                    if "lesion" not in (texts := getattr(image, "text", {})):
+                        raise ValueError("it has no record of what it shows")
+                    record = json.loads(texts["lesion"])
                     pixels = np.asarray(image.convert("RGB"))
             if not isinstance(record, dict) or not isinstance(reason := record.get("reason", ""), str):
                 raise ValueError("its record is of another form")

@@ -1,15 +1,15 @@
 """Tables of a run folder that show a changed bit.
 
 Format: <name>.parquet, Parquet whose metadata say `lesion-sha256:` and the SHA-256 of the file with 64 zeros in the
-place of that digest; and SHA256SUMS, the SHA-256 of each in the form that `sha256sum -c SHA256SUMS` reads. Tables of
-earlier versions may lack either or both.
+place of that digest; and SHA256SUMS, the SHA-256 of each, and of what else is `noted`, in the form that
+`sha256sum -c SHA256SUMS` reads. Tables of earlier versions may lack either or both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,17 @@ def write(folder: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]:
     with atomically(folder / SUMS) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return written
+
+
+def noted(folder: Path, names: Iterable[str]) -> None:
+    """Add the digests of further files, those of them that are there, to SHA256SUMS. Raises OSError."""
+    sums = folder / SUMS
+    lines = sums.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name in names:
+        if (folder / name).is_file():
+            lines.append(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n")
+    with atomically(sums) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _encoded(table: pd.DataFrame) -> bytearray:
