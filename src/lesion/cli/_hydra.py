@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
 
 from hydra.conf import HydraConf
@@ -20,6 +21,7 @@ EXTRAS = {  # module of a launcher -> the package that it needs, and the extra t
     "hydra_joblib_launcher": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
     "lesion_ray": ("ray", "ray"),
 }
+LONGEST = 200  # bytes of a file's name, which gets endings
 SAMPLED = 100  # values of a swept key that are tried before a sweep whose jobs are not known
 
 
@@ -39,6 +41,17 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
             check_keys(part, known[key], f"{above}.{key}")
         elif key in MAPPINGS and above == "hydra" and (not isinstance(part, DictConfig) or part._is_none()):
             raise RequestError(f"{above}.{key}", f"must be a mapping; got {config.get(key)!r}")
+
+
+def check_files(hydra: Any) -> None:
+    """Raises RequestError, or OmegaConf's errors, for what Hydra itself would find once it has made a run folder."""
+    _ = hydra.job.chdir, hydra.job.env_set, hydra.job.env_copy  # interpolations that cannot be resolved
+    for key, name in (("hydra.job.name", hydra.job.name), ("hydra.output_subdir", hydra.output_subdir)):
+        parts = PurePath(name or "").parts
+        if any(part in ("..", "/") or len(part.encode()) > LONGEST for part in parts) or (
+            key == "hydra.job.name" and len(parts) > 1
+        ):
+            raise RequestError(key, f"must be a name of up to {LONGEST} bytes within the run folder; got {name[:80]!r}")
 
 
 def check_launcher(launcher: Any, choice: str) -> None:

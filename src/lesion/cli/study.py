@@ -155,6 +155,7 @@ class CheckFirst(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _exiting():
             _hydra.check_keys(config.hydra)
+            _hydra.check_files(config.hydra)
             _take([config], config, "run")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -163,6 +164,7 @@ class CheckFirst(Callback):
 
         with _exiting():
             _hydra.check_keys(config.hydra)
+            _hydra.check_files(config.hydra)
             _hydra.check_launcher(config.hydra.launcher, str(config.hydra.runtime.choices["hydra/launcher"]))
             if not _basic(config):
                 for job in _samples(config):

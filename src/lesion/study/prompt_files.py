@@ -176,7 +176,9 @@ def _rows(content: Content, key: str) -> Iterator[Row]:
 
 
 def _kind(value: Any) -> str:
-    return "JSON object" if isinstance(value, dict) else type(value).__name__
+    """What JSON calls a value that is no list."""
+    words = {dict: "object", str: "string", bool: "boolean", type(None): "null"}
+    return f"JSON {words.get(type(value), 'number')}"
 
 
 def _text(data: bytes, name: str, key: str) -> str:
