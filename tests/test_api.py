@@ -89,6 +89,10 @@ def test_a_study_is_that_of_the_command_line_to_the_bit(cli, keys, monkeypatch):
     importance = opened.importance().set_index("layer")["mean"]
     assert importance.to_dict() == pytest.approx((1 - by_hand).to_dict())
     assert set(opened.sufficiency()["layer"]) == set(typed[typed.selection == "only_one"].layer)
+    alone = opened.importance()
+    assert "findings" not in vars(opened), "the rest takes long for a large study"
+    assert len(opened.findings.layers)
+    pd.testing.assert_frame_equal(opened.importance(), alone)
     layer = typed[typed.selection == "leave_one_out"].layer.iloc[0]
     row = typed[(typed.selection == "leave_one_out") & (typed.layer == layer) & (typed.prompt == "two stars")].iloc[0]
     picture = opened.image(layer=layer, selection="leave_one_out", prompt="two stars")

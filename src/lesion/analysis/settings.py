@@ -115,7 +115,8 @@ def rows(frame: pd.DataFrame, setting: Setting) -> pd.DataFrame:
     for name in LESION:
         if name in frame:
             lesioned &= _equal(frame[name], getattr(setting, name))
-    return frame[keep & (lesioned | (frame["selection"] == BASELINE))]
+    keep &= lesioned | (frame["selection"] == BASELINE)
+    return frame.copy(deep=False) if keep.all() else frame[keep]  # a study of one setting: all, and no row is copied
 
 
 def only_setting(frame: pd.DataFrame, **wanted: Any) -> Setting:
@@ -140,4 +141,6 @@ def layers_in_order(frame: pd.DataFrame) -> list[str]:
 
 def in_order(values: Iterable[Any]) -> list[Any]:
     """Distinct values in order of appearance."""
+    if isinstance(values, pd.Series):  # not by Python's iteration over its texts, which is slow
+        return values.drop_duplicates().tolist()
     return list(dict.fromkeys(values))

@@ -57,8 +57,8 @@ def _left_out(kind: str, drawn: Drawn) -> list[str]:
 
 
 def _texts(frame: pd.DataFrame) -> set[str]:
-    """All that a frame says in words."""
-    words = frame.select_dtypes(["object", "string"])
+    """All that a frame says in words that may be drawn."""
+    words = frame.select_dtypes(["object", "string"]).drop(columns=["cell", "image"], errors="ignore")
     return {value for column in words for value in words[column].unique() if isinstance(value, str)}
 
 

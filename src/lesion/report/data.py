@@ -31,6 +31,11 @@ def inside(image: object) -> str:
     return PurePosixPath(name).as_posix() if "" in parts or "." in parts else name
 
 
+def _values(column: pd.Series) -> list[Any]:
+    """Of a column, as Python objects: many times faster than iterating over its texts."""
+    return column.to_numpy(dtype=object).tolist()  # type: ignore[no-any-return]
+
+
 def _numbered(values: Iterable[Any]) -> tuple[list[Any], Callable[[Any], int]]:
     """The distinct values in order of appearance, and each one's place (-1 for others)."""
     distinct = in_order(values)
@@ -53,7 +58,7 @@ def _memberships(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], list[int], 
     for number, one in enumerate(found):
         group = groups.index((one.model, one.generation))
         part = rows(frame, one)
-        for place, selection in zip(part.index, part["selection"], strict=True):
+        for place, selection in zip(part.index, _values(part["selection"]), strict=True):
             of_group[place] = group
             if selection != BASELINE:
                 of_setting[place] = number
@@ -65,13 +70,14 @@ def _baselines(frame: pd.DataFrame) -> list[int]:
     """The row of each row's baseline, -1 where it is missing; a baseline is its own."""
     own = ["model", "prompt_id", "seed", *(name for name in GENERATION if name in frame)]
     keys = list(map(tuple, frame[own].astype(object).where(frame[own].notna(), None).to_numpy()))
+    selections = _values(frame["selection"])
     first: dict[tuple[Any, ...], int] = {}
-    for place, (key, selection) in enumerate(zip(keys, frame["selection"], strict=True)):
+    for place, (key, selection) in enumerate(zip(keys, selections, strict=True)):
         if selection == BASELINE:
             first.setdefault(key, place)
     return [
         place if selection == BASELINE else first.get(key, -1)
-        for place, (key, selection) in enumerate(zip(keys, frame["selection"], strict=True))
+        for place, (key, selection) in enumerate(zip(keys, selections, strict=True))
     ]
 
 
@@ -107,11 +113,11 @@ def page_data(
     _, layer = _numbered(layer_names)
     modes, mode = _numbered(frame["selection"])
     statuses, status = _numbered(frame["status"])
-    reasons, reason = _numbered(["", *frame["reason"].fillna("").astype(str)])
+    reasons, reason = _numbered(["", *in_order(frame["reason"].fillna("").astype(str))])
     together = frame["lesioned"].fillna("").astype(str) if "lesioned" in frame else pd.Series("", frame.index)
-    groups, group = _numbered(["", *together])
+    groups, group = _numbered(["", *in_order(together)])
     named, of_setting, of_group = _memberships(frame)
-    images = [inside(name) for name in frame["image"].fillna("")]
+    images = [inside(name) for name in _values(frame["image"].fillna(""))]
     extra = [name for name in known_metrics() if name != metric and name in frame]
     colours = matplotlib.colormaps["cividis"]
     short = short_names(dict(zip(prompt_ids, firsts["prompt"], strict=True)))
@@ -134,13 +140,13 @@ def page_data(
         "rows": {
             "setting": of_setting,
             "group": of_group,
-            "prompt": [prompt(value) for value in frame["prompt_id"]],
-            "seed": [int(value) for value in frame["seed"]],
-            "mode": [mode(value) for value in frame["selection"]],
-            "layer": [layer(value) for value in frame["layer"].fillna("")],
-            "lesioned": [group(value) for value in together],
-            "status": [status(value) for value in frame["status"]],
-            "reason": [reason(value) for value in frame["reason"].fillna("").astype(str)],
+            "prompt": [prompt(value) for value in _values(frame["prompt_id"])],
+            "seed": [int(value) for value in _values(frame["seed"])],
+            "mode": [mode(value) for value in _values(frame["selection"])],
+            "layer": [layer(value) for value in _values(frame["layer"].fillna(""))],
+            "lesioned": [group(value) for value in _values(together)],
+            "status": [status(value) for value in _values(frame["status"])],
+            "reason": [reason(value) for value in _values(frame["reason"].fillna("").astype(str))],
             "baseline": _baselines(frame),
             "image": [_url(name) for name in images],
             "thumb": [_url(thumbs[name]) if name in thumbs else 0 for name in images],

@@ -197,7 +197,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         found.alone = reading_shares(frame, **how)
     if fits := adherence_columns(frame):
         found.adherence = adherence_lost(with_right(frame), metrics=fits, **how)
-    frame = _slim(frame, metric)
+    frame = slim(frame, metric)
     pairs = _plain_texts(found.pairs)
     has = frame["selection"].value_counts()
 
@@ -207,8 +207,7 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         except ValueError as error:
             found.troubles.append(f"{name}: {error}")
 
-    work("layers", layer_estimates, frame, **how)
-    found.layers = _bounded(found.layers, metric)
+    work("layers", bounded_estimates, frame, **how)
     work("affected", affected_prompts, frame)
     work("variance", variance_components, frame)
     work("comparisons", comparisons, frame)
@@ -267,6 +266,11 @@ def _correct(found: Findings) -> None:
         found.neighbours = table.merge(won, on=keys, how="left").rename(columns={"other": "next_layer"})
 
 
+def bounded_estimates(frame: pd.DataFrame, metric: str, **options: Any) -> pd.DataFrame:
+    """`layer_estimates` with limits within what the metric can be."""
+    return _bounded(layer_estimates(frame, metric, **options), metric)
+
+
 def _bounded(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Limits of importance and sufficiency cut at what the metric can be: bootstrap-t knows no bounds."""
     if table.empty or metric not in known_metrics():
@@ -283,7 +287,7 @@ def _bounded(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 _READ = ("prompt_id", "seed", "selection", "layer", "layer_index", "lesioned", "aspects", "order", "permutation")
 
 
-def _slim(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+def slim(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Only what the analysis reads, texts as plain objects: it takes rows apart, and would copy the rest each time."""
     keep = ["model", *LESION, *GENERATION, *_READ, "status", metric]
     return _plain_texts(frame[[name for name in dict.fromkeys(keep) if name in frame]])

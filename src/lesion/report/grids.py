@@ -205,10 +205,11 @@ def layer_grid(
     max_width: int = MAX_WIDTH,
 ) -> Image.Image:
     """`layers_by_prompts` of rows that are already those of one setting."""
-    part = part[(part["seed"] == seed) & part["selection"].isin((BASELINE, selection))]
-    names = ["", *layers_in_order(part)]
-    ids = list(prompt_ids) if prompt_ids is not None else in_order(part["prompt_id"])
-    part = part[part["prompt_id"].isin(ids)]
+    asked = (part["seed"] == seed) & part["selection"].isin((BASELINE, selection))
+    about = part.loc[asked, ["prompt_id", "layer", "layer_index"]]
+    names = ["", *layers_in_order(about)]
+    ids = list(prompt_ids) if prompt_ids is not None else in_order(about["prompt_id"])
+    part = part[asked & part["prompt_id"].isin(ids)]
     texts = dict(zip(part["prompt_id"], part["prompt"], strict=True))
     records = {
         (record["prompt_id"], "" if record["selection"] == BASELINE else record["layer"] or selection): record

@@ -106,8 +106,9 @@ def read(run: Path, out: Path) -> Run:
     for name, value in EARLIER.items():
         if name not in frame:
             frame[name] = value
-    texts = list(TEXTS)
-    frame[texts] = frame[texts].astype(object).fillna("")
+    for name in TEXTS:
+        text = frame[name] if isinstance(frame[name].dtype, pd.StringDtype) else frame[name].astype(object)
+        frame[name] = text.fillna("")
     floor = _parquet(run / FLOOR) if (run / FLOOR).is_file() else None
     if new := _ids(frame):
         frame["prompt_id"] = frame["prompt_id"].replace(new)
@@ -131,7 +132,9 @@ def whole(runs: Sequence[Run]) -> list[Run]:
     """
     shards: dict[Hashable, list[Run]] = {}
     for run in runs:
-        made = tuple(tuple(sorted(run.frame[name].astype(str).unique())) for name in IDENTITY if name in run.frame)
+        made = tuple(
+            tuple(sorted(run.frame[name].drop_duplicates().astype(str))) for name in IDENTITY if name in run.frame
+        )
         key = (run.frame[WHOLE].iloc[0], made) if WHOLE in run.frame and len(run.frame) else run.folder
         shards.setdefault(key, []).append(run)
     return [_one(group) if WHOLE in group[0].frame else group[0] for group in shards.values()]
@@ -192,7 +195,8 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> dict[tuple[str, st
                 if name == "protocol":
                     where = " ".join(str(one) for one in key[2:] if one)
                     what = f"{name} of replacement {key[1]}" + (f" in {where}" if where != DENOISER else "")
-                for value in values.astype(object).where(values.notna(), "").astype(str).unique():
+                there = values.drop_duplicates()
+                for value in there.astype(object).where(there.notna(), "").astype(str).unique():
                     found[what, str(key[0])][value].append(run.folder)
     return {key: dict(values) for key, values in found.items() if len(values) > 1}
 
@@ -274,14 +278,18 @@ def merge(runs: Sequence[Run]) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.Da
     floor = _floors(runs, frame.assign(_new=new))
     old = frame["prompt_id"]
     frame["prompt_id"] = new
+    kept = frame if frame["cell"].is_unique else frame.loc[_once(runs, frame)]
+    return kept.drop(columns="_run").reset_index(drop=True), floor, _maps(runs, old.loc[kept.index], kept)
+
+
+def _once(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Index:
+    """Which rows are kept of those that stand for one image of a lesion."""
     own = ["model", "prompt_id", "seed", "selection", "layer", *(n for n in (*SEVERAL, *GENERATION) if n in frame)]
     lesion = frame[list(LESION)].astype(object).where(frame["selection"] != "none", "")  # a baseline has no lesion
     key = pd.concat([frame[["cell", *own]], lesion], axis=1)
     worth = pd.DataFrame({"status": frame["status"].map(BEST).fillna(len(BEST)), "bare": ~_with_maps(runs, frame)})
     better = worth.sort_values(["status", "bare"], kind="stable").index
-    keep = key.loc[better].drop_duplicates().index.sort_values()
-    kept = frame.loc[keep]
-    return kept.drop(columns="_run").reset_index(drop=True), floor, _maps(runs, old.loc[keep], kept)
+    return key.loc[better].drop_duplicates().index.sort_values()
 
 
 def _with_maps(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Series:
@@ -387,7 +395,7 @@ def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
             _link(out / name, out / place)
             if beside := beside_image(name):
                 _link(out / beside, out / beside_image(place))
-    return gathered(frame)
+    return frame.assign(image=frame["image"].map(places))
 
 
 def gathered(frame: pd.DataFrame) -> pd.DataFrame:

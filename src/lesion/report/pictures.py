@@ -40,8 +40,15 @@ class Drawn:
 
 def in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
     """`work` of every item, in order. Pillow decodes, resizes and encodes without the interpreter's lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(work, items))
+    waiting = list(items)
+    threads = min(8, os.cpu_count() or 1)
+    size = max(1, min(256, len(waiting) // (4 * threads)))  # handing over takes longer than looking for a small file
+
+    def several(start: int) -> list[_Out]:
+        return [work(one) for one in waiting[start : start + size]]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [one for part in pool.map(several, range(0, len(waiting), size)) for one in part]
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -54,7 +61,7 @@ def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str
     """One comparison picture a prompt and seed of one setting, the first `most` of them (None: all)."""
     scope = grids.Scope.of(part, setting)
     by_subject = part.groupby(["prompt_id", "seed"], sort=False)
-    subjects = in_order(zip(part["prompt_id"], part["seed"], strict=True))
+    subjects = list(part[["prompt_id", "seed"]].drop_duplicates().itertuples(index=False, name=None))
 
     def draw(subject: tuple[str, int]) -> tuple[Path, str]:
         prompt_id, seed = subject

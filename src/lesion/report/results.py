@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lesion.analysis.aspects import aspect_table
+from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.cells import names_of
 from lesion.analysis.confirm import confirmed
-from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt, status_counts
+from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, importance_metric, layer_by_prompt, status_counts
 from lesion.analysis.reading import adherence_lost
 from lesion.analysis.settings import BASELINE, Setting, in_order, only_setting, rows, settings
 from lesion.errors import RequestError
 from lesion.report import beside, contents, crossing, figures, grids, maps, write_report
 from lesion.report.canvas import load
-from lesion.report.findings import Findings, findings
+from lesion.report.findings import Findings, bounded_estimates, findings, slim
 from lesion.report.merging import Refused, gather, put_together, run_folders
 from lesion.report.text import as_html, clean, short_names
 from lesion.study.columns import GENERATION, LESION, TEXTS
@@ -93,11 +94,11 @@ class Results:
         Columns: layer; mean (over seeds, then prompts); low, high (95 %), method; n_prompts, n_images and how many
         images are left out; the setting's.
         """
-        return self._estimates("layers", "importance")
+        return self._of_layers("importance")
 
     def sufficiency(self) -> pd.DataFrame:
         """Similarity to the baseline with every other layer lesioned; columns as of `importance`."""
-        return self._estimates("layers", "sufficiency")
+        return self._of_layers("sufficiency")
 
     def adherence(self, selection: str = "leave_one_out") -> pd.DataFrame:
         """How much less images show of their prompts under a lesion, by every text-image metric and reader.
@@ -114,10 +115,26 @@ class Results:
             raise RequestError("measure", f"got {measure!r}; allowed: importance, sufficiency")
         return self._estimates("aspects", measure)
 
+    @cached_property
+    def _layers(self) -> pd.DataFrame:
+        """`Findings.layers`, without the rest, which takes many times as long for a large study."""
+        metric = importance_metric(self.frame)
+        return bounded_estimates(slim(self.frame, metric), metric, method=METHODS[0])
+
+    def _of_layers(self, measure: str) -> pd.DataFrame:
+        if "findings" in vars(self):
+            return self._estimates("layers", measure)
+        try:
+            return self._measured(self._layers, measure)
+        except ValueError as error:
+            raise RequestError(measure, str(error)) from None
+
     def _estimates(self, name: str, measure: str) -> pd.DataFrame:
         if trouble := next((one for one in self.findings.troubles if one.startswith(f"{name}: ")), ""):
             raise RequestError(measure, trouble.removeprefix(f"{name}: "))
-        table = getattr(self.findings, name)
+        return self._measured(getattr(self.findings, name), measure)
+
+    def _measured(self, table: pd.DataFrame, measure: str) -> pd.DataFrame:
         if table.empty:
             return pd.DataFrame(columns=["layer", "mean", "low", "high", "method", "n_prompts", "n_images"])
         first = table.columns.get_loc("measure")
