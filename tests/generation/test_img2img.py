@@ -21,8 +21,11 @@ from lesion.study.inits import with_inits
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt, parse_prompts
 from lesion.surgery.operation import replacement_key
+from test_components import bypassed, lesion_of, loaded, zeroed
+from test_components import made as made_by_components
 
 SEEDS = (0, 7)
+MIDDLE = "decoder.mid_block.attentions.0"
 IMG2IMG = {"task": "img2img", "steps": 6, "noising": 0.7}  # 4 of 6 steps
 
 
@@ -48,7 +51,7 @@ def made(model, given, *rest):
     return generate(model, given, fillers, *rest)
 
 
-def plain(folder, prompts, zeroed=(), from_call=0, strength=0.7):
+def plain(folder, prompts, zeroed=(), from_call=0, strength=0.7, hooks=lambda pipe: ()):
     pipe = StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     calls = []
@@ -57,6 +60,8 @@ def plain(folder, prompts, zeroed=(), from_call=0, strength=0.7):
         pipe.unet.get_submodule(site).register_forward_hook(
             lambda module, args, output: torch.zeros_like(output) if len(calls) > from_call else output
         )
+    for module, hook in hooks(pipe):
+        module.register_forward_hook(hook, prepend=True)
     pictures = [
         Image.open(prompt.image).convert("RGB").resize((16, 16), Image.Resampling.LANCZOS) for prompt in prompts
     ]
@@ -86,6 +91,20 @@ def test_lesions_and_their_windows_count_the_steps_that_are_made(tiny_folder, ti
     layer = tiny_model.anatomy.paths[1]
     images = made(tiny_model, cells(tiny_model, inits, zero(layer, window=window)))
     assert np.array_equal(images, plain(tiny_folder, inits, tiny_model.anatomy.sites[layer], from_call))
+    assert not np.array_equal(images, plain(tiny_folder, inits))
+
+
+@pytest.mark.parametrize(
+    ("component", "layer", "hooks"),
+    [
+        ("text_encoder", "encoder.layers.1", bypassed("text_encoder", "encoder.layers.1")),
+        ("vae", MIDDLE, zeroed("vae", f"{MIDDLE}.to_out.0")),
+    ],
+)
+def test_text_encoders_and_decoders_are_lesioned_too(tiny_folder, inits, component, layer, hooks):
+    model = loaded(tiny_folder, component)
+    images = made_by_components(model, cells(model, inits, lesion_of(f"{component}.{layer}")))
+    assert np.array_equal(images, plain(tiny_folder, inits, hooks=hooks))
     assert not np.array_equal(images, plain(tiny_folder, inits))
 
 

@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from transformers import UMT5Config, UMT5EncoderModel
 
 import pipelines
 from conftest import settings, tiny_spec
@@ -96,10 +97,15 @@ def plain(folder, hooks=lambda pipe: (), guidance=3.0, texts=TEXTS, seeds=SEEDS,
     generator = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     more = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "np", **more}
     try:
-        return pipe(list(texts), generator=generator, guidance_scale=guidance, **more).images
+        return pipe(prompt=list(texts), generator=generator, guidance_scale=guidance, **more).images
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hooked(component, path, hook):
+    """For `plain`: one hook on a module of a component."""
+    return lambda pipe: [(getattr(pipe, component).get_submodule(path), hook)]
 
 
 def zeroed(component, path):
@@ -110,7 +116,7 @@ def zeroed(component, path):
             return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
-    return lambda pipe: [(getattr(pipe, component).get_submodule(path), nothing)]
+    return hooked(component, path, nothing)
 
 
 def bypassed(component, path):
@@ -119,7 +125,7 @@ def bypassed(component, path):
     def hand_on(module, args, output):
         return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
 
-    return lambda pipe: [(getattr(pipe, component).get_submodule(path), hand_on)]
+    return hooked(component, path, hand_on)
 
 
 def test_bypassing_the_last_layers_is_clip_skip_to_the_bit(folder_of):
@@ -235,6 +241,52 @@ def test_lesions_of_the_decoder_are_plain_hooks_and_need_no_denoising(folder_of,
         name = path.removeprefix("vae.")
         expected = plain(folder, zeroed("vae", f"{name}.{modules[name]}"))
         assert np.allclose(mixed[row], expected[row], atol=1e-5)  # alone in its decode
+
+
+def test_lesions_of_flux2s_decoder_are_plain_hooks(folder_of):
+    folder = folder_of("flux2_klein")
+    model = loaded(folder, "vae")
+    assert type(model.pipe.vae).__name__ == "AutoencoderKLFlux2"
+    untouched = plain(folder)
+    for path, leaf in (("decoder.mid_block.attentions.0", "to_out.0"), (DECODER, "conv2")):
+        ours = made(model, cells(model, lesion_of(f"vae.{path}")))
+        assert np.array_equal(ours, plain(folder, zeroed("vae", f"{path}.{leaf}"))), path
+        assert not np.array_equal(ours, untouched), path
+
+
+def test_umt5_is_lesioned_as_t5(folder_of, tmp_path):
+    """PixArt's pipeline takes any encoder; of UMT5 each layer has a bias of positions of its own."""
+    folder, plainly = tmp_path / "umt5", {"use_resolution_binning": False, "clean_caption": False}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder_of("pixart_sigma"))
+    torch.manual_seed(0)
+    pipe.register_modules(text_encoder=UMT5EncoderModel(UMT5Config(**pipe.text_encoder.config.to_diff_dict())).eval())
+    pipe.save_pretrained(folder)
+    untouched = plain(folder, **plainly)
+    for kind, module in (("block", "encoder.block.0"), ("self_attention", "encoder.block.1.layer.0.SelfAttention")):
+        model = loaded(folder, "text_encoder", kind)
+        layer = "text_encoder." + ".".join(module.split(".")[:3])
+        change = (bypassed if kind == "block" else zeroed)("text_encoder", module)
+        ours = made(model, cells(model, lesion_of(layer, kind=kind)))
+        assert np.array_equal(ours, plain(folder, change, **plainly)), kind
+        assert not np.array_equal(ours, untouched), kind
+
+
+def test_double_is_a_plain_hook(folder_of):
+    folder = folder_of("sd")
+
+    def twice(module, args, output):
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    for component, layer, module, kind in (
+        ("text_encoder", "encoder.layers.0", "encoder.layers.0.mlp", "feed_forward"),
+        ("text_encoder", "encoder.layers.1", "encoder.layers.1.self_attn", "self_attention"),
+        ("vae", "decoder.mid_block.attentions.0", "decoder.mid_block.attentions.0.to_out.0", "self_attention"),
+    ):
+        model = loaded(folder, component, kind)
+        ours = made(model, cells(model, lesion_of(f"{component}.{layer}", kind=kind, replacement="double")))
+        expected = plain(folder, hooked(component, module, twice))
+        assert np.allclose(ours, expected, atol=2e-6), layer
+        assert np.abs(ours - plain(folder)).max() > 1e-5, layer
 
 
 def test_layers_of_the_decoder_by_block_and_kind(folder_of):
