@@ -72,6 +72,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "the steps before a late window are taken from the baseline",
         engine.window,
     ),
+    "decoder": (
+        "Lesions of the decoder against lesions of the denoiser",
+        "the denoising of decoder lesions is that of the baseline",
+        engine.decoder,
+    ),
     "planning": ("Planning a large study", "time and memory to lay out and count a million cells", scale.planning),
     "reopening": ("Re-opening a finished study", "from 10,000 finished cells to their table", scale.reopening),
     "start": ("Starts", "processes that make no image, against importing torch and diffusers", start.start),

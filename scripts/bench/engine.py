@@ -148,6 +148,31 @@ def window(this: Setup, options: Options) -> tuple[str, list[Row]]:
     return note, rows
 
 
+def decoder(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """Whole leave-one-out jobs over the layers of the decoder and of the denoiser, from an empty store."""
+    made: dict[str, int] = {}
+
+    def seconds_an_image(component: str) -> float:
+        given = [*this.overrides(this.subjects), "selection=leave_one_out", "layers.kind=block", "layers.include=null"]
+        with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+            asked = [*given, f"layers.component={component}"]
+            seconds, frame = job(Path(fresh) / "store", Path(fresh) / "run", asked)
+        made[component] = int((frame["selection"] != "none").sum())
+        return seconds / made[component]
+
+    found = alternate(options.repeats, {name: lambda name=name: seconds_an_image(name) for name in ("vae", "denoiser")})  # type: ignore[misc]
+    rows = [
+        Row(name, f"seconds a lesioned image ({made[name]} of them)", values, " s") for name, values in found.items()
+    ]
+    what = "lesions of the decoder / of the denoiser, seconds a lesioned image"
+    rows.append(Row("decoder", what, ratios(found["vae"], found["denoiser"]), "x"))
+    note = (
+        "Whole jobs of leave-one-out lesions of blocks (generate, store, score, results, report), their baselines made "
+        f"in them. {this.said()}."
+    )
+    return note, rows
+
+
 def matrix_peak(device: str, sizes: tuple[int, ...], seconds: float = 1.0) -> float:
     """The most bf16 operations a second that square matrix products reach, over some sizes."""
     best = 0.0
