@@ -49,7 +49,12 @@ def test_lesions_and_late_windows_are_checked_against_plain_hooks(check, monkeyp
     code, record, out = check("--only", "lesions")
     assert (code, statuses(record)) == (1, {"lesions": "failed"})
     failed = [one["name"] for one in record["parts"][0]["checks"] if one["status"] == "failed"]
-    assert failed == ["zero, cross_attention, sd", "zero, self_attention, sd", "zero, feed_forward, flux"]
+    assert failed == [
+        "zero, cross_attention, sd",
+        "zero, self_attention, sd",
+        "zero, feed_forward, flux",
+        "zero, every layer, sd",
+    ]
     assert "| lesions: donor_prompt | to the bit |  | passed |  |" in out.read_text()
     assert "| window: sd float32 | to the bit" in out.read_text()  # of the run before
 
