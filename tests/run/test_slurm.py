@@ -159,6 +159,17 @@ def jobs(slurm) -> dict[str, dict[str, str]]:
     return found
 
 
+def ended(slurm, numbers) -> list[dict[str, str]]:
+    """What SLURM knows of jobs once they are over: `lesion` returns with their results, before their processes end."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = [job for number, job in jobs(slurm).items() if number in numbers]
+        if not {job["JobState"] for job in found} & {"RUNNING", "COMPLETING"}:
+            break
+        time.sleep(0.5)
+    return found
+
+
 def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp_path):
     """A job of higher priority needs both cores: SLURM signals the shards, and starts them again some time later."""
     run = lesion(*SHARDS)
@@ -166,7 +177,7 @@ def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp
     slurm("sbatch", "--partition=urgent", "--ntasks=2", "--output=/dev/null", "--job-name=urgent", "--wrap=sleep 3")
     until(lambda: "Exiting gracefully after preemption/timeout" in logs(tmp_path), run, lesion)
     assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
-    shards = [job for job in jobs(slurm).values() if job["JobName"] == "lesion"]
+    shards = ended(slurm, [number for number, job in jobs(slurm).items() if job["JobName"] == "lesion"])
     assert [job["JobState"] for job in shards] == ["COMPLETED"] * 2
     assert sum(int(job["Restarts"]) for job in shards) >= 1
     assert "Traceback" not in logs(tmp_path)
@@ -212,7 +223,7 @@ def test_at_its_time_limit_a_job_ends_cleanly_and_goes_on_from_its_store(slurm, 
     assert len(kept) < IMAGES
     slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     assert run.wait(400) == 0, lesion.said[-3000:] + logs(tmp_path)[-3000:]
-    job = jobs(slurm)[number]
+    (job,) = ended(slurm, [number])
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
     assert "Traceback" not in logs(tmp_path)
     assert len(stored(tmp_path)) == IMAGES
@@ -227,6 +238,6 @@ def test_a_failed_shard_shows_as_failed_with_its_reason_in_its_log(slurm, lesion
     run = lesion(*SHARDS, "device=cuda:99")  # accepted by the check; each job looks at its own machine
     assert run.wait(200) == 2
     assert lesion.said.splitlines()[-1].startswith("lesion: device: 'cuda:99' is not here")
-    own = [job for number, job in jobs(slurm).items() if number not in before]
+    own = ended(slurm, jobs(slurm).keys() - before.keys())
     assert [job["JobState"] for job in own] == ["FAILED"] * 2
     assert logs(tmp_path).count("lesion: device: 'cuda:99' is not here") == 2
