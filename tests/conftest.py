@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +91,16 @@ def settings(**changes: object):  # type: ignore[no-untyped-def]
 
     base = {"task": "txt2img", "steps": 4, "guidance": 3.0, "height": 16, "width": 16, "scheduler": "DDIMScheduler"}
     return Settings(**{**base, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def folder_of(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_sdxl_folder: Path
+) -> Callable[[str], Path]:
+    """The folder of the tiny pipeline of a name of `pipelines.BUILDERS`, each built once."""
+    root = tmp_path_factory.mktemp("pipelines")
+    there = {"sd": tiny_folder, "sdxl": tiny_sdxl_folder}
+    return cache(lambda name: there.get(name) or pipelines.build(name, root / name))
 
 
 @pytest.fixture(scope="session")

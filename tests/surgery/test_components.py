@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-import pipelines
 from conftest import settings, tiny_spec
 from lesion import lesioned, models, replacements
 from lesion.analysis.importance import layer_table
@@ -35,13 +34,6 @@ from lesion.surgery.operation import replacement_key
 
 TEXTS, SEEDS = ("a red circle", "two STARS"), (0, 7)
 CALIBRATION = {"calibration": {"prompts": {"name": "own", "items": ["a dog", "one cat sits", "a"]}, "seeds": [3]}}
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
-    root = tmp_path_factory.mktemp("components")
-    return lru_cache(lambda name: {"sd": tiny_folder, "sdxl": tiny_sdxl_folder}.get(name)
-                     or pipelines.build(name, root / name))  # fmt: skip
 
 
 def loaded(folder, component="text_encoder", kind="block", by="attention"):

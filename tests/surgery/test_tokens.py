@@ -11,7 +11,6 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
 import lesion as lesion_package
-import pipelines
 from conftest import settings, tiny_spec
 from denoisers import TEXT, apart, build, hooked, inputs, lesion, same, under
 from lesion import models, replacements
@@ -38,13 +37,6 @@ from test_components import pipeline, plain
 
 TEXTS, SEEDS = ("a red circle", "two big blue STARS"), (0, 7)
 WORD = r"re:^(red|blue)$"  # at another place in each of them
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
-    root = tmp_path_factory.mktemp("tokens")
-    return lru_cache(lambda name: {"sd": tiny_folder, "sdxl": tiny_sdxl_folder}.get(name)
-                     or pipelines.build(name, root / name))  # fmt: skip
 
 
 def asked(tokens, kind="cross_attention", by="attention_token", component="denoiser"):
@@ -265,6 +257,19 @@ JOINT = [("sd3", "transformer_blocks.0"), ("sd3", "transformer_blocks.1"), ("flu
          ("flux", "single_transformer_blocks.0")]  # fmt: skip
 
 
+def of_image(change):
+    """A hook on a joint attention: the image's half by hand, with this change; the text's as it is."""
+
+    def hook(module, args, kwargs, output):
+        text = kwargs.get("encoder_hidden_states")
+        image, words = by_hand(module, kwargs["hidden_states"], text, kwargs.get("image_rotary_emb"), change)
+        if text is None:
+            return torch.cat([words, image], dim=1)
+        return module.to_out[0](image), output[1]
+
+    return hook
+
+
 @pytest.mark.parametrize(("name", "layer"), JOINT)
 @pytest.mark.parametrize(("intervention", "change"), [(Zero(), zeroed), (Mask(), unseen)], ids=["zero", "mask"])
 def test_joint_attention_is_the_image_s_alone(name, layer, intervention, change):
@@ -275,15 +280,8 @@ def test_joint_attention_is_the_image_s_alone(name, layer, intervention, change)
     paths = expanded([layer], ["one", "another"])
     lesions = [lesion(*paths, kind="text_to_image")] * 3
 
-    def hook(module, args, kwargs, output):
-        text = kwargs.get("encoder_hidden_states")
-        image, words = by_hand(module, kwargs["hidden_states"], text, kwargs.get("image_rotary_emb"), change)
-        if text is None:
-            return torch.cat([words, image], dim=1)
-        return module.to_out[0](image), output[1]
-
     ours = under(denoiser, anatomy, lesions, calls, intervention, Places(of, TEXT))
-    expected = hooked(denoiser, {f"{layer}.attn": hook}, calls)
+    expected = hooked(denoiser, {f"{layer}.attn": of_image(change)}, calls)
     plainly = hooked(denoiser, {}, calls)
     assert apart(ours, expected) < 1e-5
     assert apart(ours, plainly) > 1e-3
@@ -308,15 +306,8 @@ def test_tokens_of_a_donor_s_own_run(name, layer):
     places = Places([{(COND, "it"): CHOSEN[0]}, {}, {}, {}], TEXT)
     lesions = [lesion(f"{layer}.tokens.it", kind="text_to_image"), None, None, None]
 
-    def hook(module, args, kwargs, output):
-        text = kwargs.get("encoder_hidden_states")
-        image, words = by_hand(module, kwargs["hidden_states"], text, kwargs.get("image_rotary_emb"), swapped)
-        if text is None:
-            return torch.cat([words, image], dim=1)
-        return module.to_out[0](image), output[1]
-
     ours = under(denoiser, anatomy, lesions, calls, Resample("x", guided=False), places)
-    assert apart(ours, hooked(denoiser, {f"{layer}.attn": hook}, calls)) < 1e-5
+    assert apart(ours, hooked(denoiser, {f"{layer}.attn": of_image(swapped)}, calls)) < 1e-5
     assert apart(ours, hooked(denoiser, {}, calls)) > 1e-4
 
 

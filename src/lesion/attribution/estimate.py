@@ -48,6 +48,20 @@ class Found:
     images: Tensor
 
 
+@dataclass(frozen=True)
+class _Slopes:
+    """Of a batch of images at one point.
+
+    probed: q'J of each direction, (probes, lesions, images). towards: <text, J>, (lesions, images).
+    dimensions: of the view.
+    """
+
+    probed: Floats
+    towards: Floats | None
+    images: Tensor
+    dimensions: int
+
+
 def estimate(
     model: Model,
     lesions: Sequence[Lesion],
@@ -70,65 +84,37 @@ def estimate(
     text: what `towards` goes to, (images, d).
     points: strengths of all lesions at which the gradients are taken, at least one; J is their mean.
     """
-    found = [
-        _slopes(model, lesions, cells, interventions, view, probes, seed, text, checkpointing, point)
-        for point in points
-    ]
-    mean = np.mean([one.probed for one in found], axis=0)
-    towards = [one.towards for one in found if one.towards is not None]
-    return Found(
-        found[0].dimensions / len(mean) / 2 * (mean**2).sum(axis=0),
-        np.mean(towards, axis=0) if towards else None,
-        found[0].images,
-    )
-
-
-@dataclass(frozen=True)
-class _Slopes:
-    """Of a batch of images at one point.
-
-    probed: q'J of each direction, (probes, lesions, images). towards: <text, J>, (lesions, images).
-    dimensions: of the view.
-    """
-
-    probed: Floats
-    towards: Floats | None
-    images: Tensor
-    dimensions: int
-
-
-def _slopes(
-    model: Model,
-    lesions: Sequence[Lesion],
-    cells: Sequence[Cell],
-    interventions: Mapping[str, Intervention],
-    view: View,
-    probes: int,
-    seed: int,
-    text: Tensor | None,
-    checkpointing: bool,
-    point: float,
-) -> _Slopes:
-    """Make the images once with all lesions at strength `point`, and take the gradients there."""
     prompts, settings = [cell.prompt for cell in cells], cells[0].settings
     device = next(model.denoiser.parameters()).device
-    strengths = torch.full((len(lesions), len(cells)), point, device=device, requires_grad=True)
-    client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing)
-    with frozen(model):
-        images = call(model, prompts, generators([cell.noise_seed for cell in cells]), settings, [client])
-        assert client.latents is not None
-        with torch.enable_grad():
-            vectors = view(images, client.latents)
-        directions = torch.stack([_directions(cell, vectors.shape[1], probes, seed) for cell in cells], dim=1)
-        directions = directions.to(vectors)
-        last = len(directions) - 1 if text is None else -1  # of the backward passes, which keeps no graph
-        probed = [_gradient(vectors, strengths, one, n != last) for n, one in enumerate(directions)]
-        towards = None if text is None else _gradient(vectors, strengths, text.to(vectors), False)
-    return _Slopes(
-        torch.stack(probed).double().cpu().numpy(),
-        None if towards is None else towards.double().cpu().numpy(),
-        images.detach(),
-        vectors.shape[1],
+
+    def slopes(point: float) -> _Slopes:
+        """Make the images once with all lesions at this strength, and take the gradients there."""
+        strengths = torch.full((len(lesions), len(cells)), point, device=device, requires_grad=True)
+        client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing)
+        with frozen(model):
+            images = call(model, prompts, generators([cell.noise_seed for cell in cells]), settings, [client])
+            assert client.latents is not None
+            with torch.enable_grad():
+                vectors = view(images, client.latents)
+            directions = torch.stack([_directions(cell, vectors.shape[1], probes, seed) for cell in cells], dim=1)
+            directions = directions.to(vectors)
+            last = len(directions) - 1 if text is None else -1  # of the backward passes, which keeps no graph
+            probed = [_gradient(vectors, strengths, one, n != last) for n, one in enumerate(directions)]
+            towards = None if text is None else _gradient(vectors, strengths, text.to(vectors), False)
+        return _Slopes(
+            torch.stack(probed).double().cpu().numpy(),
+            None if towards is None else towards.double().cpu().numpy(),
+            images.detach(),
+            vectors.shape[1],
+        )
+
+    found = [slopes(point) for point in points]
+    mean = np.mean([one.probed for one in found], axis=0)
+    signed = [one.towards for one in found if one.towards is not None]
+    return Found(
+        found[0].dimensions / len(mean) / 2 * (mean**2).sum(axis=0),
+        np.mean(signed, axis=0) if signed else None,
+        found[0].images,
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,10 +191,11 @@ class RunAudit:
                 if name not in known and not path.is_dir():
                     check.differs.append(f"{name} is of no row of the results")
 
-    def _link_unsteered(self) -> Iterator[str]:
+    def _link_unsteered(self) -> list[str]:
         """Give this audit's store the unsteered pictures that the steered ones are compared with; their places."""
+        found: list[str] = []
         if self.study is None or self.study.unsteered is None:
-            return
+            return found
         places = Publisher(self.store, self.folder, steered=True)
         for cell in self.study.unsteered.cells():
             place = places.place(cell)
@@ -202,7 +203,8 @@ class RunAudit:
             if picture.is_file() and not path.is_symlink():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(picture.absolute())
-            yield place
+            found.append(place)
+        return found
 
     def _given(self) -> Run:
         if self.given is None:

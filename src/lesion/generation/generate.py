@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -105,6 +106,7 @@ def token_places(
     settings = cells[0].settings
     pipe = model.pipeline(settings.task)
 
+    @functools.cache
     def words_in(text: str) -> Words:
         if component == DENOISER:
             return words_of(pipe, text, model.arguments)

@@ -28,33 +28,29 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLFlux2")
 KNOWN = {**dict.fromkeys(TEXT, tuple(ENCODERS)), VAE: AUTOENCODERS}  # classes by component
 
 
-def layer_paths(
-    source: Source,
-    components: Sequence[str],
-    by: str,
-    kind: str,
-    tokens: Sequence[str] = (),
-    everywhere: bool = False,
-) -> tuple[str, ...]:
+def layer_paths(source: Source, components: Sequence[str], by: str, kind: str) -> tuple[str, ...]:
     """Names of the layers of these components, in the order in which an image passes them, without their weights.
-
-    tokens: sets of text tokens, each of which makes a layer of its own of every layer; everywhere: one of all together.
 
     Raises RequestError for a component that the model lacks, or of a class whose layers are not known.
     """
-    found: list[str] = []
-    for component in components:
-        of_denoiser = component == DENOISER
-        own = layers.layer_paths(source, by, kind) if of_denoiser else _paths(source, component, by, kind)
-        found += expanded(own, tokens, component if everywhere else "")
-    return tuple(found)
+    return tuple(
+        path
+        for component in components
+        for path in (
+            layers.layer_paths(source, by, kind) if component == DENOISER else _paths(source, component, by, kind)
+        )
+    )
 
 
 def asked_paths(source: Source, asked: Layers) -> tuple[str, ...]:
     """`layer_paths` of those that a study asks for, before it chooses some. Raises RequestError as that does."""
     if asked.tokens and source.pipeline.startswith(TEMPLATED):
         raise RequestError("layers.by", f"{source.pipeline} puts a template around its prompts: not with {asked.by}")
-    return layer_paths(source, asked.components, asked.grouping, asked.kind, asked.tokens, asked.everywhere)
+    found: list[str] = []
+    for component in asked.components:
+        own = layer_paths(source, (component,), asked.grouping, asked.kind)
+        found += expanded(own, asked.tokens, asked.whole(component))
+    return tuple(found)
 
 
 def kinds(source: Source, component: str) -> tuple[str, ...]:

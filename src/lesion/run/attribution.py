@@ -97,17 +97,13 @@ class Screening:
     @property
     def ended(self) -> bool:
         """Whether nothing is left to make but the top and the sample."""
-        return not self._rungs
+        return self.number > len(self._rungs)
 
     @property
     def held_out(self) -> list[int]:
         """Places of the prompts on which no candidate is lesioned to rank it."""
-        return [place for place in range(len(self._order)) if place not in self._seen]
-
-    @cached_property
-    def _seen(self) -> set[int]:
-        rungs = self.found.asked.rungs(len(self._order))
-        return {*self._order[: rungs[-1][1]]} if rungs else set()
+        seen = {*self._order[: self._rungs[-1][1]]} if self._rungs else set()
+        return [place for place in range(len(self._order)) if place not in seen]
 
     @property
     def prompts(self) -> NDArray[np.int64]:
@@ -150,7 +146,6 @@ class Screening:
                 if np.isfinite(effects).any():
                     self.real[place, number] = np.nanmean(effects)
         self.number += 1
-        del self._rungs[0]
         self._choose()
         return True
 
@@ -162,13 +157,13 @@ class Screening:
     @property
     def _prompts(self) -> list[int]:
         """Places of the prompts of this rung."""
-        return self._order[: self._rungs[0][1]]
+        return self._order[: self._rungs[self.number - 1][1]]
 
     def _choose(self) -> None:
         """Keep those that go on to the next rung."""
-        if self._rungs:
-            ranking = self._ranking
-            self._going = sorted(self._going, key=lambda place: -ranking[place])[: self._rungs[0][0]]
+        if not self.ended:
+            ranking, (number, _) = self._ranking, self._rungs[self.number - 1]
+            self._going = sorted(self._going, key=lambda place: -ranking[place])[:number]
 
 
 def subjects(study: Study) -> list[Cell]:

@@ -584,22 +584,16 @@ def examined(model: models.Model, source: models.Source, asked: Layers) -> model
     if DENOISER in asked.components:
         anatomy = examine(model.denoiser, asked.grouping, asked.kind)
         layers.check(anatomy.paths, source, asked.grouping, asked.kind)
-        model = replace(
-            model,
-            anatomy=with_tokens(anatomy, asked.tokens, whole=DENOISER if asked.everywhere else "")
-            if asked.tokens
-            else anatomy,
-        )
+        if asked.tokens:
+            anatomy = with_tokens(anatomy, asked.tokens, whole=asked.whole(DENOISER))
+        model = replace(model, anatomy=anatomy)
     others = [one for one in asked.components if one != DENOISER]
     kind = "self_attention" if asked.tokens else asked.kind
     found = {one: examine_component(one, getattr(model.pipe, one), asked.grouping, kind) for one in others}
     if any(found[one].paths != components.layer_paths(source, (one,), asked.grouping, kind) for one in others):
         raise RequestError("model.id", "the loaded model has other layers than its configs say")
     if asked.tokens:
-        found = {
-            one: encoder_tokens(anatomy, asked.tokens, one if asked.everywhere else "")
-            for one, anatomy in found.items()
-        }
+        found = {one: encoder_tokens(anatomy, asked.tokens, asked.whole(one)) for one, anatomy in found.items()}
     return replace(model, components=found)
 
 

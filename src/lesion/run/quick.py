@@ -62,6 +62,10 @@ def lesioned(
     Raises RequestError for what cannot be done, naming what is allowed.
     """
     one_of("component", component, COMPONENTS)
+    one_of("branch", branch, BRANCHES)
+    share("strength", strength, MOST)
+    if replacement in UNFIT:
+        raise RequestError("replacement", f"{replacement} {UNFIT[replacement]}; use lesion.study")
     if component != DENOISER:
         with _once(pipe, layers, replacement, component, by, kind or "block", window, branch, strength, options):
             yield
@@ -69,13 +73,9 @@ def lesioned(
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if denoiser is None:
         raise RequestError("pipe", f"{type(pipe).__name__} has no unet and no transformer")
-    if replacement in UNFIT:
-        raise RequestError("replacement", f"{replacement} {UNFIT[replacement]}; use lesion.study")
     start, end = window
     if not 0 <= start < end <= 1:
         raise RequestError("window", f"must be (start, end) with 0 <= start < end <= 1; got {window!r}")
-    one_of("branch", branch, BRANCHES)
-    share("strength", strength, MOST)
     try:
         anatomy = examine(denoiser, by, kind or next(iter(kinds_of(denoiser)), "cross_attention"))
     except AnatomyError as error:
@@ -109,14 +109,11 @@ def _once(
     module = getattr(pipe, component, None)
     if module is None:
         raise RequestError("component", f"{type(pipe).__name__} has no {component}")
-    one_of("branch", branch, BRANCHES)
     parse_components([component], by, kind)
     start, end = window
     check_axes([component], Axes(selections={}, windows=((start, end),), branches=(branch,)))
-    if replacement in UNFIT:
-        raise RequestError("replacement", f"{replacement} {UNFIT[replacement]}; use lesion.study")
     described = replacements.describe(replacement, options)
-    replacements.check(replacement, kind, (branch,), by, (share("strength", strength, MOST),), (component,))
+    replacements.check(replacement, kind, (branch,), by, (strength,), (component,))
     try:
         anatomy = examine_component(component, module, by, kind)
     except AnatomyError as error:

@@ -36,10 +36,9 @@ class Layers:
     components: tuple[str, ...] = (DENOISER,)
     tokens: tuple[str, ...] = ()
 
-    @property
-    def everywhere(self) -> bool:
-        """Whether each set of tokens is lesioned in a whole component."""
-        return self.by == tokens.EVERYWHERE
+    def whole(self, component: str) -> str:
+        """The component where each set of tokens is lesioned in all of its layers; "" where in each of them."""
+        return component if self.by == tokens.EVERYWHERE else ""
 
     @property
     def grouping(self) -> str:

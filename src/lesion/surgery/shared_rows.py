@@ -8,7 +8,6 @@ cross-attention alone: `Source.shares_rows`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -176,8 +175,6 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, tuple | list):
         return type(value)(_mapped(one, change) for one in value)
-    if isinstance(value, dict) and not dataclasses.is_dataclass(value):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    if isinstance(value, dict):  # diffusers' output classes
+    if isinstance(value, dict):  # diffusers' output classes are such, too
         return type(value)(**{name: _mapped(one, change) for name, one in value.items()})
     return value
