@@ -13,23 +13,29 @@ from torch import nn
 
 import pipelines
 from conftest import settings, tiny_spec
-from lesion import models
+from denoisers import TEXT, apart, build, hooked, inputs, under
+from denoisers import lesion as lesion_of
+from lesion import models, replacements
 from lesion.attribution import views
 from lesion.attribution.estimate import estimate
 from lesion.attribution.strengths import Strengths
-from lesion.denoising.run import Denoising
+from lesion.denoising.run import COND, Denoising
 from lesion.generation.generate import generate
 from lesion.models import loading
 from lesion.replacements.mean import Mean
 from lesion.replacements.zero import Zero
+from lesion.run.job import examined
 from lesion.scoring._clip import _embedder
 from lesion.scoring._clip_weights import resolve
 from lesion.study.grid import Cell
+from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
+from lesion.study.tokens import expanded
 from lesion.surgery.anatomy import Anatomy, Layer, Site, examine
 from lesion.surgery.hook_points import HookPoint
 from lesion.surgery.operation import replacement_key
+from lesion.surgery.tokens import Places, with_tokens
 
 ZERO = Replacement("zero")
 
@@ -154,6 +160,89 @@ def test_joint_transformers(kind, joint_folder, wide_open):
     np.testing.assert_allclose(found.effects, expected, rtol=0.03, atol=1e-4 * expected.max())
     plain = generate(model, cells_of(model, **asked), {})
     assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
+
+
+def by_token(folder, kind, by, names):
+    """In float64, with sets of tokens as layers."""
+    loading.forget()
+    source = models.resolve(tiny_spec(folder))
+    layers = Layers.of({"by": by, "tokens": names, "kind": kind, "include": None, "exclude": None,
+                        "component": "denoiser"})  # fmt: skip
+    model = examined(models.load(source, "cpu"), source, layers)
+    model.pipe.to(torch.float64)
+    return replace(model, identity=replace(model.identity, dtype="float64"))
+
+
+@pytest.mark.parametrize("by", ["token", "attention_token"])
+@pytest.mark.parametrize("replacement", ["zero", "double"])
+def test_values_of_text_tokens(by, replacement, sd_folder, wide_open):
+    model = by_token(sd_folder, "cross_attention", by, ["re:^(cat|dogs)$", "padding"])
+    one = replacements.describe(replacement, {})
+    lesions = lesions_of(model, replacement=one)[:4]
+    lesions += [replace(lesions[0], window=(0.5, 1.0)), replace(lesions[1], branch="uncond")]
+    interventions = {replacement_key(lesions[0]): replacements.find(replacement)()}
+    cells = cells_of(model)
+    found = estimate(model, lesions, cells, interventions, view, 4)
+    expected = by_differences(model, lesions, interventions)
+    assert (expected[:4] > 1e-9).all()
+    np.testing.assert_allclose(found.effects, expected, rtol=0.02, atol=1e-4 * expected.max())
+    kept = estimate(model, lesions, cells, interventions, view, 4, checkpointing=True)
+    np.testing.assert_allclose(kept.effects, found.effects, rtol=1e-9)
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), generate(model, cells, {}))
+
+
+def test_values_of_text_tokens_at_strengths_beyond_0(sd_folder, wide_open):
+    """Two sets at one site and strength are what both do together; the slope there is that of a study's lesions."""
+    model = by_token(sd_folder, "cross_attention", "token", ["words", "padding"])
+    lesions = lesions_of(model)
+    interventions = {replacement_key(lesions[0]): Zero()}
+    both = Lesion("custom", "", model.anatomy.paths, ZERO, kind=model.anatomy.kind)
+    above, below = (seen(model, replace(both, strength=0.5 + h), interventions) for h in (0.01, -0.01))
+    found = estimate(model, [both], cells_of(model), interventions, view, 4, points=(0.5,))
+    np.testing.assert_allclose(found.effects[0], 0.5 * (((above - below) / 0.02) ** 2).sum(axis=1), rtol=0.01)
+    made = generate(model, cells_of(model, replace(both, strength=0.5)), interventions)
+    np.testing.assert_allclose(found.images.permute(0, 2, 3, 1).float().numpy(), made, atol=1e-5)
+
+
+def test_values_of_text_tokens_for_the_image_of_a_joint_transformer(joint_folder, wide_open):
+    model = by_token(joint_folder, "text_to_image", "attention_token", ["words", "end"])
+    for name, module in model.denoiser.named_modules():
+        if name.endswith("add_v_proj"):  # text that says enough for differences of float32 images
+            module.weight.data *= 30
+    lesions = lesions_of(model)
+    interventions = {replacement_key(lesions[0]): Zero()}
+    asked = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
+    found = estimate(model, lesions, cells_of(model, **asked), interventions, view, 4)
+    expected = by_differences(model, lesions, interventions, **asked)
+    assert expected.max() > 1e-9
+    np.testing.assert_allclose(found.effects, expected, rtol=0.03, atol=1e-3 * expected.max())
+    plain = generate(model, cells_of(model, **asked), {})
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("sd3", "transformer_blocks.0"), ("flux", "transformer_blocks.0"),
+                                             ("flux", "single_transformer_blocks.0")])  # fmt: skip
+def test_strengths_of_text_tokens_are_those_of_lesions_in_every_joint_attention(name, layer):
+    denoiser, calls = build(name), inputs(name, 3)
+    anatomy = with_tokens(examine(denoiser, kind="text_to_image"), ["one", "two"])
+    places = Places([{(COND, "one"): (0, 2), (COND, "two"): (1,)}] * 3, TEXT)
+    lesions = [lesion_of(path, kind="text_to_image") for path in expanded([layer], ["one", "two"])]
+    strengths = torch.zeros(2, 3)
+    strengths[0, 0], strengths[1, 1] = 0.3, 1.0
+    pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(step=None))
+    client = Strengths(anatomy, lesions, strengths, {replacement_key(lesions[0]): Zero()}, places=places)
+    with torch.no_grad(), Denoising(pipe, denoiser, 3, [client]).running():
+        ours = [denoiser(**call).sample for call in calls]
+    real = [replace(lesions[0], strength=0.3), lesions[1], None]
+    assert apart(ours, under(denoiser, anatomy, real, calls, Zero(), places)) < 1e-5
+    plain = hooked(denoiser, {}, calls)
+    assert apart([one[:1] for one in ours], [one[:1] for one in plain]) > 1e-4
+    assert apart([one[1:2] for one in ours], [one[1:2] for one in plain]) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    return pipelines.build("sd", tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="module")

@@ -397,7 +397,8 @@ def test_what_makes_no_sense_is_refused(refused, words):
     [
         (["layers.tokens=[word:dog]"], ["layers.tokens: 'dog' is not in 'a red circle'; its words: a, red, circle"]),
         (["layers.tokens=[word:dog]", "branch=uncond"], ["branch: 'dog' is not in ''"]),
-        (["attribution=gradients", "selection=leave_one_out"], ["layers.by: does not go with attribution"]),
+        (["attribution=gradients", "selection=leave_one_out", "replacement=mask"],
+         ["replacement: mask has no strength that gradients can be taken of; with attribution: double, zero"]),
         (["performance.compile=true"], ["performance.compile: does not work with layers.by=token"]),
         (["layers.component=vae"], ["layers.by: vae has no token; allowed with it: attention, transformer_block"]),
     ],

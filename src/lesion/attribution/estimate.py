@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lesion.attribution.strengths import Strengths
 from lesion.attribution.views import View
-from lesion.generation.generate import call, generators
+from lesion.generation.generate import call, generators, token_places
 from lesion.models import Model
 from lesion.study.grid import Cell
 from lesion.study.lesions import Lesion, digest_of
@@ -76,7 +76,7 @@ def estimate(
 ) -> Found:
     """Estimate the effect of each lesion on each of these images, which are made together, once a point.
 
-    lesions: by replacements that change a site's output, of one kind of site.
+    lesions: by replacements that change a site's output, or the values of text tokens; of one kind of site.
     cells: baselines of one setting.
     interventions: by `replacement_key`.
     probes: directions, at least 1; as many as the view has dimensions, or more, are exact.
@@ -86,11 +86,12 @@ def estimate(
     """
     prompts, settings = [cell.prompt for cell in cells], cells[0].settings
     device = next(model.denoiser.parameters()).device
+    places = token_places(model, cells, lesions=lesions)
 
     def slopes(point: float) -> _Slopes:
         """Make the images once with all lesions at this strength, and take the gradients there."""
         strengths = torch.full((len(lesions), len(cells)), point, device=device, requires_grad=True)
-        client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing)
+        client = Strengths(model.anatomy, lesions, strengths, interventions, checkpointing, places)
         with frozen(model):
             images = call(model, prompts, generators([cell.noise_seed for cell in cells]), settings, [client])
             assert client.latents is not None

@@ -8,9 +8,8 @@ began.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from lesion.denoising.run import COND, UNCOND, Client, DenoiserCall, Denoising, SchedulerStep
 from lesion.denoising.wrapping import forward_replaced
 from lesion.study.lesions import Lesion, covers
+from lesion.study.tokens import layer_and_set
 from lesion.surgery.anatomy import Anatomy, Site
 from lesion.surgery.hook_points import Call, Share, TextLength, wide
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
+from lesion.surgery.tokens import OfTokens, Places
 
 
 class Strengths(Client):
@@ -34,6 +35,7 @@ class Strengths(Client):
     strengths: of each, (lesions, images); floating point, where the denoiser is.
     interventions: the built replacement for each `replacement_key`, of those that change a site's output.
     checkpointing: keep of each denoiser call its input alone, and run it once more for its gradients.
+    places: of text tokens, where the layers are by token; the interventions then change their values alone.
 
     latents: after the last scheduler step so far, (images, …).
     """
@@ -47,10 +49,12 @@ class Strengths(Client):
         strengths: Tensor,
         interventions: Mapping[str, Intervention],
         checkpointing: bool = False,
+        places: Places | None = None,
     ):
-        self.strengths, self.checkpointing = strengths, checkpointing
+        self.strengths, self.checkpointing, self.places = strengths, checkpointing, places
         self.latents: Tensor | None = None
         self._whole = not bool(strengths.detach().any())  # nothing is lesioned yet: outputs keep their every bit
+        self._masks: dict[tuple[Any, ...], Tensor] = {}  # of sets of tokens
         self._of_site: dict[str, list[tuple[int, Lesion, Intervention]]] = {}
         for number, lesion in enumerate(lesions):
             intervention = interventions[replacement_key(lesion)]
@@ -63,10 +67,16 @@ class Strengths(Client):
     @contextmanager
     def attached(self, run: Denoising) -> Iterator[None]:
         self.run = run
+        together: dict[str, list[Site]] = {}
+        for site in self._sites:
+            together.setdefault(site.hook.module, []).append(site)
         with ExitStack() as stack:
-            for path, group in itertools.groupby(self._sites, lambda site: site.hook.module):
-                sites, module, text = list(group), run.denoiser.get_submodule(path), TextLength()
-                stack.enter_context(forward_replaced(module, functools.partial(self._mixed, sites, module, text)))
+            for path, sites in together.items():
+                module, text = run.denoiser.get_submodule(path), TextLength()
+                made = functools.partial(self._mixed, sites, module, text)
+                if self.places:
+                    made = functools.partial(self._of_tokens, OfTokens(sites, self.places), sites, module, text)
+                stack.enter_context(forward_replaced(module, made))
                 stack.enter_context(text.watching(run.denoiser, sites[0].hook.block))
             yield
 
@@ -113,23 +123,83 @@ class Strengths(Client):
 
         return mixed
 
-    def _changes(self, site: Site, call: Call, output: Any) -> Iterator[tuple[int, Tensor, Share]]:
+    def _of_tokens(
+        self,
+        of: OfTokens,
+        sites: Sequence[Site],
+        module: nn.Module,
+        text: TextLength,
+        forward: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        """Return the same of sites of tokens, by a second run with other values of theirs.
+
+        What an attention puts out is linear in its values: with values that are a strength's way to others it is that
+        way to what it puts out with these.
+        """
+
+        def mixed(*args: Any, **kwargs: Any) -> Any:
+            call = Call(module, forward, args, kwargs, text.image)
+            if not any(self._inside(site) for site in sites):
+                return call.run()
+            of.text(call)
+            # Where the second run gives all gradients, the first one gives values alone.
+            with torch.no_grad() if self._whole and of.hook.everything else nullcontext():
+                output = call.run()
+            values = functools.partial(self._of_values, sites)
+            image = of.image(call, of.projected(call, ("values",), values))
+            written = of.hook.write(call, output, [(0, image, _everywhere(image))])
+            return _valued(output, written) if self._whole else written
+
+        return mixed
+
+    def _of_values(self, sites: Sequence[Site], projected: Tensor) -> Tensor:
+        """Values of text tokens, (rows, tokens, channels), with the lesions at their strengths."""
+        branches = self._branches(len(projected))
+        value = precise = projected.to(wide(projected))
+        for site in sites:
+            chosen = self._chosen(site, branches, projected)
+            for place, lesion, intervention in self._inside(site):
+                strength = self._strength(place, lesion, branches).to(value.dtype)[:, None, None] * chosen
+                fill = _normal(intervention.fill(site.path, self._at[0], branches, projected))
+                value = value + strength * (fill.to(value.dtype) - precise)
+        return value.to(projected.dtype)
+
+    def _chosen(self, site: Site, branches: Tensor, projected: Tensor) -> Tensor:
+        """Which tokens of each row are of the site's set, (rows, tokens, 1)."""
+        assert self.places
+        name, length = layer_and_set(site.path)[1], projected.shape[1]
+        key = name, self._at[2], len(branches), length, projected.device
+        if key not in self._masks:
+            mask = torch.zeros(len(branches), length, 1)
+            for row, branch in enumerate(branches.tolist()):
+                mask[row, list(self.places.of[row % self.run.samples].get((branch, name), ()))] = 1
+            self._masks[key] = mask.to(projected.device)
+        return self._masks[key]
+
+    def _inside(self, site: Site) -> list[tuple[int, Lesion, Intervention]]:
+        """The lesions of a site whose windows the denoiser call under way is in."""
         number, calls, _ = self._at
-        inside = [one for one in self._of_site[site.path] if covers(one[1].window, number, calls)]
+        return [one for one in self._of_site[site.path] if covers(one[1].window, number, calls)]
+
+    def _strength(self, place: int, lesion: Lesion, branches: Tensor) -> Tensor:
+        """Of a lesion in each row, (rows,)."""
+        strength = self.strengths[place].repeat(len(branches) // self.run.samples)
+        if lesion.branch == "both":
+            return strength
+        return strength * (branches == (COND if lesion.branch == "cond" else UNCOND)).to(strength)
+
+    def _changes(self, site: Site, call: Call, output: Any) -> Iterator[tuple[int, Tensor, Share]]:
+        number, inside = self._at[0], self._inside(site)
         for part, name in site.parts(output) if inside else ():
             quantity = site.hook.read(call, output, part)
             branches = self._branches(len(quantity))
             value = precise = quantity.to(wide(quantity))
             shape = (-1, *[1] * (quantity.dim() - 1))
             for place, lesion, intervention in inside:
-                strength = self.strengths[place].repeat(len(branches) // self.run.samples).to(value.dtype)
-                if lesion.branch != "both":
-                    strength = strength * (branches == (COND if lesion.branch == "cond" else UNCOND)).to(strength)
+                strength = self._strength(place, lesion, branches).to(value.dtype)
                 fill = _normal(intervention.fill(name, number, branches, quantity))
                 value = value + strength.reshape(shape) * (fill.to(value.dtype) - precise)
-            whole = [1.0] * len(quantity)
-            share = Share.of(torch.ones(len(quantity), device=value.device), whole, quantity.dim())
-            yield part, value.to(quantity.dtype), share
+            yield part, value.to(quantity.dtype), _everywhere(value)
 
     def _branches(self, rows: int) -> Tensor:
         before, self.run.half = self.run.half, self._at[2]
@@ -137,6 +207,11 @@ class Strengths(Client):
             return self.run.branches(rows).to(self.strengths.device)
         finally:
             self.run.half = before
+
+
+def _everywhere(like: Tensor) -> Share:
+    """All of every row."""
+    return Share.of(torch.ones(len(like), device=like.device), [1.0] * len(like), like.dim())
 
 
 class _Valued(torch.autograd.Function):

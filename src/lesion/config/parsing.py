@@ -32,6 +32,7 @@ from lesion.study.prompts import Prompt, parse_prompts, parse_seeds
 from lesion.study.settings import Settings
 from lesion.study.shards import WHOLE, Shard
 from lesion.study.steering import STEERING_OFF, Layout
+from lesion.surgery.intervention import Intervention
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,6 @@ def _check_attribution(
         ("steering", settings.steering, "none"),
         ("capture", data["capture"]["name"] != "none", "none"),
         ("layers.component", layers.components != (DENOISER,), DENOISER),
-        ("layers.by", layers.tokens, "attention, transformer_block, block, stage, head"),
         ("budget.ci_halfwidth", budget, "null"),
         ("confirm.hypotheses", data["confirm"]["hypotheses"], "[]"),
         ("shard.count", data["shard"]["count"] > 1, "1"),
@@ -173,15 +173,21 @@ def _check_attribution(
             raise RequestError(key, f"does not go with attribution={attribution.name}; allowed with it: {allowed}")
     for name in given:
         one = replacements.find(name)
-        if one.changes != "output" or one.donor_images:
-            others = [n for n in replacements.known() if (c := replacements.find(n)).changes == "output"
-                       and not c.donor_images]  # fmt: skip
+        if not _has_strength(one, layers):
+            others = [other for other in replacements.known() if _has_strength(replacements.find(other), layers)]
             raise RequestError(
                 "replacement", f"{name} has no strength that gradients can be taken of; with attribution: "
                 f"{', '.join(others)}"
             )  # fmt: skip
     if scorer.importance != "clip_similarity":
         raise RequestError("scorer.importance", f"attribution estimates clip_similarity; got {scorer.importance}")
+
+
+def _has_strength(replacement: type[Intervention], layers: Layers) -> bool:
+    """Whether a site can be some of the way to what stands in its place."""
+    if layers.tokens and replacement.of_tokens != ("values",):
+        return False
+    return replacement.changes == "output" and not replacement.donor_images
 
 
 def _check_steering(settings: Settings, prompts: Sequence[Prompt], replacements: Mapping[str, Any]) -> None:

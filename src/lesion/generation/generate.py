@@ -92,11 +92,16 @@ def under_lesions(
 
 
 def token_places(
-    model: Model, cells: Sequence[Cell], images: int | None = None, component: str = DENOISER
+    model: Model,
+    cells: Sequence[Cell],
+    images: int | None = None,
+    component: str = DENOISER,
+    lesions: Sequence[Lesion] | None = None,
 ) -> Places | None:
     """Return where the tokens of these cells' lesions of a component are in their prompts.
 
     images: of the batch, those of source prompts, which come last, counted. None for layers that are not by token.
+    lesions: all of them of each cell, in the place of its own.
 
     Raises ValueError, in a sentence that says why, where a prompt has none of them.
     """
@@ -116,17 +121,23 @@ def token_places(
     length = words_in("").length
     for cell in cells:
         of_image: dict[tuple[int, str], tuple[int, ...]] = {}
-        if lesion := part_of(cell.lesion, component):
+        mine: Sequence[Lesion | None] = [cell.lesion] if lesions is None else lesions
+        parts = [part for one in mine if (part := part_of(one, component))]
+        # Without guidance every row reads the prompt. A negative prompt need not say what a prompt says.
+        needed = {
+            (UNCOND if part.branch == "uncond" else COND, layer_and_set(layer)[1])
+            for part in parts
+            for layer in part.layers
+        }
+        if needed:
             texts = {COND: cell.prompt.text, UNCOND: settings.negative_prompt or ""}
             words = {branch: words_in(text) for branch, text in texts.items()}
-            names = dict.fromkeys(layer_and_set(layer)[1] for layer in lesion.layers)
-            # Without guidance every row reads the prompt. A negative prompt need not say what a prompt says.
-            needed = UNCOND if lesion.branch == "uncond" else COND
+            names = dict.fromkeys(layer_and_set(layer)[1] for part in parts for layer in part.layers)
             for branch, name in itertools.product(texts, names):
                 try:
                     of_image[branch, name] = columns_of(words[branch], name)
                 except KeyError as error:
-                    if branch == needed:
+                    if (branch, name) in needed:
                         raise ValueError(error.args[0]) from None
         found.append(of_image)
     found += [{} for _ in range((images or len(cells)) - len(cells))]

@@ -88,16 +88,65 @@ class _Chosen:
         return mask.to(device)
 
 
-class TokenLesions:
-    """The lesions of a batch at one attention: sites, one for each set of tokens.
+class OfTokens:
+    """An attention whose text tokens are told apart. sites: one for each set of tokens.
 
     Raises RuntimeError within a call for a text that is not as long as the tokenizers make it.
     """
 
+    def __init__(self, sites: Sequence[Site], places: Places):
+        self.places, self.hook = places, sites[0].hook
+        self.path = layer_and_set(sites[0].path)[0]
+
+    def image(self, call: Call, output: Any) -> Tensor:
+        """The image's part of an output; of a joint attention without a text it is all of it."""
+        if isinstance(self.hook, ImageStream) and isinstance(output, Tensor):
+            return output
+        return self.hook.read(call, output, 0)
+
+    def text(self, call: Call) -> Tensor:
+        """The text that the attention is given, (rows, tokens, channels)."""
+        single = isinstance(self.hook, ImageTokens)
+        text = call.hidden[:, call.text] if single else call.argument("encoder_hidden_states", 1)
+        if not isinstance(text, Tensor) or text.dim() != 3:
+            raise RuntimeError(f"{self.path} is given no text whose tokens can be told apart")
+        if text.shape[1] != self.places.length:
+            raise RuntimeError(
+                f"{self.path} reads {text.shape[1]} text tokens and the tokenizers make {self.places.length}: they "
+                "cannot be told apart"
+            )
+        return text
+
+    def projected(self, call: Call, what: Sequence[str], changed: Callable[[Tensor], Tensor]) -> Any:
+        """The output where the projections of the text to keys or values are changed so."""
+        seen: set[str] = set()
+
+        def make(name: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def projecting(hidden: Tensor) -> Tensor:
+                seen.add(name)
+                return changed(forward(hidden))
+
+            return projecting
+
+        joint = isinstance(self.hook, ImageStream)
+        names = {"keys": "add_k_proj" if joint else "to_k", "values": "add_v_proj" if joint else "to_v"}
+        with ExitStack() as stack:
+            for one in what:
+                part = getattr(call.module, names[one], None)
+                if isinstance(part, nn.Module):
+                    stack.enter_context(forward_replaced(part, functools.partial(make, names[one])))
+            output = call.run()
+        if missing := {names[one] for one in what} - seen:
+            raise RuntimeError(f"{self.path} does not project its text by {', '.join(sorted(missing))}")
+        return output
+
+
+class TokenLesions(OfTokens):
+    """The lesions of a batch at one attention."""
+
     def __init__(self, sites: Sequence[SiteLesions], places: Places):
-        self.sites, self.places, self.client = list(sites), places, sites[0].client
-        self.hook = sites[0].site.hook
-        self.path = layer_and_set(sites[0].site.path)[0]
+        super().__init__([site.site for site in sites], places)
+        self.sites, self.client = list(sites), sites[0].client
         self.interventions = {key: one for site in sites for key, one in site.interventions.items()}
         self._prepared: dict[tuple[Any, ...], list[_Chosen]] = {}
 
@@ -144,33 +193,14 @@ class TokenLesions:
         """What the image gets, (rows, image tokens, channels), from a run with these tokens changed."""
         intervention = self.interventions[chosen.key]
         if "text" in intervention.of_tokens:
-            return self._image(call, self._reading(call, chosen, intervention))
+            return self.image(call, self._reading(call, chosen, intervention))
         if intervention.changes == "tokens":
             return self._masked(call, chosen)
         return self._filled(call, chosen, intervention)
 
-    def _image(self, call: Call, output: Any) -> Tensor:
-        """The image's part of an output; of a joint attention without a text it is all of it."""
-        if isinstance(self.hook, ImageStream) and isinstance(output, Tensor):
-            return output
-        return self.hook.read(call, output, 0)
-
-    def _text(self, call: Call) -> Tensor:
-        """The text that the attention is given, (rows, tokens, channels)."""
-        single = isinstance(self.hook, ImageTokens)
-        text = call.hidden[:, call.text] if single else call.argument("encoder_hidden_states", 1)
-        if not isinstance(text, Tensor) or text.dim() != 3:
-            raise RuntimeError(f"{self.path} is given no text whose tokens can be told apart")
-        if text.shape[1] != self.places.length:
-            raise RuntimeError(
-                f"{self.path} reads {text.shape[1]} text tokens and the tokenizers make {self.places.length}: they "
-                "cannot be told apart"
-            )
-        return text
-
     def _reading(self, call: Call, chosen: _Chosen, intervention: Intervention) -> Any:
         """The output with other features of these tokens."""
-        text, mask = self._text(call), call.kwargs.get("attention_mask")
+        text, mask = self.text(call), call.kwargs.get("attention_mask")
         if "encoder_hidden_states" not in call.kwargs:
             raise RuntimeError(f"{self.path} is given no text by name, so it cannot be given another")
         branches = self.client.run.branches(len(text)).to(text.device)
@@ -183,7 +213,7 @@ class TokenLesions:
 
     def _filled(self, call: Call, chosen: _Chosen, intervention: Intervention) -> Tensor:
         """What the image gets with other values, or keys and values, of these tokens."""
-        text = self._text(call)
+        text = self.text(call)
         branches = self.client.run.branches(len(text)).to(text.device)
 
         def changed(projected: Tensor) -> Tensor:
@@ -192,30 +222,7 @@ class TokenLesions:
             values = intervention.fill(self.path, self.client.run.call, branches, projected)
             return torch.where(here, values.to(projected.dtype), projected)
 
-        return self._image(call, self._projected(call, intervention.of_tokens, changed))
-
-    def _projected(self, call: Call, what: Sequence[str], changed: Callable[[Tensor], Tensor]) -> Any:
-        """The output where the projections of the text to keys or values are changed so."""
-        seen: set[str] = set()
-
-        def make(name: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-            def projecting(hidden: Tensor) -> Tensor:
-                seen.add(name)
-                return changed(forward(hidden))
-
-            return projecting
-
-        joint = isinstance(self.hook, ImageStream)
-        names = {"keys": "add_k_proj" if joint else "to_k", "values": "add_v_proj" if joint else "to_v"}
-        with ExitStack() as stack:
-            for one in what:
-                part = getattr(call.module, names[one], None)
-                if isinstance(part, nn.Module):
-                    stack.enter_context(forward_replaced(part, functools.partial(make, names[one])))
-            output = call.run()
-        if missing := {names[one] for one in what} - seen:
-            raise RuntimeError(f"{self.path} does not project its text by {', '.join(sorted(missing))}")
-        return output
+        return self.image(call, self.projected(call, intervention.of_tokens, changed))
 
     def _masked(self, call: Call, chosen: _Chosen) -> Tensor:
         """What the image gets where it cannot see these tokens: rows that lack the same ones run together."""
@@ -234,7 +241,7 @@ class TokenLesions:
 
     def _without(self, call: Call, columns: Sequence[int], rows: Tensor) -> Tensor:
         """Of these rows alone, with these tokens cut out of the text."""
-        text, hidden = self._text(call), call.hidden
+        text, hidden = self.text(call), call.hidden
         kept = sorted(set(range(text.shape[1])) - set(columns))
         index = torch.tensor(kept, dtype=torch.long, device=text.device)
         mask, rotary = call.kwargs.get("attention_mask"), call.kwargs.get("image_rotary_emb")
@@ -250,19 +257,19 @@ class TokenLesions:
                 kwargs["image_rotary_emb"] = tuple(table[whole.to(table.device)] for table in rotary)
             if single:
                 call = replace(call, args=(image[:, whole],), kwargs=kwargs, image=slice(len(kept), None))
-                return self._image(call, call.run())
+                return self.image(call, call.run())
             kwargs["encoder_hidden_states"] = text[rows][:, index] if kept else self._none(call, text[rows])
-            return self._image(call, call.forward(image, **kwargs))
+            return self.image(call, call.forward(image, **kwargs))
         if not kept:  # nothing to look at: the attention gives its bias alone
             kwargs["encoder_hidden_states"] = text[rows]
             if mask is not None:
                 kwargs["attention_mask"] = mask[rows]
             blind = replace(call, args=(image,), kwargs=kwargs)
-            return self._image(call, self._projected(blind, ("values",), torch.zeros_like))
+            return self.image(call, self.projected(blind, ("values",), torch.zeros_like))
         kwargs["encoder_hidden_states"] = text[rows][:, index]
         if mask is not None:
             kwargs["attention_mask"] = mask[rows][..., index]
-        return self._image(call, call.forward(image, **kwargs))
+        return self.image(call, call.forward(image, **kwargs))
 
     def _none(self, call: Call, text: Tensor) -> Tensor | None:
         """A text of no tokens: `Attention`'s processors leave out one that is None, `FluxAttention`'s want it empty."""
