@@ -2,6 +2,7 @@
 
     python scripts/gpu_check.py                        every part that fits in the time (`make gpu-check`)
     python scripts/gpu_check.py --only plain lesions   some parts
+    python scripts/gpu_check.py --write gpu-check.json the sections of a record that was brought from a lent machine
     python scripts/gpu_check.py --device cpu --tiny    whether every part works at all, on any machine
 
 It needs no network and no installation of `lesion`: a Python with the packages below is enough, and it says which are
@@ -82,6 +83,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="document to write (default docs/benchmarks.md; none with --tiny)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that are missing here")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", metavar="JSON", default=[], help="run nothing: write what these records say"
+    )
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     args = parser.parse_args(given)
     if args.out is None and not args.tiny:
@@ -102,7 +106,11 @@ def main(given: list[str] | None = None) -> int:
         os.environ |= {"HF_HUB_OFFLINE": "1", "LESION_CACHE_DIR": str(Path(scratch) / "cache")}
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
         sys.path[:0] = [str(ROOT / "src"), str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
-        from gpu.parts import PARTS, run
+        from gpu.parts import PARTS, run, write
+
+        if args.write:
+            write(args.write, args.out or ROOT / "docs" / "benchmarks.md")
+            return 0
 
         unknown = [name for name in args.only if name not in PARTS]
         if unknown:

@@ -9,8 +9,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy import stats
 
+import lesion.report as lesion_report
 from bench import setup as benches
 from gpu.common import JOINT, NEWER, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
 from lesion.generation.generate import generate
@@ -193,6 +196,45 @@ def _study(context: Context, device: str, *more: str) -> list[str]:
         f"generation.steps={2 if context.tiny else 8}",
         *("scorer.metrics=[clip_similarity]", "seeds=[0,1]", *more),
     ]
+
+
+BOXED = "[{text: a red circle, boxes: [{words: red circle, box: [0.1, 0.2, 0.6, 0.7]}]}]"
+STUDIES: dict[str, list[str]] = {  # what the parts above do not touch
+    "companions": ["replacement=[null_prompt,resample,double]", "replacement.resample.prompt=a blue star"],
+    "text encoder and decoder": ["layers.component=[text_encoder,vae]", "layers.kind=block", "layers.include=null"],
+    "text tokens": ["replacement=[zero,mask]", "layers.by=attention_token", "layers.tokens=[words,padding]"],
+    "attention maps": ["capture=maps"],
+    "layout guidance": [
+        *("steering=layout", "replacement=steering_off", f"prompts.items={BOXED}"),
+        *("steering.layers=[up_blocks.3.*]", "layers.include=[up_blocks.3.*]"),
+        *("steering.step_size=noise_share", "steering.mask=covered"),
+    ],
+    "attribution": ["attribution=gradients", "attribution.top=2", "attribution.sample=2", "layers.include=null"],
+}
+
+
+def studies(context: Context) -> list[Check]:
+    """The same studies of the embedded model on a CPU and on this device: images, scores, estimates."""
+    found = []
+    for name, more in STUDIES.items():
+        frames, estimates = [], []
+        for device in ("cpu", context.device):
+            folder = context.fresh("studies")
+            asked = _study(context, device, "seeds=[0]", *more)
+            with mock.patch.object(lesion_report, "write_report", return_value=[]):  # seconds, on any device
+                frames.append(benches.job(folder / "store", folder / "run", asked)[1])
+            if "attribution" in name:
+                estimates.append(pd.read_parquet(folder / "run" / "attribution.parquet")["estimate"])
+        cells = ["prompt_id", "seed", "replacement", "kind", "layer"]
+        both = frames[0].merge(frames[1], on=cells, suffixes=("_cpu", ""))
+        apart = (both["clip_similarity"] - both["clip_similarity_cpu"]).abs()
+        said = f"{len(both)} images, change of the CPU's scores: mean {apart.mean():.1e}, largest {apart.max():.1e}"
+        fine = len(both) > 0 and bool((both["status"] == "ok").all()) and apart.mean() < 5e-3
+        if estimates:
+            order = stats.spearmanr(*estimates).statistic
+            said, fine = f"{said}; rank correlation of the estimates {order:.3f}", fine and order > 0.95
+        found.append(Check.of(name, fine, said))
+    return found
 
 
 def out_of_memory(context: Context) -> list[Check]:

@@ -9,7 +9,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -59,7 +59,7 @@ def _measured(part: str, model: str) -> Callable[[Context], Section]:
     def do(context: Context) -> Section:
         options = Options(
             device=context.device,
-            repeats=1 if context.tiny or part in ("speed", "window", "switches") else 2,
+            repeats=1 if context.tiny or part in ("speed", "window", "switches", "profile", "steering") else 2,
             quick=context.tiny,
             scratch=context.fresh(f"{part}-{model}"),
             kept=context.scratch / "models",
@@ -82,6 +82,7 @@ def _parts() -> dict[str, Part]:
         "auto": Part("generation.batch_size=auto", checks.auto, 10),
         "offload": Part("model.offload against none", checks.offload, 10),
         "store": Part("the store of a CPU, used on this device", checks.store, 15),
+        "studies": Part("other lesions, maps, layout, attribution: as on a CPU", checks.studies, 60, 120),
         "compile": Part("performance.compile against eager", checks.compiled, 30, 90),
     }
     # Whole jobs draw a report, which takes some six seconds however fast the card is.
@@ -96,6 +97,10 @@ def _parts() -> dict[str, Part]:
         for name, seconds, most in timed[2:]:
             what = f"{benchmark.PARTS[name][1]}: {model}"
             parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * most)
+    for name, seconds in (("profile", 40), ("capture", 10), ("steering", 60)):
+        for model, slower in (("sd15", 1.0), ("sdxl", 1.5)) if name == "profile" else (("sd15", 1.0),):
+            what = f"{benchmark.PARTS[name][1]}: {model}"
+            parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * 120)
     parts["sd15-switches"] = Part("the switches of `performance`", _measured("switches", "sd15"), 90, 180)
     parts["flux"] = Part("denoiser calls of a FLUX-size transformer under lesions", figures.flux, 40, 90)
     return parts
@@ -132,8 +137,18 @@ class Result:
     status: str = "not run"
     seconds: float = 0.0
     said: str = ""
+    title: str = ""
+    note: str = ""
     checks: list[Check] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, said: dict[str, Any]) -> Result:
+        return cls(**{**said, "checks": [Check(**one) for one in said["checks"]]})
+
+    def section(self, where: str) -> str:
+        rows = [Row(**{key: value for key, value in row.items() if key != "verdict"}) for row in self.rows]
+        return section(self.title, self.note, where, command(self.name), rows)
 
 
 def run(args: argparse.Namespace, scratch: Path, began: float) -> dict[str, Any]:
@@ -170,8 +185,19 @@ def run(args: argparse.Namespace, scratch: Path, began: float) -> dict[str, Any]
         record["took"] = round(time.monotonic() - began, 1)
         _write(args.json, json.dumps(record, indent=1))
         if args.out:
-            _prove(args, results)
+            _prove(args.out, results, record["machine"])
     return record
+
+
+def write(records: Sequence[Path], out: Path) -> None:
+    """Write the sections of the document from records of runs on other machines."""
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        results = [Result.read(said) for said in record["parts"]]
+        for result in results:
+            if result.title:
+                benchmark.write(out, result.title, result.section(record["machine"]))
+        _prove(out, results, record["machine"])
 
 
 def _one(part: Part, result: Result, context: Context, most: float, out: Path | None) -> bool:
@@ -189,9 +215,9 @@ def _one(part: Part, result: Result, context: Context, most: float, out: Path | 
         lost = memory.lost(error)
     else:
         if isinstance(found, Section):
-            result.status = "measured"
+            result.status, result.title, result.note = "measured", found.title, found.note
             result.rows = [{**asdict(row), "verdict": row.verdict} for row in found.rows]
-            text = section(found.title, found.note, machine(context.device), command(result.name), found.rows)
+            text = result.section(machine(context.device))
             print(text, flush=True)
             if out:
                 benchmark.write(out, found.title, text)
@@ -218,7 +244,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _prove(args: argparse.Namespace, results: list[Result]) -> None:
+def _prove(out: Path, results: Sequence[Result], where: str) -> None:
     """The section of what was proved. Lines of parts that are not run now stay."""
     new = [
         Row(f"{result.name}: {check.name}", check.said, text=check.status)
@@ -227,10 +253,10 @@ def _prove(args: argparse.Namespace, results: list[Result]) -> None:
     ]
     if not new:
         return
-    old = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
+    old = out.read_text(encoding="utf-8") if out.exists() else ""
     _, _, there = old.partition(f"## {benchmark.PROVED}\n")
     kept = [line for line in there.partition("\n## ")[0].splitlines() if line.startswith("| ") and ": " in line]
     ran = tuple(f"| {result.name}: " for result in results if result.checks)
-    text = section(benchmark.PROVED, "", machine(args.device), "make gpu-check", new)
+    text = section(benchmark.PROVED, "", where, "make gpu-check", new)
     text += "".join(f"{line}\n" for line in kept if not line.startswith(ran))
-    benchmark.write(args.out, benchmark.PROVED, text)
+    benchmark.write(out, benchmark.PROVED, text)

@@ -19,7 +19,7 @@ from bench.report import Row
 from gpu import parts
 from gpu.common import Check
 
-PROOFS = ("plain", "lesions", "window", "batch", "memory", "auto", "offload", "store", "compile")
+PROOFS = ("plain", "lesions", "window", "batch", "memory", "auto", "offload", "store", "studies", "compile")
 
 
 @pytest.fixture
@@ -100,6 +100,8 @@ def test_parts_that_fail_are_cut_or_have_no_time_left_are_told_apart(check, monk
     assert "the card was lost in lost" in record["parts"][5]["said"]
     assert [list(statuses(one).values()).count("not run") for one in seen] == [5, 4, 3, 2, 1, 0]  # after every part
     assert "| a | b |  | 2x |  |" in out.read_text() and "| fine: a | so |  | passed |  |" in out.read_text()
+    assert gpu_check.main(["--write", "gpu-check.json", "--out", "elsewhere.md"]) == 0
+    assert Path("elsewhere.md").read_text() == out.read_text()
     code, record, _ = check("--only", "fine", "--seconds", "0.1")
     assert (code, statuses(record)) == (0, {"fine": "skipped"}) and "are left" in record["parts"][0]["said"]
 
