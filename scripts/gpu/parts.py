@@ -74,15 +74,15 @@ def _measured(part: str, model: str) -> Callable[[Context], Section]:
 
 def _parts() -> dict[str, Part]:
     parts = {
-        "plain": Part("un-ablated images against plain diffusers, three precisions", checks.plain_images, 25),
-        "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 25),
+        "plain": Part("un-ablated images against plain diffusers, three precisions", checks.plain_images, 25, 150),
+        "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 25, 150),
         "window": Part("a late window against the same from noise", checks.late_window, 5),
         "batch": Part("images of a batch against single ones", checks.batch_and_single, 5),
         "memory": Part("out of memory: halving under a cap, decoding in slices", checks.out_of_memory, 15),
         "auto": Part("generation.batch_size=auto", checks.auto, 10),
         "offload": Part("model.offload against none", checks.offload, 10),
         "store": Part("the store of a CPU, used on this device", checks.store, 15),
-        "studies": Part("other lesions, maps, layout, attribution: as on a CPU", checks.studies, 60, 120),
+        "studies": Part("other lesions, maps, layout, attribution: as on a CPU", checks.studies, 60, 180),
         "compile": Part("performance.compile against eager", checks.compiled, 30, 90),
     }
     # Whole jobs draw a report, which takes some six seconds however fast the card is.
