@@ -101,7 +101,7 @@ def driven(folder: Path, runs: list[object]) -> tuple[list[int], str]:
 
 
 @pytest.mark.slow  # a process of its own, which imports everything
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli):
     kills = [("image", 3, True), ("rename", 3, False), *AFTER_THE_LAST_IMAGE]
 
@@ -128,7 +128,7 @@ def test_a_study_killed_anywhere_ends_with_the_pixels_of_an_undisturbed_one(cli)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2700)
 def test_killed_at_fifty_random_moments_it_loses_nothing(cli):
     """Ten kills a store, at random moments of what the last run took that came to its end; so in every phase."""
     base = [default for default in cli.defaults if not default.startswith("generation.batch_size")]

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 
 from lesion.errors import RequestError
-from lesion.models import devices
+from lesion.models import devices, loading
 from lesion.run import environment, job
+from lesion.run import workers as processes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_what_a_killed_worker_leaves_the_others_make(cli, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_what_stops_every_worker_stops_the_study(cli, tiny_folder, monkeypatch):
+def test_a_model_that_no_worker_can_load_is_refused_as_in_one_process(cli, tiny_folder, monkeypatch):
     (weights,) = (tiny_folder / "unet").glob("*.safetensors")
     aside, tracker = weights.with_suffix(".aside"), job.make_tracker
 
@@ -97,12 +98,37 @@ def test_what_stops_every_worker_stops_the_study(cli, tiny_folder, monkeypatch):
         return tracker(*arguments)
 
     monkeypatch.setattr(job, "make_tracker", late)
-    try:
-        code, out, err = cli("device=cpu", "workers=2", "selection=none")
-    finally:
-        aside.rename(weights)
-    assert code == 1 and "stopped by an unforeseen" in err, out + err
-    assert all(f"worker {number} on cpu stopped: " in out + err for number in (0, 1))
+    refused = f"lesion: model.id: '{tiny_folder}' cannot be loaded: "
+    for workers in (1, 2):
+        loading.forget()
+        try:
+            code, out, err = cli("device=cpu", f"workers={workers}", "selection=none")
+        finally:
+            aside.rename(weights)
+        assert code == 2 and err.splitlines()[-1].lstrip().startswith(refused), out + err
+        assert "An error occurred while trying to fetch" not in out + err  # a library's, of each process
+        assert out.count(" stopped: ") == (workers if workers > 1 else 0)
+        assert not cli.frames()
+
+
+def _unable(connection, share):
+    """A worker, in whose process the model breaks down."""
+
+    def loaded(work):
+        raise ZeroDivisionError("by the model")
+
+    job.loaded = loaded
+    processes._work(connection, share)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_stops_every_worker_stops_the_study(cli, monkeypatch):
+    monkeypatch.setattr(processes, "_work", _unable)
+    code, out, err = cli("device=cpu", "workers=2", "selection=none")
+    assert code == 1 and "stopped by an unforeseen" in err.splitlines()[-1], out + err
+    assert all(f"worker {number} on cpu stopped: " in out and "by the model" in out for number in (0, 1))
+    assert (cli.frames()[0].status == "failed").all()
 
 
 @pytest.mark.slow

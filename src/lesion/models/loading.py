@@ -193,7 +193,7 @@ class _Told(logging.Handler):
             told = re.findall(rf"^(\S+) *\| *{status}", text, re.M) or (listed if words in text else [])
             names += told
             found = found or bool(told)
-        if not found:
+        if not found and not text.startswith(_RAISED_TOO):
             for handler in self.others[record.name.partition(".")[0]]:
                 if record.levelno >= handler.level:
                     handler.handle(record)
@@ -215,6 +215,7 @@ def _reported() -> Iterator[_Told]:
         yield told
 
 
+_RAISED_TOO = "An error occurred while trying to fetch"  # of weights that are not there
 _LIBRARIES = ("diffusers.", "transformers.")
 _OLD = ("The following part of your input was truncated", "Token indices sequence length is longer than")
 
