@@ -224,6 +224,41 @@ Ours: $0.31 \pm 0.04$ in SD 1.5. % lesion-audit: ignore
 
 
 @pytest.mark.parametrize(
+    ("suffix", "text", "strange"),
+    [
+        # Kinds of numbers: one that no table has is named, one that a table has is not.
+        (".tex", r"\num{0.377}, \qty{37.7}{\percent}, \SI{15.9}{\percent}", ["0.377", "37.7  %"]),
+        (".tex", r"$3.7\times10^{-3}$ and $1.2 \cdot 10^{-3}$", ["3.7e-3"]),
+        (".md", "3.7 × 10⁻³, $1.2\\times 10^{-3}$ or 1.2e-3", ["3.7e-3"]),
+        (".md", "49/48 prompts, 16/49; 16x48, 16 × 49", ["48", "48"]),
+        (".tex", r"$\frac{48}{49}$", ["48"]),
+        (".md", "4.9x as much in 37min, 16x", ["4.9", "37"]),
+        (".tex", r"13\,132, 13{,}132 of 13\,133", ["13133"]),
+        (".md", "13,132 or 13\u202f132 of 13,133", ["13,133"]),
+        (".tex", r"$-$0.159, ${-}0.159$, $-$0.016, {-}0.016", ["-0.159", "-0.159"]),
+        (".md", "&minus;0.159, −0.016", ["−0.159"]),
+        (".md", "15.9 percent, 37.7 per cent, 37.7 pp, [-1.6, 25.6] %, 16 to 26 %", ["37.7 per cent", "37.7 pp"]),
+        (".md", "_0.377_ <b>0.377</b> in 2D[^7]\n\n[^7]: 8", ["0.377", "0.377"]),
+        # What is no text that a reader sees, and what only looks so.
+        (".tex", "\\newcommand{\\imp}[1]{0.377 #1}\n\\usepackage[7pt]{x}\n\\begin{document}\n\\imp", ["0.377"]),
+        (
+            ".tex",
+            r"\multirow{2}{*}{0.377} & \multicolumn{2}{c}{0.378} & \ref{tab:2}{0.379} \\[2pt]",
+            ["0.377", "0.378", "0.379"],
+        ),
+        (".tex", r"\begin{tabular}{p{0.3\textwidth}*{4}{r}} \resizebox{0.7\textwidth}{!}{0.159} \verb|7|", []),
+        (".tex", "\\begin{lstlisting}\n7\n\\end{lstlisting}\n0.377 \\\\% 8\n", ["0.377"]),
+        (".md", "```\n~~~\n```\n0.377 <!-- 7\n8 --> `9`", ["0.377"]),
+    ],
+)
+def test_every_kind_of_number_is_read(tmp_path, suffix, text, strange):
+    values = "0.21149,-0.0163,0.2561,0.0012,0.159,49,16,13132"
+    (tmp_path / "layers.csv").write_text(f"a,b,c,d,e,f,g,h\n{values}\n")
+    known = Tables([tmp_path / "layers.csv"])
+    assert [number.text for number in numbers(text, suffix) if not known.where(number)] == strange
+
+
+@pytest.mark.parametrize(
     "arguments", [["nowhere"], [".", "--share", "0"], [".", "--share", "x"], [".", "--paper", "no.tex"], ["."]]
 )
 def test_a_wrong_request_is_one_line(tmp_path, monkeypatch, capsys, arguments):

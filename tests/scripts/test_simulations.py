@@ -20,8 +20,9 @@ import simulate_inference
         (simulate_inference, ["seeds"], 21),
         pytest.param(simulate_inference, ["shapley"], 4, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["sparse"], 28, marks=pytest.mark.slow),
-        pytest.param(simulate_inference, ["ranks"], 4, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["ranks"], 12, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["claims"], 3, marks=pytest.mark.slow),
+        pytest.param(simulate_inference, ["ratios"], 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_line_a_case(script, arguments, lines, monkeypatch, capsys):
