@@ -247,9 +247,7 @@ def out_of_memory(context: Context) -> list[Check]:
             stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, torch.device(context.device).index or 0)
         else:
             stack.enter_context(mock.patch.object(maker, "generate", _crowded))
-        _, frame = benches.job(
-            folder / "store", folder / "run", _study(context, context.device, "generation.batch_size=64")
-        )
+        _, frame = benches.job(folder / "store", folder / "run", _large(context, 64))
     halved, cut = sorted(maker_cut.values()), bool(maker_cut)
     maker_cut.clear()
     how = "under a cap on the memory" if context.on_gpu else "simulated on a CPU"
@@ -284,9 +282,21 @@ def _crowded(model: Any, cells: Any, *rest: Any) -> Any:
     return generate(model, cells, *rest)
 
 
+def _large(context: Context, batch: int) -> list[str]:
+    """A study whose images take memory that counts beside what an allocator rounds up to."""
+    side = 64 if context.tiny else 512
+    return _study(
+        context,
+        context.device,
+        f"generation.batch_size={batch}",
+        *(f"generation.{one}={side}" for one in ("height", "width")),
+        "generation.steps=2",
+    )
+
+
 def _cap(context: Context) -> None:
-    """Leave room for a batch of about 8 of the study's images."""
-    _, study, model = benches.loaded(_study(context, context.device, "generation.batch_size=8"))
+    """Leave room for a batch of about 12 of the study's images."""
+    _, study, model = benches.loaded(_large(context, 8))
     cells = [cell for cell in study.cells() if cell.lesion is None]
     eight = (cells * 8)[:8]
     generate(model, eight, {})
@@ -306,13 +316,17 @@ def auto(context: Context) -> list[Check]:
 
 
 def offload(context: Context) -> list[Check]:
+    """Against plain diffusers that offloads in the same way; and, but for rounding, against no offloading."""
     if not context.on_gpu:
         return [Check("model, sequential", "skipped", "needs a GPU to load to")]
-    model = context.model("sd")
-    whole, found = context.ours(model, context.cells(model)), []
+    model, found = context.model("sd"), []
+    whole = context.ours(model, context.cells(model))
     for how in ("model", "sequential"):
         model = context.model("sd", offload=how)
-        found.append(Check.of(how, *same(context.ours(model, context.cells(model)), whole)))
+        ours, pipe = context.ours(model, context.cells(model)), context.pipe("sd", device="cpu")
+        getattr(pipe, f"enable_{how}_cpu_offload")(device=context.device)
+        found.append(Check.of(how, *same(ours, context.plain(pipe, "sd"))))
+        found.append(Check.of(f"{how}, and none", *near(ours, whole)))
     return found
 
 

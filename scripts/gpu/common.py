@@ -109,13 +109,13 @@ class Context:
             using[replacement_key(lesion)] = replacements.build(lesion.replacement.name, options or {}, bench)
         return generate(model, cells, using, *rest)
 
-    def pipe(self, name: str, dtype: str = "float32") -> Any:
-        """Plain diffusers."""
+    def pipe(self, name: str, dtype: str = "float32", device: str = "") -> Any:
+        """Plain diffusers, on the device under test if none is named."""
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             self.folder(name), torch_dtype=getattr(torch, dtype), use_safetensors=True
         )
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        return pipe.to(device or self.device)
 
     def plain(self, pipe: Any, name: str, hooks: Sequence[Hook] = (), texts: Sequence[str] = TEXTS) -> Any:
         """Images of plain diffusers, with plain hooks on modules of its denoiser."""
