@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lesion.analysis import bounded
 from lesion.analysis.confirm import confirmed
 from lesion.errors import RequestError
 from lesion.study.confirmation import CONFIRMING, EXPLORING, Confirmation
@@ -42,6 +43,14 @@ def test_what_is_planted_is_confirmed_on_the_other_half():
     reach = stats.t.ppf(1 - 0.05 / 2 / 2, 19) + stats.norm.ppf(0.8)  # two tests
     assert row["mde"] == pytest.approx(reach * early.std(ddof=1) / np.sqrt(20))
     assert row["mde_in_seed_noise"] == pytest.approx(row["mde"] / row["seed_noise"])
+
+
+def test_no_smaller_effect_is_promised_than_gaffkes_test_can_find():
+    """Few images break, of which Student's t would promise to find 0.2; equal values tell what the bound takes."""
+    frame, floor = study(prompts=24, share=0.15, seed=2)
+    row = confirmed(frame, floor, Confirmation("clip_similarity", ("breaks",))).iloc[0]
+    assert row["method"].startswith("bounded") and row["n_units"] == 12
+    assert bounded.p_value(np.full(12, row["mde"]), (-1.0, 1.0)) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_the_confirming_half_has_no_part_in_the_choice():

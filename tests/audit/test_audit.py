@@ -19,6 +19,7 @@ from lesion.cli import audit
 from lesion.report.pictures import Drawn
 from lesion.run import environment
 from lesion.scoring.ssim import Ssim
+from lesion.study.confirmation import Confirmation
 
 
 def flipped(path: Path, digest: bool) -> None:
@@ -26,12 +27,17 @@ def flipped(path: Path, digest: bool) -> None:
     with Image.open(path) as image:
         pixels, record = np.array(image), image.text["lesion"]
     pixels[3, 5, 1] ^= 1
-    notes = PngImagePlugin.PngInfo()
     if digest:
         record = json.dumps({name: value for name, value in json.loads(record).items() if name != "pixels"})
+    stored(path, Image.fromarray(pixels), record)
+
+
+def stored(path: Path, image: Image.Image, record: str) -> None:
+    """In the place of a picture, which is a link to the store's."""
+    notes = PngImagePlugin.PngInfo()
     notes.add_itxt("lesion", record)
-    path.unlink()  # it is a link to the store's
-    Image.fromarray(pixels).save(path, pnginfo=notes)
+    path.unlink()
+    image.save(path, pnginfo=notes)
 
 
 def rescored(folder: Path) -> None:
@@ -167,6 +173,44 @@ def test_scores_and_pixels_are_compared_with_what_is_worked_out_anew(cli):
     assert found["remade"].verdict == "as made" and "batch effect" in found["remade"].notes[0]
     assert found["files"].verdict == "as made" and len(found["files"].notes) == 2
     assert found["config"].verdict == "as made"
+
+
+def test_edits_that_keep_every_digest_in_step_are_named(cli):
+    """Of a plan, of what pictures say of themselves, of a row said to have failed, and of the record."""
+    folder = cli.folder / "run"
+    assert cli(f"hydra.run.dir={folder}", "confirm.hypotheses=[changes]")[0] == 0
+    frame = pd.read_parquet(folder / "results.parquet")
+    told, clear = (folder / frame["image"].iloc[row] for row in (1, 2))
+    with Image.open(told) as image:
+        record = json.loads(image.text["lesion"]) | {"prompt": "a blue square"}
+        stored(told, image.copy(), json.dumps(record))
+    with Image.open(clear) as image:
+        record, shown = image.text["lesion"], image.convert("RGBA")
+        shown.putalpha(0)
+        stored(clear, shown, record)
+    frame.loc[4, ["status", "reason"]] = "failed", "out of memory"
+    frame.to_parquet(folder / "results.parquet", index=False)
+    plan = json.loads((folder / "confirmation.json").read_text())
+    plan["plan"]["alpha"] = 0.5
+    plan["sha256"] = Confirmation.read(plan).sha256
+    (folder / "confirmation.json").write_text(json.dumps(plan))
+    made = json.loads((folder / environment.RECORD).read_text())
+    made["runs"][0] |= {"commit": "0123456789abcdef", "device": "cuda:0"}
+    (folder / environment.RECORD).write_text(json.dumps(made))
+    lines = [line.partition("  ")[2] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    (folder / "SHA256SUMS").write_text("".join(f"{environment.sha256(folder / name)}  {name}\n" for name in lines))
+    assert audit.main([str(folder)]) == 1
+    (checks,) = json.loads((folder / "audit.json").read_text())["checks"].values()
+    differs = {check["name"]: check["differs"] for check in checks}
+    assert differs["files"] == []
+    assert differs["config"] == ["confirmation.json is not the plan that the config gives"]
+    assert [text.partition(" says ")[2] or text.partition(" is ")[2] for text in differs["pictures"]] == [
+        "another prompt than it was made with", "of mode RGBA, not RGB"
+    ]  # fmt: skip
+    assert any("row 4" in text and "status is failed, anew ok" in text for text in differs["scores"])
+    assert [text.partition(",")[0] for text in differs["remade"] if text.startswith(environment.RECORD)] == [
+        f"{environment.RECORD}: device is cuda", f"{environment.RECORD}: commit is 0123456789ab"
+    ]  # fmt: skip
 
 
 def test_budgets_maps_and_scores_of_an_earlier_version(cli, monkeypatch):

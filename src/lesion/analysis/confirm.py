@@ -11,9 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lesion.analysis.bootstrap import BOUNDED
 from lesion.analysis.importance import importance_metric
 from lesion.analysis.paired import against_floor, holm
-from lesion.analysis.reading import adherence_columns, adherence_lost, reading_columns, reading_drops, with_right
+from lesion.analysis.reading import (
+    adherence_columns,
+    adherence_lost,
+    differences,
+    reading_columns,
+    reading_drops,
+    with_right,
+)
 from lesion.study.confirmation import CONFIRMING, EXPLORING, Confirmation
 
 POWER = 0.8
@@ -29,8 +37,9 @@ def confirmed(frame: pd.DataFrame, pairs: pd.DataFrame, plan: Confirmation, **op
     half: importance beyond what another seed changes, share of images in which the aspect breaks, adherence lost), low,
     high, method, p, p_holm (over all rows); verdict: `confirmed` if p_holm <= alpha and the estimate is above 0, else
     `not confirmed`; n_units (prompts, or clusters of paraphrases); mde: the smallest effect that would be found with a
-    chance of 80 %, from the spread of the exploring half; seed_noise: standard deviation over seeds within a unit;
-    mde_in_seed_noise: their ratio, NaN without seed noise. ValueError where the results have another metric.
+    chance of 80 %, from the spread of the exploring half, and where few prompts decide not below what any of so many
+    units could show; seed_noise: standard deviation over seeds within a unit; mde_in_seed_noise: their ratio, NaN
+    without seed noise. ValueError where the results have another metric.
     """
     if (metric := importance_metric(frame)) != plan.metric:
         raise ValueError(f"the plan is for importance by {plan.metric}, these results have {metric}")
@@ -55,15 +64,18 @@ def confirmed(frame: pd.DataFrame, pairs: pd.DataFrame, plan: Confirmation, **op
     sure = (table["p_holm"] <= plan.alpha) & (table["value"] > 0)
     table["verdict"] = np.where(sure, "confirmed", "not confirmed")
     table["explored"], table["seed_noise"] = before["value"], before["sd_seeds"]
-    table["mde"] = _smallest(before["sd_units"].to_numpy(), table["n_units"].to_numpy(), plan.alpha / len(table))
+    table["mde"] = _smallest(before, table["n_units"].to_numpy(), plan.alpha / len(table))
     noise = table["seed_noise"].where(table["seed_noise"] > 0)
     table["mde_in_seed_noise"] = table["mde"] / noise
     table = table.rename(columns={"value": "estimate"})
-    return table[[*(name for name in table if name not in (*COLUMNS, "sd_seeds", "sd_units")), *COLUMNS]]
+    return table[[*(name for name in table if name not in (*COLUMNS, "sd_seeds", "sd_units", "least")), *COLUMNS]]
 
 
 def _tests(hypothesis: str, part: pd.DataFrame, pairs: pd.DataFrame, **options: Any) -> pd.DataFrame:
-    """Of every layer: the setting's columns, hypothesis, of, layer, value, low, high, method, p, n_units, sd_…"""
+    """Of every layer: the setting's columns, hypothesis, of, layer, value, low, high, method, p, n_units, least, sd_…
+
+    least: what a unit's value cannot be below, which the test takes as known where few prompts decide.
+    """
     if hypothesis == "changes":
         table = against_floor(part, pairs, spread=True, **options).assign(of="another seed")
         table = table.rename(columns={"difference": "value"})
@@ -77,7 +89,9 @@ def _tests(hypothesis: str, part: pd.DataFrame, pairs: pd.DataFrame, **options: 
     if table.empty:
         return table
     table = table.rename(columns={"n_prompts": "n_units", "sd_prompts": "sd_units"}).assign(hypothesis=hypothesis)
-    wanted = ["value", "low", "high", "method", "p", "n_units", "sd_units", "sd_seeds"]
+    if "least" not in table:
+        table["least"] = [differences(name)[0] if hypothesis == "loses" else -1.0 for name in table["of"]]
+    wanted = ["value", "low", "high", "method", "p", "n_units", "sd_units", "sd_seeds", "least"]
     keys = [name for name in _before_layer(table) if name != "of"]
     return table[[*keys, "hypothesis", "of", "layer", *wanted]]
 
@@ -87,9 +101,16 @@ def _before_layer(table: pd.DataFrame) -> list[str]:
     return [str(name) for name in table.columns[: table.columns.get_loc("layer")]]
 
 
-def _smallest(spread: Any, units: Any, alpha: float) -> Any:
-    """The effect found with chance POWER by a two-sided t test at alpha, in the normal approximation of its power."""
+def _smallest(explored: pd.DataFrame, units: Any, alpha: float) -> Any:
+    """The effect found with chance POWER by a two-sided t test at alpha, in the normal approximation of its power.
+
+    Where few prompts decide (`bounded`) it is at least what makes n equal values significant: one more at `least` has a
+    weight w of Beta(1, n), so that their mean reaches 0 with chance alpha / 2 at |least| w / (1 - w).
+    """
     from scipy.special import ndtri, stdtrit
 
-    freedom = np.maximum(units - 1, 1)
-    return (stdtrit(freedom, 1 - alpha / 2) + ndtri(POWER)) * spread / np.sqrt(np.maximum(units, 1))
+    freedom, count = np.maximum(units - 1, 1), np.maximum(units, 1)
+    found = (stdtrit(freedom, 1 - alpha / 2) + ndtri(POWER)) * explored["sd_units"].to_numpy() / np.sqrt(count)
+    weight = 1 - (alpha / 2) ** (1 / count)
+    hard = np.abs(explored["least"].to_numpy()) * weight / (1 - weight)
+    return np.where(explored["method"].str.startswith(BOUNDED), np.maximum(found, hard), found)

@@ -204,7 +204,8 @@ def against_floor(
     floor are left out. pairs, floor: see `lesion.analysis.floor`. An image's floor is the jackknife pseudo-value of its
     seed (Arvesen, Ann. Math. Stat. 40, 1969), so that what a seed is worth in the floor counts among the errors of
     shared seeds; with fewer than three seeds, that of its prompt. Where few prompts decide, a difference is taken to
-    lie between minus what another seed changes of any prompt, and 1. spread: add sd_prompts, sd_seeds of differences.
+    lie between minus what another seed changes of any prompt, and 1. spread: add sd_prompts, sd_seeds of
+    differences, and least, the least that one is taken to be.
     """
     part, keys = lesioned_rows(frame, metric)
     part = part[part["selection"] == LEAVE_ONE_OUT]
@@ -230,9 +231,9 @@ def against_floor(
             found = _compared(cells, shared_noise(whole), number, bounds, **options)
             if spread:
                 both = interval(cells, "t")
-                found |= {"sd_prompts": both.sd_prompts, "sd_seeds": both.sd_seeds}
+                found |= {"sd_prompts": both.sd_prompts, "sd_seeds": both.sd_seeds, "least": bounds[0]}
             records.append({**setting, "layer": layer, **found, "n_left_out": int(group["beyond"].isna().sum())})
-        more = ["sd_prompts", "sd_seeds"] if spread else []
+        more = ["sd_prompts", "sd_seeds", "least"] if spread else []
         table = pd.DataFrame(records, columns=[*keys, "layer", *TEST, *more, "n_left_out"])
         tables.append(table.assign(p_holm=holm(table["p"])))
     return (

@@ -86,7 +86,7 @@ def adherence_lost(
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection, prompt_columns(frame) if metrics is None else metrics):
         name = named.pop("aspect")
-        bounds = _differences(name)
+        bounds = differences(name)
         found = over_prompts(group, "_drop", bounds=bounds, **options)
         verdict = "loses" if found.low > 0 else "gains" if found.high < 0 else "not settled"
         verdict = verdict if found.low == found.low else "no interval"
@@ -97,7 +97,7 @@ def adherence_lost(
     return pd.DataFrame(records, columns=[*_keys(frame), "metric", "layer", *figures])
 
 
-def _differences(metric: str) -> tuple[float, float]:
+def differences(metric: str) -> tuple[float, float]:
     """Between what differences of a metric lie."""
     least, most = (0.0, 1.0) if metric == RIGHT else metric_class(metric).range
     return least - most, most - least

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from lesion import models, scoring
 from lesion.analysis.bootstrap import METHODS
@@ -154,6 +155,23 @@ class RunAudit:
             check.looked += 1
             if now[key] != asked[key]:
                 check.differs.append(f"{key.removesuffix(' (content)')}: its content is not what was studied")
+        self._plan(check, self.request)
+
+    def _plan(self, check: Check, request: Request) -> None:
+        """The plan of a confirmatory study, which follows from the config."""
+        path = self.folder / folders.PLAN
+        if request.confirm is None:
+            if path.exists():
+                check.differs.append(f"{folders.PLAN} is there, and the config plans nothing")
+            return
+        check.looked += 1
+        wanted = json.loads(json.dumps(request.confirm.written([prompt.id for prompt in request.prompts])))
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            kept = None
+        if kept != wanted:
+            check.differs.append(f"{folders.PLAN} is not the plan that the config gives")
 
     def _results(self) -> Run:
         """The run's tables, read whatever their digests say: `files` compares these."""
@@ -183,6 +201,9 @@ class RunAudit:
                 path.unlink()
                 why = "it is not there" if not (self.folder / image).is_file() else str(error).partition(": ")[2]
                 check.differs.append(f"{image} (row {place}): {why}")
+        for cell in self.study.cells() if self.study else ():
+            if said := _misread(self.store.path(cell.key), cell) if cell.key in self.good else "":
+                check.differs.append(f"the picture of cell {cell.key} {said}")
         known = {*map(str, frame["image"]), *self._link_unsteered()}
         known |= {beside_image(image) for image in known}
         for kind in ("images", "maps"):
@@ -229,7 +250,7 @@ class RunAudit:
         out: set[int] = set()
         if alike:
             other = (anew["status"] != given.frame["status"]) & ~self._all_there()
-            out = set(map(int, np.flatnonzero(other | failed)))
+            out = set(map(int, np.flatnonzero(other | (failed & ~self._all_there()))))
         older = {name: scoring.metric_class(name).earlier_error for name in scoring.known_metrics() if name in anew}
         check.differs += comparing.frames("results.parquet", given.frame, anew, out, older, check.notes)
         older["similarity"] = older.get(importance_metric(anew), 0.0)  # of two baselines, in the floor
@@ -350,15 +371,20 @@ class RunAudit:
                 check.differs.append(f"cell {key}: made anew, {count} pixels differ, by up to {most}/255")
 
     def _made_with(self, check: Check) -> None:
-        """The versions that the record says images were made with, against those that the images say."""
+        """The versions, commit and device that the record says images were made with, against what the images say."""
         runs = [run for run in (self.record or {}).get("runs", []) if run.get("images")]
         frame = self._given().frame
         told = {
             "torch": {str(run.get("torch")) for run in runs},
             "diffusers": {str(run.get("packages", {}).get("diffusers")) for run in runs},
+            "commit": {environment.short(str(run.get("commit", ""))) for run in runs} - {""},
+            "device": {str(run.get("device")).partition(":")[0] for run in runs},
         }
-        for name in told:
-            found = {str(one) for one in frame.get(name, ()) if one}
+        by_pictures = {
+            name: {str(one) for one in frame.get(name, ()) if one} for name in ("torch", "diffusers", "device")
+        }
+        by_pictures["commit"] = {str(one).partition("(")[2].rstrip(")") for one in frame.get("lesion", ())} - {""}
+        for name, found in by_pictures.items():
             if found and (strange := sorted(told[name] - found)):
                 said = f"{name} is {', '.join(strange)}, by the pictures {', '.join(sorted(found))}"
                 check.differs.append(f"{environment.RECORD}: {said}")
@@ -389,6 +415,17 @@ class RunAudit:
             "cuda",
         )
         return all(run.get(name) == here.get(name) for name in same)
+
+
+def _misread(path: Path, cell: Cell) -> str:
+    """What a picture shows a reader otherwise than it was made; "" if nothing. path: of one whose pixels are good."""
+    with Image.open(path) as image:
+        mode, record = image.mode, json.loads(getattr(image, "text", {})["lesion"])
+    told = json.loads(json.dumps(cell.identity()))
+    other = [name for name in told if record.get(name) != told[name]]
+    if other:
+        return f"says another {', '.join(other)} than it was made with"
+    return "" if mode == "RGB" else f"is of mode {mode}, not RGB"
 
 
 def compare(

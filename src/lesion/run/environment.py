@@ -122,7 +122,12 @@ def sha256(path: Path) -> str:
 def code() -> str:
     """The version of this code: of a checkout with its commit, 12 digits, and "+" where files of it have changed."""
     commit = _commit()
-    return lesion.__version__ + (f" ({commit[:12]}{'+' * commit.endswith('+')})" if commit else "")
+    return lesion.__version__ + (f" ({short(commit)})" if commit else "")
+
+
+def short(commit: str) -> str:
+    """A commit by 12 digits, and "+" where it has one."""
+    return commit[:12] + "+" * commit.endswith("+")
 
 
 def _version(name: str) -> str:

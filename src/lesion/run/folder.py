@@ -19,6 +19,7 @@ from lesion.study.grid import Study
 from lesion.study.lesions import digest_of
 
 RECORD = Path(".hydra") / "request.json"
+PLAN = "confirmation.json"
 MADE = ("images", "maps", "grids", "figures", "tables", "thumbs")  # folders whose every file a run writes
 FILES = (
     "results.parquet",
@@ -28,11 +29,11 @@ FILES = (
     "report.html",
     "environment.json",
     "report.json",
-    "confirmation.json",
+    PLAN,
     "attribution.parquet",
     "certificate.json",
 )
-SEALED = ("environment.json", "confirmation.json", "certificate.json", RECORD.as_posix())  # with a digest, as tables
+SEALED = ("environment.json", PLAN, "certificate.json", RECORD.as_posix())  # with a digest, as tables
 HYDRAS = ("lesion.log", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 TABLE_BYTES, ROW_BYTES = 64 << 10, 256  # of all tables of a run folder: those of a few images, and more for each one
 ALONE = ("selection", "replacement", "calibration")  # compared as one value: what they hold is up to the request
@@ -134,7 +135,7 @@ def emptied(folder: Path, log: str) -> None:
 
 def planned(folder: Path, plan: Mapping[str, Any]) -> None:
     """Write the plan of a confirmatory study, before anything is made."""
-    (folder / "confirmation.json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    (folder / PLAN).write_text(json.dumps(plan, indent=1), encoding="utf-8")
 
 
 def reserved(folder: Path, rows: int) -> ExitStack:
