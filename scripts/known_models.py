@@ -24,6 +24,7 @@ from lesion import tasks
 from lesion.config.schema import conf_dir
 from lesion.models import EMBEDDED, calling, facts, layers, schedulers
 from lesion.models.defaults import OF_CALL, argument_of, default_of_class
+from lesion.models.source import needed_parts
 from lesion.study.layers import GRANULARITIES, KINDS, WITH_HEADS
 
 SD = {"sample_size": 64, "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -137,6 +138,7 @@ def class_facts() -> dict[str, Any]:
             },
             **{task: bool(tasks.of(task).counterpart(name)) for task in tasks.known() if not tasks.of(task).own},
             "single_file": hasattr(cls, "from_single_file"),
+            "parts": needed_parts(cls),
         }
     classes = sorted({cls for cls, _ in DENOISERS.values()})
     blocks = {name: bool(getattr(getattr(diffusers, name), "_repeated_blocks", None)) for name in classes}

@@ -157,6 +157,12 @@ def test_what_cannot_be_put_on_is_refused_in_one_line(tiny_folder, tiny_sdxl_fol
         ([{"path": "a", "scale": 1}], "unknown key 'scale'; allowed: path, weight"),
         ([{"path": "a", "weight": "loud"}], r"model.loras\[0\].weight: must be a finite number"),
         ([{"path": "a", "weight": float("nan")}], "finite"),
+        ([{"path": "a", "weight": 10**400}], r"model.loras\[0\].weight: must be a finite number from -1000 to 1000"),
+        ([{"path": "a", "weight": 1e308}], "from -1000 to 1000"),
+        ([{"path": ""}], "needs a path"),
+        ([{"path": "a", "file": "/x.safetensors"}], r"model.loras\[0\].file: must be the name of a .safetensors file"),
+        ([{"path": "a", "file": "weights.bin"}], "must be the name of a .safetensors file"),
+        ([{"path": "a", "file": 5}], "must be the name of a .safetensors file"),
         ([{"path": "a", "name": "a.b"}], "letters"),
         ([{"path": "a", "name": "x"}, {"path": "b", "name": "x"}], "twice"),
     ):

@@ -102,6 +102,12 @@ def test_what_works_is_not_refused(tmp_path, tiny_folder, tiny_sdxl_folder):
         checked(build(name, tmp_path / name), {"height": 32, "width": 32})
 
 
+def test_a_unet_of_another_model_is_none_of_sdxl(tmp_path):
+    folder = sd(tmp_path, "StableDiffusionXLPipeline", parts={"text_encoder_2": SECOND})
+    with pytest.raises(RequestError, match=r"model.id: .* has addition_embed_type None, where .* text_time"):
+        checked(folder)
+
+
 def test_shared_rows_are_for_denoisers_that_read_the_text_in_cross_attention_alone(tmp_path, tiny_folder):
     for folder, shares in ((tiny_folder, True), (sd(tmp_path / "sd"), True), (sdxl(tmp_path / "sdxl"), False)):
         source = resolve(tiny_spec(folder, shared_rows=True))

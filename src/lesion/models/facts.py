@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("facts.json")
 
 def pipeline(name: str) -> dict[str, Any] | None:
     """Of a pipeline class: arguments (`calling.takes`), defaults (of some), img2img (whether it has a counterpart),
-    single_file (whether it loads from one)."""
+    single_file (whether it loads from one), parts (components that it cannot do without)."""
     return _known("pipelines", name)
 
 

@@ -9,25 +9,48 @@ import json
 import re
 import stat
 import struct
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lesion.errors import RequestError
 
 CONFIG_BYTES, HEADER_BYTES = 64 << 20, 100 << 20  # the most that is read; safetensors itself reads no longer header
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-POINTER = b"version https://git-lfs"
-BITS = {"BOOL": 8, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8,
-        "U16": 16, "U32": 32, "U64": 64}  # fmt: skip
-MOST = 100_000_000
-_SIZES = re.compile(
-    r"hidden_size|intermediate_size|vocab_size|sample_size|patch_size|in_channels|out_channels|latent_channels|d_model|"
-    r"d_ff|d_kv|block_out_channels|cross_attention_dim|joint_attention_dim|max_position_embeddings|image_size|"
-    r"num_(?:hidden_layers|attention_heads|layers|single_layers|heads|key_value_heads)"
-)
+POINTERS = (b"version https://git-lfs", b"version https://hawser")  # the second before git-lfs had its name
+POINTED = "is a git-lfs pointer in the place of the file; `git lfs pull` fetches it"
+# Names of keys of configs that say how large a network or a schedule is; the least and the most they may say.
+_BOUNDS = tuple(
+    (re.compile(names), least, most, whole)
+    for names, least, most, whole in (
+        (r"(?:\w+_)?layers(?:_per_block)?|depth|num_(?:res_)?blocks", 0, 10_000, True),
+        (
+            r"(?:hidden|intermediate|vocab|sample|patch|image)_size|(?:in|out|latent|block_out)_channels|d_model|d_ff|"
+            r"d_kv|(?:cross|joint)_attention_dim|(?:attention_)?head_dim|max_position_embeddings|norm_num_groups|"
+            r"(?:n|num)(?:_attention|_key_value|_kv)?_heads",
+            1, 100_000_000, True,
+        ),
+        (r"steps_offset", 0, 1000, True),
+        (r"beta_(?:start|end)", 0, 1, False),
+        (r"scaling_factor", 1e-9, 10**9, False),
+    )
+)  # fmt: skip
+_DEEPEST = 20
 _WITHOUT_WEIGHTS = re.compile(r"Tokenizer|Processor|FeatureExtractor|Scheduler|Guider|Guidance")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "tekken.json")
+_BYTES = "ByT5"  # whose tokenizers have no vocabulary
+
+
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """Within it files are looked at. Raises RequestError, naming the key, where the system does not let one."""
+    try:
+        yield
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise RequestError(key, f"{str(error.filename)!r} cannot be read: {error.strerror}") from None
 
 
 def read_mapping(path: Path, key: str) -> dict[str, Any]:
@@ -39,6 +62,8 @@ def read_mapping(path: Path, key: str) -> dict[str, Any]:
             text = file.read(CONFIG_BYTES + 1)
         if len(text) > CONFIG_BYTES:
             raise RequestError(key, f"{str(path)!r} has more than {CONFIG_BYTES >> 20} MiB, which is no config")
+        if text.startswith(POINTERS):
+            raise RequestError(key, f"{str(path)!r} {POINTED}")
         data = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise RequestError(key, f"{str(path)!r} is no valid JSON: {error}") from None
@@ -59,24 +84,63 @@ def check_components(folder: Path, components: Mapping[str, tuple[str, str]], va
         place = folder / name
         if not place.is_dir():
             raise RequestError(key, f"{str(folder)!r} has no folder for its component {name} ({cls})")
-        for path in sorted(place.glob("*.json" if "Tokenizer" in cls else "*config.json")):
-            _check_sizes(path, read_mapping(path, key), key)
+        for path in sorted(place.glob("*config.json")):
+            _check_values(path, read_mapping(path, key), key)
         if not _WITHOUT_WEIGHTS.search(cls):
             used.add(check_weights(place, library, variant, key))
         elif not any(place.iterdir()):
             raise RequestError(key, f"{str(place)!r} is empty; it is to hold {cls}")
+        elif "Tokenizer" in cls and not cls.startswith(_BYTES):
+            _check_vocabulary(place, cls, key)
     if variant and used and variant not in used:
         raise RequestError("model.variant", f"{str(folder)!r} has no weights of a variant {variant!r}; allowed: null")
 
 
-def _check_sizes(path: Path, config: Mapping[str, Any], key: str) -> None:
-    """Raises RequestError for a size that no network can have."""
-    for name, value in config.items():
-        if _SIZES.fullmatch(name):
-            least = 0 if name.endswith("layers") else 1
-            for one in value if isinstance(value, list) else [value]:
-                if isinstance(one, int | float) and not isinstance(one, bool) and not least <= one <= MOST:
-                    raise RequestError(key, f"{str(path)!r} says {name} = {value}; possible: {least} to {MOST:,}")
+def _check_vocabulary(place: Path, cls: str, key: str) -> None:
+    """Raises RequestError for a tokenizer without its words: transformers would take every text for unknown words."""
+    found = sorted({path for pattern in _VOCABULARIES for path in place.glob(pattern)})
+    if not found:
+        raise RequestError(key, f"{str(place)!r} has no words of {cls}: {', '.join(_VOCABULARIES[:-1])}")
+    for path in found:
+        if path.suffix == ".json":
+            data = read_mapping(path, key)
+            if not data or (path.name == "tokenizer.json" and not isinstance(data.get("model"), dict)):
+                raise RequestError(key, f"{str(path)!r} has no words of {cls}")
+            continue
+        if not path.is_file() or not path.stat().st_size:
+            raise RequestError(key, f"{str(path)!r} is {'empty' if path.is_file() else 'no regular file'}")
+        with path.open("rb") as file:
+            if file.read(len(POINTERS[0])).startswith(POINTERS):
+                raise RequestError(key, f"{str(path)!r} {POINTED}")
+    if [path.name for path in found] == ["vocab.json"] and not (place / "merges.txt").is_file():
+        raise RequestError(key, f"{str(place)!r} has a vocab.json without its merges.txt")
+
+
+def _check_values(path: Path, config: Mapping[str, Any], key: str) -> None:
+    """Raises RequestError for what no network and no schedule can have, and for configs in configs without end."""
+    level: list[tuple[str, Any]] = [("", config)]
+    for _ in range(_DEEPEST):
+        below: list[tuple[str, Any]] = []
+        for name, value in level:
+            if isinstance(value, dict):
+                below += [(f"{name}.{one}" if name else one, inner) for one, inner in value.items()]
+            elif isinstance(value, list):
+                below += [(name, inner) for inner in value]
+            elif not isinstance(value, bool) and (value is not None or name == "scaling_factor"):
+                _check_bounds(path, name, value, key)
+        level = below
+    if level:
+        raise RequestError(key, f"{str(path)!r} is nested too deep; possible: {_DEEPEST} lists or mappings")
+
+
+def _check_bounds(path: Path, name: str, value: Any, key: str) -> None:
+    last = name.rpartition(".")[2]
+    for names, least, most, whole in _BOUNDS:
+        if names.fullmatch(last):
+            fits = isinstance(value, int | float) and least <= value <= most and not (whole and value % 1)
+            if not fits:
+                possible = f"{'whole numbers' if whole else 'numbers'} from {least:,} to {most:,}"
+                raise RequestError(key, f"{str(path)!r} says {name} = {str(value)[:80]}; possible: {possible}")
 
 
 def check_weights(place: Path, library: str, variant: str | None, key: str) -> str | None:
@@ -117,58 +181,49 @@ def _shards(index: Path, key: str) -> list[Path]:
     names = read_mapping(index, key).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise RequestError(key, f"{str(index)!r} names no files of weights")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    for path in files:
-        if path.name.endswith(PICKLED) or path.parent != index.parent:
-            raise RequestError(key, f"{str(index)!r} names {path.name!r}; allowed: .safetensors files beside it")
+    files = []
+    for name in sorted(set(names.values())):
+        path = index.parent / name
+        if path.suffix != ".safetensors" or name != path.name:
+            raise RequestError(key, f"{str(index)!r} names {name!r}; allowed: .safetensors files beside it")
         if not path.is_file():
-            raise RequestError(key, f"{str(index)!r} names {path.name!r}, which is not there")
+            raise RequestError(key, f"{str(index)!r} names {name!r}, which is not there")
+        files.append(path)
     return files
 
 
 def check_safetensors(path: Path, key: str) -> list[str]:
-    """The names of a file's tensors, by its header. Raises RequestError for one that is cut short or something else.
+    """The names of a file's tensors, by its header, which safetensors itself reads and checks; no tensor is read.
 
-    The format: 8 bytes with the length of the header, little-endian; the header, a JSON mapping of names to dtype,
-    shape and place; the tensors one after the other to the end of the file.
+    Raises RequestError for a file that is cut short or something else. The format: 8 bytes with the length of the
+    header, little-endian; the header, a JSON mapping of names to dtype, shape and place; the tensors one after the
+    other to the end of the file.
     """
 
     def refuse(what: str) -> RequestError:
         return RequestError(key, f"{str(path)!r} {what}")
 
     try:
-        size = path.stat().st_size
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise refuse("is no regular file")
         with path.open("rb") as file:
-            start = file.read(len(POINTER))
-            if start == POINTER:
-                raise refuse("is a git-lfs pointer in the place of the weights; `git lfs pull` fetches them")
-            if len(start) < 8:
-                raise refuse("is empty" if not start else "is no safetensors file")
-            (length,) = struct.unpack("<Q", start[:8])
-            if not 2 <= length <= HEADER_BYTES or start[8:9] != b"{":
-                raise refuse("is no safetensors file, whatever its name says")
-            file.seek(8)
-            text = file.read(length)
+            start = file.read(len(POINTERS[0]))
+        if start.startswith(POINTERS):
+            raise refuse(POINTED)
+        if len(start) < 8:
+            raise refuse("is empty" if not start else "is no safetensors file")
+        (length,) = struct.unpack("<Q", start[:8])
+        if not 2 <= length <= HEADER_BYTES or start[8:9] != b"{":
+            raise refuse("is no safetensors file, whatever its name says")
+        if 8 + length > state.st_size:
+            raise refuse("is cut short within its header")
+        with safe_open(str(path), "np") as weights:
+            names = sorted(weights.keys())
     except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(text)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length + max(int(entry["data_offsets"][1]) for entry in tensors.values())
-        odd = [name for name, entry in tensors.items() if not _plausible(entry)]
-    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError):
-        if 8 + length > size:
-            raise refuse("is cut short within its header") from None
-        raise refuse("is no safetensors file: its header names no tensors") from None
-    if odd:
-        raise refuse(f"says of {odd[0]!r} what cannot be: {tensors[odd[0]]}")
-    if end != size:
-        raise refuse(f"has {size} bytes where its header says {end}: it is cut short or damaged")
-    return sorted(tensors)
-
-
-def _plausible(entry: Mapping[str, Any]) -> bool:
-    """Whether a tensor takes the bytes that its shape and dtype say; of dtypes unknown here, any."""
-    first, last = entry["data_offsets"]
-    bits = BITS.get(entry["dtype"])
-    return 0 <= first <= last and (bits is None or 8 * (last - first) == bits * prod(entry["shape"]))
+        raise refuse(f"cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise refuse(f"is cut short or damaged: {str(error).rpartition('header: ')[2]}") from None
+    if not names:
+        raise refuse("holds no tensors")
+    return names

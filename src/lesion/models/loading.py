@@ -144,8 +144,7 @@ def _pipeline(source: Source, dtype: torch.dtype) -> Any:
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         try:
             pipe = _loaded(source, dtype)
-        # The last three: a config names what transformers does not know, or has a value of another type.
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever classes raise at configs and files that they do not expect
             raise RequestError("model.id", f"{source.spec.id!r} cannot be loaded: {_why(error, told)}") from error
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     empty = [name for part in parts for name, weight in part.named_parameters() if weight.is_meta]
@@ -165,7 +164,7 @@ def _why(error: Exception, told: _Told) -> str:
     if told.odd:
         return f"weights of another shape than its configs say: {_few(told.odd)}"
     words = " ".join(str(error).split())
-    return f"a config has {words}, which its library does not know" if isinstance(error, LookupError) else words
+    return f"a config has {words}, which its library does not know" if isinstance(error, KeyError) else words
 
 
 class _Told(logging.Handler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from lesion.models import files
 from lesion.models.hub import snapshot
 
 KEY = "model.loras"
+LOUDEST = 1000
+HALVES = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}  # names of the two low-rank matrices
 USUAL = "pytorch_lora_weights.safetensors"  # diffusers' own name
 
 
@@ -34,19 +35,23 @@ def parse(items: Any) -> tuple[Lora, ...]:
     found: list[Lora] = []
     for number, item in enumerate(items):
         given = {"path": item} if isinstance(item, str) else item
-        if not isinstance(given, Mapping) or not isinstance(given.get("path"), str):
+        if not isinstance(given, Mapping) or not isinstance(given.get("path"), str) or not given["path"]:
             raise RequestError(KEY, f"needs a path for each adapter, e.g. {{path: my_lora, weight: 0.8}}; got {item!r}")
         if unknown := {str(key) for key in given} - {"path", "weight", "name", "file"}:
             raise RequestError(KEY, f"unknown key {min(unknown)!r}; allowed: path, weight, name, file")
         weight = given.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise RequestError(f"{KEY}[{number}].weight", f"must be a finite number; got {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not -LOUDEST <= weight <= LOUDEST:
+            told = f"must be a finite number from -{LOUDEST} to {LOUDEST}; got {str(weight)[:80]}"
+            raise RequestError(f"{KEY}[{number}].weight", told)
+        file = given.get("file")
+        if file is not None and not (isinstance(file, str) and file.endswith(".safetensors") and "/" not in file):
+            raise RequestError(f"{KEY}[{number}].file", f"must be the name of a .safetensors file; got {file!r}")
         name = given.get("name") or f"lora_{number}"
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # peft keeps it in parameter names
             raise RequestError(f"{KEY}[{number}].name", f"must be of letters, digits, _ and -; got {name!r}")
         if name in [lora.name for lora in found]:
             raise RequestError(KEY, f"names {name!r} twice; give each adapter a name of its own")
-        found.append(Lora(given["path"], float(weight), name, given.get("file")))
+        found.append(Lora(given["path"], float(weight), name, file))
     return tuple(found)
 
 
@@ -74,9 +79,14 @@ def locate(lora: Lora) -> Path:
 
 
 def check(path: Path) -> None:
-    """Raises RequestError for a file that is no whole safetensors file, or holds no adapter."""
-    if not any("lora" in name.lower() for name in files.check_safetensors(path, KEY)):
+    """Raises RequestError for a file that is no whole safetensors file, or holds no adapter, or half of one."""
+    names = set(files.check_safetensors(path, KEY))
+    if not any("lora" in name.lower() for name in names):
         raise RequestError(KEY, f"{str(path)!r} holds no LoRA: none of its tensors is named as one")
+    for name in sorted(names):
+        for one, other in (*HALVES.items(), *((b, a) for a, b in HALVES.items())):
+            if one in name and (wanted := name.replace(one, other)) not in names:
+                raise RequestError(KEY, f"{str(path)!r} has {name} without {wanted}")
 
 
 def put_on(pipe: Any, loras: Sequence[Lora], files: Sequence[Path]) -> None:

@@ -21,6 +21,11 @@ _WITH_MORE = {
 _OTHERWISE = "LDM3D|UnCLIP|AttendAndExcite|Panorama|PipelineSafe|Paradigms|I2VGen|AnimateDiff|Video|PIAPipeline"
 # Guidance that runs the denoiser on further rows or more often, by what switches it off.
 _FURTHER = {"PAG": "pag_scale", "SAG": "sag_scale"}
+# What diffusers' schedulers know, and refuse elsewise at the first step only.
+_WORDS = {
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+}
 _TIMESTEPS = 10**6  # for each of which a scheduler keeps numbers
 _SHORTEST, _LONGEST = 3, 10**6  # tokens: begin, a word and end; a tokenizer whose config names no length has 10^30
 
@@ -36,6 +41,11 @@ def check(source: Source, settings: Settings) -> None:
             "model.id",
             f"the scheduler of {source.spec.id!r} has num_train_timesteps {trained!r}; allowed: 1 to {_TIMESTEPS}",
         )
+    for name, values in _WORDS.items():
+        if (said := source.scheduler_config.get(name, values[0])) not in values:
+            raise RequestError(
+                "model.id", f"the scheduler of {source.spec.id!r} has {name} {said!r}; allowed: {', '.join(values)}"
+            )
     if not source.scheduler.startswith("FlowMatch") and settings.steps > trained:
         raise RequestError("generation.steps", f"the model has {trained} timesteps; allowed: 1 to {trained}")
     if "." in source.pipeline:
@@ -123,6 +133,12 @@ def _check_guidance(source: Source, guidance: float) -> None:
 def _check_sdxl(source: Source) -> None:
     """The size and text that SDXL adds to a step must have the width that the UNet was made for: not the refiner's."""
     config, text = source.denoiser_config, source.config("text_encoder_2")
+    if (added := config.get("addition_embed_type")) != "text_time":
+        raise RequestError(
+            "model.id",
+            f"the unet of {source.spec.id!r} has addition_embed_type {added}, where {source.pipeline} gives text_time: "
+            "model_index.json may name the class of another model",
+        )
     wanted, each = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
     pooled = text.get("projection_dim")
     if isinstance(wanted, int) and isinstance(each, int) and isinstance(pooled, int) and wanted != 6 * each + pooled:

@@ -217,7 +217,7 @@ class Source:
                     return cls(cls.config_class.from_pretrained(self.folder / component))
                 if diffusers.ModelMixin in getattr(cls, "__mro__", ()):
                     return cls.from_config(cls.load_config(self.folder / component))
-        except (ImportError, AttributeError, OSError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a class raises at values that it does not expect
             why = " ".join(str(error).split())[:200]
             raise RequestError("model.id", f"{component} ({name}) of {self.spec.id!r} cannot be built: {why}") from None
         raise RequestError("component", f"{component!r} ({name}) is no neural network; choose another component")
@@ -244,7 +244,7 @@ class Source:
     @property
     def pipeline(self) -> str:
         """Class name of the pipeline."""
-        return self.spec.pipeline or str(self.index.get("_class_name", "DiffusionPipeline"))
+        return self.spec.pipeline or str(self.index["_class_name"])
 
     @cached_property
     def embedded_guidance(self) -> bool:
@@ -319,6 +319,12 @@ def pipeline_class(name: str, key: str = "model.pipeline") -> Any:
     return found
 
 
+def needed_parts(cls: Any) -> list[str]:
+    """Names of the components that a pipeline class cannot do without."""
+    expected, _ = cls._get_signature_keys(cls)
+    return sorted(set(expected) - set(cls._optional_components))
+
+
 def _listed(names: Any) -> str:
     return ", ".join(sorted(names))
 
@@ -331,10 +337,13 @@ def resolve(spec: ModelSpec) -> Source:
     if spec.scheduler is not None and spec.scheduler not in SCHEDULERS:  # before anything is fetched
         schedulers.check(spec.scheduler, {}, "")
     check_offload(spec.offload)
-    source = _found(spec)
-    _check_index(source)
-    adapters = tuple(loras.locate(lora) for lora in spec.loras)
-    source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
+    with files.reading("model.id"):
+        source = _found(spec)
+        _check_index(source)
+    with files.reading(loras.KEY):
+        adapters = tuple(loras.locate(lora) for lora in spec.loras)
+    with files.reading("model.vae"):
+        source = replace(source, adapters=adapters, vae=_autoencoder(spec.vae) if spec.vae else None)
     if spec.scheduler is None:
         schedulers.check_own(source.scheduler_config)
     else:
@@ -357,15 +366,29 @@ def check_files(source: Source) -> None:
 
     Of a hub name the weights are not there yet.
     """
-    if source.file:
-        files.check_safetensors(source.file, "model.id")
-    elif source.commit is None:
-        parts = {name: of for name, of in source.components.items() if not (source.vae and name == "vae")}
-        files.check_components(source.folder, parts, source.spec.variant, "model.id")
-    if source.vae:
-        files.check_weights(source.vae, "diffusers", None, "model.vae")
-    for path in source.adapters:
-        loras.check(path)
+    with files.reading("model.id"):
+        if source.file:
+            files.check_safetensors(source.file, "model.id")
+        elif source.commit is None:
+            parts = {name: of for name, of in source.components.items() if not (source.vae and name == "vae")}
+            _check_parts(source, parts)
+            files.check_components(source.folder, parts, source.spec.variant, "model.id")
+    with files.reading("model.vae"):
+        if source.vae:
+            files.check_weights(source.vae, "diffusers", None, "model.vae")
+    with files.reading(loras.KEY):
+        for path in source.adapters:
+            loras.check(path)
+
+
+def _check_parts(source: Source, parts: Mapping[str, Any]) -> None:
+    """Raises RequestError for a model_index.json without a component that its pipeline needs."""
+    known = facts.pipeline(source.pipeline)
+    for name in known["parts"] if known else needed_parts(pipeline_class(source.pipeline)):
+        if name not in parts and not (source.vae and name == "vae"):
+            raise RequestError(
+                "model.id", f"model_index.json of {source.spec.id!r} names no {name}, which {source.pipeline} needs"
+            )
 
 
 def _refused(name: str) -> str:
@@ -385,7 +408,7 @@ def _check_index(source: Source) -> None:
         raise RequestError("model.id", f"model_index.json of {source.spec.id!r} {what}")
 
     index = source.index
-    name = index.get("_class_name", "DiffusionPipeline")
+    name = index.get("_class_name")
     if not isinstance(name, str) or not name.isidentifier():
         refuse(f"names the class {name!r}; allowed: one of diffusers, or package.module.Class as model.pipeline")
     if (source.folder / "None.py").exists():  # which diffusers takes for the code of a pipeline
