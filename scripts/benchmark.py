@@ -30,10 +30,11 @@ from bench.setup import MODELS, Options, Setup, setup
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sections that `scripts/gpu_check.py` writes.
-PROVED, EMBEDDED, FLUX = (
+PROVED, EMBEDDED, FLUX, DECODERS = (
     "Proved on a GPU: against plain diffusers and plain hooks",
     "The embedded study end to end: GPU against CPU",
     "Denoiser calls under lesions: FLUX-size, GPU",
+    "Precision of the decode: SDXL's decoder, GPU",
 )
 Part = Callable[[Setup, Options], tuple[str, list[Row]]]
 PARTS: dict[str, tuple[str, str, Part]] = {
@@ -138,7 +139,7 @@ def pending() -> dict[str, str]:
                 command = f"python scripts/benchmark.py {part} --device {kind} --model {case.model}"
                 row = aimed(part, case.model, part, PARTS[part][1])
                 texts[case.title] = section(case.title, "", "", command, [row])
-    for title, part in ((PROVED, "plain lesions"), (EMBEDDED, "embedded"), (FLUX, "flux")):
+    for title, part in ((PROVED, "plain lesions"), (EMBEDDED, "embedded"), (FLUX, "flux"), (DECODERS, "decoder")):
         row = Row(part.split()[0], "see `python scripts/gpu_check.py --list`")
         texts[title] = section(title, "", "", f"python scripts/gpu_check.py --only {part}", [row])
     return texts

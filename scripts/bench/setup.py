@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lesion import models, replacements
 from lesion.config.parsing import Request, parse
 from lesion.config.schema import conf_dir, register
 from lesion.generation.generate import generate, make_deterministic
-from lesion.models import EMBEDDED, Model
+from lesion.models import EMBEDDED, Model, precision
 from lesion.models.source import resolve_dtype
 from lesion.run import job as runner
 from lesion.scoring import _clip
@@ -123,7 +123,7 @@ def setup(model: str, options: Options) -> Setup:
         architectures.build(model, folder, options.device, small=options.quick)
     # A GPU is lent for minutes: the big models take 20 steps, on fewer subjects. It changes no ratio by much.
     steps = values.steps if model == "embedded" else 20
-    subjects, loop, batch = {"embedded": (8, 17, 32), "sd15": (4, 17, 8), "sdxl": (2, 12, 4)}[model]
+    subjects, loop, batch = {"embedded": (8, 17, 32), "sd15": (4, 17, 32), "sdxl": (2, 8, 16)}[model]
     side, layers = values.height, 0  # a batch of known size, not `auto`, so that runs compare
     if options.quick:
         steps, subjects, loop, side, batch, layers = 2, 2, 2, 64, 4, 3
@@ -191,6 +191,18 @@ def plain(this: Setup, dtype: str = "") -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(this.folder, torch_dtype=getattr(torch, dtype or this.dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(this.device)
+
+
+@contextmanager
+def stock_flags() -> Iterator[None]:
+    """Torch's own choice of kernels, under which anyone's script runs; afterwards those of a study."""
+    cudnn, deterministic = torch.backends.cudnn, torch.backends.cudnn.deterministic
+    try:
+        cudnn.deterministic = False
+        with precision.stock():
+            yield
+    finally:
+        cudnn.deterministic = deterministic
 
 
 def planned(study: Study, size: int) -> list[list[Cell]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.report import Row, aimed, alternate, ratios
-from bench.setup import Options, Setup, generating, job, loaded, plain, request, spaced
+from bench.setup import Options, Setup, generating, job, loaded, plain, request, spaced, stock_flags
 from lesion.generation.capture import Capturing
 from lesion.generation.generate import generate
 from lesion.run import job as runner
@@ -41,6 +41,7 @@ def plain_loop(pipe: Any, this: Setup, subjects: Sequence[tuple[str, int]], imag
     for number, lesioned in enumerate(chosen):
         prompt, seed = subjects[number % len(subjects)]
         with ExitStack() as hooks:
+            hooks.enter_context(stock_flags())
             for site in (site for layer in lesioned for site in layers[layer]):
                 hooks.callback(pipe.unet.get_submodule(site).register_forward_hook(silence).remove)
             pipe(
@@ -93,8 +94,8 @@ def speed(this: Setup, options: Options) -> tuple[str, list[Row]]:
     note = (
         f"A whole job (generate, store, score, results, report; {made[-1]} images: baselines, leave-one-out, only-one) "
         f"against a plain loop (one pipeline call an image, forward hooks, nothing scored or written; {this.loop} "
-        "images over the study's own prompts and seeds). Models are loaded before the clock starts; both sides run "
-        "under the same kernel settings. "
+        "images over the study's own prompts and seeds). Models are loaded before the clock starts. The job runs under "
+        "the repeatable kernels of every study, the loop under torch's own choice. "
         f"{this.said()}."
     )
     return note, rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -11,11 +13,15 @@ import torch
 from scipy import stats
 
 import benchmark
+import lesion.report as lesion_report
 from bench import setup as benches
+from bench.architectures import VAE
 from bench.report import Row
 from gpu.common import Context, lesion
 from lesion.denoising.run import Client, Denoising
+from lesion.generation.decoding import decoding
 from lesion.generation.generate import make_deterministic
+from lesion.models.source import STOCK
 from lesion.replacements.zero import Zero
 from lesion.surgery.anatomy import examine
 from lesion.surgery.operation import Lesions, replacement_key
@@ -27,6 +33,7 @@ FLUX: dict[str, Any] = {  # the published config
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
 }  # fmt: skip
+SAID = {"": "float32", STOCK: "as torch does: convolutions in TF32 (default)", "tf32": "TF32 throughout"}
 SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 32}
 
 
@@ -62,22 +69,55 @@ def embedded(context: Context) -> Section:
 def _stock(this: benches.Setup) -> str:
     """Share of pixels that differ between torch's own flags and `make_deterministic`."""
     pipe, images = benches.plain(this, "float32"), []
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    knobs: list[tuple[Any, str, Any]] = [(cudnn, "deterministic", False)]
-    if hasattr(matmul, "fp32_precision"):
-        knobs += [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "tf32")]
-    else:
-        knobs += [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", True)]
-    for stock in (False, True):
-        make_deterministic()
-        for owner, name, value in knobs if stock else ():
-            setattr(owner, name, value)
+    make_deterministic()
+    for flags in (nullcontext, benches.stock_flags):
         noise = [torch.Generator("cpu").manual_seed(seed) for seed in range(4)]
         given = {"num_inference_steps": this.steps, "guidance_scale": this.guidance, "output_type": "np"}
-        images.append(pipe(["a red circle"] * 4, generator=noise, height=this.side, width=this.side, **given).images)
-    make_deterministic()
+        with flags():
+            images.append(
+                pipe(["a red circle"] * 4, generator=noise, height=this.side, width=this.side, **given).images
+            )
     apart = np.abs(images[0] - images[1])
     return f"{(apart > 1 / 255).mean():.4%}, largest {apart.max():.1e}"
+
+
+def decoder(context: Context) -> Section:
+    """Seconds an image of SDXL's decode in each precision, and what the precision does to scores of real images."""
+    from gpu.parts import Section
+
+    precisions, images = ("", STOCK, "tf32", "bfloat16"), 2 if context.tiny else 8
+    with torch.device(context.device):
+        vae = diffusers.AutoencoderKL(**VAE, **({"block_out_channels": (32,) * 4} if context.tiny else {})).eval()
+        latents = torch.randn(images, 4, *([8, 8] if context.tiny else [128, 128]))
+    rows, seconds = [], {}
+    for precision in precisions:
+        times = []
+        for _ in range(3):  # the first is not counted
+            benches.wait(context.device)
+            began = time.perf_counter()
+            with torch.inference_mode(), decoding(vae, {}, precision):
+                vae.decode(latents)
+            benches.wait(context.device)
+            times.append((time.perf_counter() - began) / images)
+        seconds[precision] = min(times[1:])
+        rows.append(Row(SAID.get(precision, precision), "seconds an image", [seconds[precision]], " s"))
+    this = benches.setup("embedded", benches.Options(context.device, 1, context.tiny, context.scratch, context.scratch))
+    frames = {}
+    for precision in ("float32", "tf32", "bfloat16"):
+        folder = context.fresh("decoder")
+        more = ["selection=leave_one_out", f"performance.decoder={precision}"]
+        with mock.patch.object(lesion_report, "write_report", return_value=[]):
+            frames[precision] = benches.job(folder / "store", folder / "run", [*this.overrides(4, "float32"), *more])[1]
+    base = frames.pop("float32")["clip_similarity"]
+    for precision, frame in frames.items():
+        change = (frame["clip_similarity"] - base).abs()
+        what = "change of an image's `clip_similarity` against float32: mean, largest"
+        rows.append(Row(f"{precision}, scores", what, text=f"{change.mean():.1e}, {change.max():.1e}"))
+    note = (
+        f"{images} latents of {8 * latents.shape[-1]} px in one call of SDXL's decoder in float32, as its pipeline "
+        f"calls it for a float16 model. Scores: {len(base)} images of the embedded model on this device."
+    )
+    return Section(benchmark.DECODERS, note, rows)
 
 
 def flux(context: Context) -> Section:

@@ -101,6 +101,7 @@ def _parts() -> dict[str, Part]:
         for model, slower in (("sd15", 1.0), ("sdxl", 1.5)) if name == "profile" else (("sd15", 1.0),):
             what = f"{benchmark.PARTS[name][1]}: {model}"
             parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * 120)
+    parts["decoder"] = Part("SDXL's decode in each precision", figures.decoder, 30, 60)
     parts["sd15-switches"] = Part("the switches of `performance`", _measured("switches", "sd15"), 90, 180)
     parts["flux"] = Part("denoiser calls of a FLUX-size transformer under lesions", figures.flux, 40, 90)
     return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -222,9 +223,28 @@ def test_the_decoders_precision_is_a_switch_of_its_own(tiny_folder):
     assert (found["bfloat16"][0] == pipe.image_processor.postprocess(rough, "np")).all()
     assert 0 < abs(found["bfloat16"][0] - found[""][0]).max() < 0.05
     assert [switches for _, switches in found.values()] == [(), ("decoder bfloat16",)]
-    with pytest.raises(RequestError, match=r"performance.decoder: got 'fp4'; allowed: null, tf32, bfloat16"):
+    with pytest.raises(RequestError, match=r"performance.decoder: got 'fp4'; allowed: null, float32, tf32, bfloat16"):
         models.ModelSpec.of({"name": "a", "id": "b"}, {"decoder": "fp4"})
     loading.forget()
+
+
+def test_a_float16_autoencoder_that_a_gpu_decodes_in_float32_is_decoded_as_torch_does(tiny_sdxl_folder, tiny_folder):
+    """Known before there is a GPU, since it is part of what a cell is."""
+
+    def switches(folder, device="cuda", **asked):
+        source = models.resolve(tiny_spec(folder, **{"dtype": "auto", **asked}))
+        source.vae_config["force_upcast"] = upcast
+        return models.identity_of(source, device).switches
+
+    upcast = True
+    assert switches(tiny_sdxl_folder) == switches(tiny_sdxl_folder, "cuda:1") == ("decoder stock",)
+    for asked in ({"dtype": "bfloat16"}, {"decoder": "float32"}):
+        assert switches(tiny_sdxl_folder, **asked) == ()
+    assert switches(tiny_sdxl_folder, decoder="tf32") == ("decoder tf32",)
+    assert switches(tiny_sdxl_folder, tf32=True) == ("tf32",)
+    assert switches(tiny_sdxl_folder, "cpu") == switches(tiny_folder) == ()
+    upcast = False
+    assert switches(tiny_sdxl_folder) == ()
 
 
 def test_finished_images_leave_the_device_as_bytes(tiny_model):
@@ -305,8 +325,13 @@ def test_tf32_is_set_by_the_one_way_that_torch_has(new, monkeypatch):
     monkeypatch.setattr(torch.backends, "cudnn", cudnn)
 
     def now():
-        return [vars(matmul), vars(cudnn.conv if new else cudnn)]
+        return [dict(vars(matmul)), dict(vars(cudnn.conv if new else cudnn))]
 
+    def full():
+        with precision.full_float32():
+            seen.append(now())
+
+    seen: list[object] = []
     on, off = ("tf32", "ieee") if new else (True, False)
     name = "fp32_precision" if new else "allow_tf32"
     precision.set_tf32(True)
@@ -314,6 +339,14 @@ def test_tf32_is_set_by_the_one_way_that_torch_has(new, monkeypatch):
     with precision.full_float32():
         assert now() == [{name: off}, {name: off}]
     assert now() == [{name: on}, {name: on}]
+    with precision.stock():
+        assert now() == [{name: off}, {name: on}]
+        other = Thread(target=full)  # what another thread would change waits
+        other.start()
+        other.join(0.1)
+        assert seen == [] and now() == [{name: off}, {name: on}]
+    other.join()
+    assert seen == [[{name: off}, {name: off}]] and now() == [{name: on}, {name: on}]
 
 
 def test_calibration_halves_the_batch_and_images_go_on_with_it(maker, monkeypatch):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lesion.denoising.wrapping import method_replaced
 from lesion.models import memory
-from lesion.models.precision import tf32
+from lesion.models.precision import stock, tf32
+from lesion.models.source import STOCK
 from lesion.study.components import VAE
 from lesion.surgery.components import ComponentLesions
 
@@ -41,7 +42,7 @@ def decoding(vae: Any, fitting: dict[torch.Size, int], precision: str = "") -> I
     memory they are halved; the denoising that led there is not done again.
 
     fitting: how many fitted, by the shape of one image's latents; kept for the next call.
-    precision: `tf32` or `bfloat16`: of the decoder's products, whatever the model computes in; "" for the model's own.
+    precision: of the decoder's products, whatever the model computes in, as `decoder_of` says it.
     """
     if not hasattr(vae, "decode"):
         yield
@@ -135,6 +136,6 @@ def _joined(outputs: list[Any], dtype: torch.dtype, order: list[int] | None = No
 
 
 def _in(precision: str, device: str) -> Any:
-    if precision == "tf32":
-        return tf32()
+    if precision in ("tf32", STOCK):
+        return tf32() if precision == "tf32" else stock()
     return torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -18,7 +18,15 @@ import transformers
 from lesion import tasks
 from lesion.errors import RequestError
 from lesion.models import loras, memory, schedulers
-from lesion.models.source import ModelSpec, Source, check_offload, identity_of, pipeline_class, resolve_dtype
+from lesion.models.source import (
+    ModelSpec,
+    Source,
+    check_offload,
+    decoder_of,
+    identity_of,
+    pipeline_class,
+    resolve_dtype,
+)
 from lesion.models.text_cache import TextMemory
 from lesion.study.grid import ModelIdentity
 from lesion.surgery.anatomy import Anatomy, examine, kinds_of, text_sites
@@ -51,7 +59,7 @@ class Model:
     arguments: dict[str, Any] = field(default_factory=dict)
     unseen: dict[str, tuple[int | None, tuple[str, ...]]] = field(default_factory=dict)  # `words.truncated` of prompts
     decodable: dict[torch.Size, int] = field(default_factory=dict)  # images decoded at once, by their latents' shape
-    decoder: str = ""  # `performance.decoder`
+    decoder: str = ""  # `source.decoder_of`
     shared_rows: bool = False  # `performance.shared_rows`
     settle: Callable[[Any], None] = lambda pipe: None  # offloading of a further pipeline of the same parts
 
@@ -128,7 +136,7 @@ def _load(source: Source, device: str) -> Model:
         text_sites=text_sites(denoiser),
         gates=gates,
         arguments={name: json.loads(value) for name, value in spec.arguments},
-        decoder=spec.decoder,
+        decoder=decoder_of(source, device),
         shared_rows=spec.shared_rows,
         settle=settle,
     )

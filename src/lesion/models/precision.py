@@ -1,10 +1,16 @@
-"""How float32 is multiplied on a GPU: in full, or with factors rounded to TF32's 10 bits."""
+"""How float32 is multiplied on a GPU: in full, or with factors rounded to TF32's 10 bits.
+
+torch knows one setting a process, so scoring in one thread and decoding in another take turns where they change it.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+_turn = threading.RLock()
 
 
 def _knobs() -> list[tuple[Any, str, Any, Any]]:
@@ -29,21 +35,29 @@ def set_tf32(on: bool) -> None:
 
 def full_float32() -> AbstractContextManager[None]:
     """No TF32 inside; afterwards as before."""
-    return _chosen(False)
+    return _chosen(False, False)
 
 
 def tf32() -> AbstractContextManager[None]:
     """TF32 inside; afterwards as before."""
-    return _chosen(True)
+    return _chosen(True, True)
+
+
+def stock() -> AbstractContextManager[None]:
+    """What torch chooses by itself inside: TF32 in convolutions alone; afterwards as before."""
+    return _chosen(False, True)
 
 
 @contextmanager
-def _chosen(on: bool) -> Iterator[None]:
+def _chosen(*on: bool) -> Iterator[None]:
+    """on: TF32 in matrix products, in convolutions."""
     knobs = _knobs()
-    before = [getattr(one, name) for one, name, _, _ in knobs]
-    try:
-        set_tf32(on)
-        yield
-    finally:
-        for (one, name, _, _), value in zip(knobs, before, strict=True):
-            setattr(one, name, value)
+    with _turn:
+        before = [getattr(one, name) for one, name, _, _ in knobs]
+        try:
+            for (one, name, tf32, full), rough in zip(knobs, on, strict=True):
+                setattr(one, name, tf32 if rough else full)
+            yield
+        finally:
+            for (one, name, _, _), value in zip(knobs, before, strict=True):
+                setattr(one, name, value)

@@ -48,7 +48,9 @@ REFUSED = {
     r"callback.*|kwargs": "it is code, not a value",
 }
 LIBRARIES = ("diffusers", "transformers")  # that an index may name classes of
-DECODERS = ("tf32", "bfloat16")
+DECODERS = ("float32", "tf32", "bfloat16")
+STOCK = "stock"  # the decoder's float32 as torch multiplies it by itself: TF32 in convolutions, full in matrix products
+UPCASTING = re.compile("XL|Kolors")  # pipelines that decode a float16 autoencoder in float32
 _MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
@@ -64,7 +66,7 @@ class ModelSpec:
     autoencoder in the place of the model's own. arguments: further ones of the pipeline's call, as (name, JSON) pairs.
     offload: none, model or sequential: where weights wait. vae_slicing: images are decoded one at a time; vae_tiling:
     in tiles. compile, channels_last, tf32, shared_rows: for speed; they, slicing and tiling change the rounding.
-    decoder: tf32 or bfloat16: precision of the products in the autoencoder's decode, "" for its own.
+    decoder: float32, tf32 or bfloat16: precision of the products in the autoencoder's decode; "": see `decoder_of`.
     """
 
     name: str
@@ -109,7 +111,7 @@ class ModelSpec:
         """
         names = ("compile", "channels_last", "tf32", "shared_rows", "vae_slicing", "vae_tiling")
         on = tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
-        return (*on, f"decoder {self.decoder}") if self.decoder else on
+        return on
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,23 @@ def resolve_dtype(dtype: str, device: str) -> str:
 def identity_of(source: Source, device: str) -> ModelIdentity:
     """What of the model can change pixels, known before a weight is loaded."""
     dtype = resolve_dtype(source.spec.dtype, device)
-    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], source.spec.switches)
+    switches = source.spec.switches
+    if decoder := decoder_of(source, device):
+        switches = (*switches, f"decoder {decoder}")
+    return ModelIdentity(source.spec.name, source.fingerprint, dtype, device.split(":")[0], switches)
+
+
+def decoder_of(source: Source, device: str) -> str:
+    """Return in which precision the autoencoder's decode multiplies: tf32, bfloat16, STOCK, or "" for the model's own.
+
+    STOCK is for an autoencoder that its pipeline decodes in float32 for lack of float16's range, on a GPU: in full
+    float32 that takes as long as ten steps of denoising (docs/performance.md).
+    """
+    if source.spec.decoder:
+        return "" if source.spec.decoder == "float32" else source.spec.decoder
+    half = resolve_dtype(source.spec.dtype, device) == "float16" and device.startswith("cuda")
+    upcast = UPCASTING.search(source.pipeline) and source.vae_config.get("force_upcast", True)
+    return STOCK if half and upcast and not source.spec.tf32 else ""
 
 
 def _config(folder: Path, file: str = "*config.json") -> dict[str, Any]:

@@ -630,11 +630,11 @@ def make(
 def _when_made(work: Work, making: environment.Making, each: Callable[[], None] = lambda: None) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and what has a row is scored.
 
-    Under tf32 on a GPU, be it of the decoder alone, it is noted, and scored only after: a scorer sets full float32 for
-    the whole process, so pixels made meanwhile would depend on when it does.
+    Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
+    made meanwhile would depend on when it does. With a decoder's precision of its own it takes turns.
     """
     model, study, scores = work.request.model, work.study, work.scores
-    later = (model.tf32 or model.decoder == "tf32") and work.request.device.startswith("cuda")
+    later = model.tf32 and work.request.device.startswith("cuda")
 
     def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
         making.images += 1
