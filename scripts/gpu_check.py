@@ -76,7 +76,9 @@ def unpack(wheels: Path, place: Path) -> None:
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="these parts (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", default=[], help="these parts, in this order (default: all)"
+    )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does everything work?")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together (default %(default)g)")

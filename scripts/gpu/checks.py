@@ -18,7 +18,7 @@ from bench import setup as benches
 from gpu.common import JOINT, NEWER, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
-from lesion.models import loading, memory
+from lesion.models import loading, memory, precision
 from lesion.replacements import Bench, _means
 from lesion.replacements.mean import Mean
 from lesion.run import maker
@@ -30,10 +30,23 @@ def plain_images(context: Context) -> list[Check]:
     found = []
     for dtype in context.dtypes:
         for name in context.classes:
-            model = context.model(name, dtype)
+            model = context.model(name, dtype, decoder="float32")  # both under full float32
             ours = context.ours(model, context.cells(model))
             found.append(Check.of(f"{name} {dtype}", *same(ours, context.plain(context.pipe(name, dtype), name))))
     return found
+
+
+def upcast(context: Context) -> list[Check]:
+    """A float16 autoencoder that is decoded in float32, against plain diffusers with torch's own precision."""
+    dtype = "float16" if context.on_gpu else "float32"
+    model = context.model("sdxl", dtype)
+    ours = context.ours(model, context.cells(model))
+    with precision.stock():
+        theirs = context.plain(context.pipe("sdxl", dtype), "sdxl")
+    full = context.model("sdxl", dtype, decoder="float32")
+    apart = np.abs(context.ours(full, context.cells(full)) - ours).max()
+    fine, said = same(ours, theirs)
+    return [Check.of(f"sdxl {dtype}", fine, f"{said}; full float32 differs by at most {apart:.1e}")]
 
 
 def _zeros(module: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -85,9 +85,9 @@ def decoder(context: Context) -> Section:
     """Seconds an image of SDXL's decode in each precision, and what the precision does to scores of real images."""
     from gpu.parts import Section
 
-    precisions, images = ("", STOCK, "tf32", "bfloat16"), 2 if context.tiny else 8
+    precisions, images = ("", STOCK, "tf32", "bfloat16"), 2 if context.tiny else 4
     with torch.device(context.device):
-        vae = diffusers.AutoencoderKL(**VAE, **({"block_out_channels": (32,) * 4} if context.tiny else {})).eval()
+        vae = diffusers.AutoencoderKL(**{**VAE, **({"block_out_channels": (32,) * 4} if context.tiny else {})}).eval()
         latents = torch.randn(images, 4, *([8, 8] if context.tiny else [128, 128]))
     rows, seconds = [], {}
     for precision in precisions:

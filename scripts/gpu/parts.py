@@ -75,6 +75,7 @@ def _measured(part: str, model: str) -> Callable[[Context], Section]:
 def _parts() -> dict[str, Part]:
     parts = {
         "plain": Part("un-ablated images against plain diffusers, three precisions", checks.plain_images, 25, 150),
+        "upcast": Part("a float16 autoencoder decoded in float32, against plain diffusers", checks.upcast, 5),
         "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 25, 150),
         "window": Part("a late window against the same from noise", checks.late_window, 5),
         "batch": Part("images of a batch against single ones", checks.batch_and_single, 5),
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace, scratch: Path, began: float) -> dict[str, Any]
         quiet.disable_progress_bar()
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
     context = Context(args.device, args.tiny, scratch)
-    results = [Result(name) for name in PARTS if not args.only or name in args.only]
+    results = [Result(name) for name in args.only or PARTS]
     record = {
         "machine": machine(args.device),
         "versions": {name: metadata.version(name) for name in VERSIONS},

@@ -19,7 +19,7 @@ from bench.report import Row
 from gpu import parts
 from gpu.common import Check
 
-PROOFS = ("plain", "lesions", "window", "batch", "memory", "auto", "offload", "store", "studies", "compile")
+PROOFS = ("plain", "upcast", "lesions", "window", "batch", "memory", "auto", "offload", "store", "studies", "compile")
 
 
 @pytest.fixture
