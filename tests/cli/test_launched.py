@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict, read_write
 
 from lesion.cli import _hydra, study
@@ -85,6 +86,26 @@ def test_launchers_have_every_knob_of_their_plugins(name):
     ours = yaml.safe_load((conf_dir() / "hydra" / "launcher" / f"{name}.yaml").read_text())
     assert ours["_target_"] == theirs["_target_"]
     assert set(ours) == set(theirs)
+
+
+@pytest.mark.parametrize(("number", "seen"), [("null", ""), ("2", "0,1")])
+def test_jobs_of_submitit_local_see_so_many_gpus(number, seen, monkeypatch, tmp_path):
+    """All jobs the same ones, so that `auto` takes them in turn; by default none, which `auto` then refuses."""
+    local = pytest.importorskip("submitit.local.local")
+    shown = []
+
+    def start(**given):
+        shown.append(given["cuda_devices"])
+        raise OSError("enough")
+
+    monkeypatch.setattr(local, "start_controller", start)
+    asked = ["hydra/launcher=submitit_local", f"hydra.launcher.gpus_per_node={number}", f"hydra.sweep.dir={tmp_path}"]
+    config = compose(asked)
+    launcher = instantiate(config.hydra.launcher, submitit_folder=str(tmp_path / "jobs"))
+    launcher.setup(hydra_context=None, task_function=None, config=config)
+    with pytest.raises(OSError, match="enough"):
+        launcher.launch([["seeds=0"], ["seeds=1"]], 0)
+    assert shown == [seen]
 
 
 def test_a_launcher_that_is_not_installed_is_one_line(cli, monkeypatch):

@@ -78,7 +78,8 @@ def resolve_device(asked: str, place: Place = HERE) -> str:
         if place.job is not None:
             raise RequestError(
                 "device",
-                f"auto: {why}; ask the launcher for one (of Ray: hydra.launcher.ray.remote.num_gpus=1); allowed: cpu",
+                f"auto: {why}; ask the launcher for one (of Ray: hydra.launcher.ray.remote.num_gpus=1, of submitit: "
+                "hydra.launcher.gpus_per_node=N); allowed: cpu",
             )
         log.warning("device: auto is the CPU, since %s", why)
     return "cpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
+tqdm.set_lock(threading.RLock())  # its own starts a process, which complains when this one is killed
 sweep = Sweep()  # how far the multirun of this process is
 UNFINISHED = "unfinished"  # folder of the store with what trackers keep of studies that have not finished
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
