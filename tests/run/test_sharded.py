@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 
+from commands import Command, until
 from lesion.report.merging import put_together, run_folders
 
 ASKED = [
@@ -84,3 +87,36 @@ def test_a_real_launcher_runs_shards_in_processes_of_their_own(tmp_path, launche
     pd.testing.assert_frame_equal(both[0][1], both[1][1], check_exact=True)
     for table in (tmp_path / "whole" / "tables").iterdir():
         assert table.read_bytes() == (tmp_path / "parts" / "tables" / table.name).read_bytes(), table.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("launcher", "keeps"), [("hydra/launcher=joblib", False), ("hydra/launcher=submitit_local", True), ("-m", True)]
+)
+def test_ctrl_c_ends_the_jobs_and_the_same_command_resumes(tmp_path, launcher, keeps):
+    """As a terminal does it: to the command and all processes that it has started."""
+    words = ["debug=smoke", "seeds=[0,1,2,3]", "selection=none", "generation.steps=20", *BY_ONE, "store.dir=store"]
+    words += ["hydra.sweep.dir=parts", "experiment=shards", launcher]
+    store = tmp_path / "store"
+
+    def images():
+        return list((store / "cells").rglob("*.png"))
+
+    def claims():
+        return [path for path in (store / "claims").rglob("*") if path.is_file()]
+
+    with Command(tmp_path, group=True) as lesion:
+        run = lesion(*words)
+        until(lambda: bool(claims()), run, lesion)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(120) == 130, lesion.said[-3000:]
+        last = [line for line in lesion.said.splitlines() if "lesion: " in line][-1]
+        assert last.endswith("lesion: interrupted; finished images are kept, run the same command again to resume")
+        assert "leaked" not in lesion.said and not (keeps and claims())
+        assert "submitit_local" in launcher or "Traceback" not in lesion.said  # submitit's own
+        kept = {path: path.stat().st_mtime_ns for path in images()}
+        assert len(kept) < 4
+        assert lesion(*words).wait(300) == 0, lesion.said[-3000:]
+    assert len(images()) == 4 and not (keeps and claims())  # those of the dead on stored images are in nobody's way
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())

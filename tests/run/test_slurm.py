@@ -241,3 +241,19 @@ def test_a_failed_shard_shows_as_failed_with_its_reason_in_its_log(slurm, lesion
     own = ended(slurm, jobs(slurm).keys() - before.keys())
     assert [job["JobState"] for job in own] == ["FAILED"] * 2
     assert logs(tmp_path).count("lesion: device: 'cuda:99' is not here") == 2
+
+
+def test_ctrl_c_ends_the_command_and_leaves_the_jobs_at_work(slurm, lesion, tmp_path):
+    before = jobs(slurm)
+    run = lesion(*SHARDS)
+    until(lambda: len(stored(tmp_path)) >= 2, run, lesion)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    assert lesion.said.splitlines()[-1].startswith("lesion: interrupted") and "Traceback" not in lesion.said
+    assert not (tmp_path / "parts" / "report.html").exists()
+    deadline, own = time.monotonic() + 400, jobs(slurm).keys() - before.keys()
+    while {jobs(slurm)[number]["JobState"] for number in own} != {"COMPLETED"} and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert [job["JobState"] for job in ended(slurm, own)] == ["COMPLETED"] * 2
+    assert len(stored(tmp_path)) == IMAGES and not claims(tmp_path)
+    assert (tmp_path / "parts" / "report.html").is_file()  # by the job that ended last

@@ -18,10 +18,11 @@ class Command:
     """Starts `lesion` in a folder, and ends at the end of a `with` what still runs.
 
     environment: of its processes. said: their output so far, kept in out.log.
+    group: each is the leader of a process group of its own, as a command typed at a terminal is.
     """
 
-    def __init__(self, folder: Path):
-        self.log, self.folder = folder / "out.log", folder
+    def __init__(self, folder: Path, group: bool = False):
+        self.log, self.folder, self.group = folder / "out.log", folder, group
         self._started: list[subprocess.Popen[bytes]] = []
         source = str(Path(lesion.__file__).parents[1])
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
@@ -29,7 +30,14 @@ class Command:
     def __call__(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             words = [sys.executable, "-m", "lesion", *arguments]
-            one = subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
+            one = subprocess.Popen(
+                words,
+                cwd=self.folder,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=self.group,
+            )
         self._started.append(one)
         return one
 

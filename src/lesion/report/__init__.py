@@ -64,7 +64,7 @@ def _texts(frame: pd.DataFrame) -> set[str]:
 
 def _thumbnails(run_dir: Path, frame: pd.DataFrame) -> dict[str, str]:
     """Of the images that may be large: without recorded sizes each file is asked."""
-    names = frame["image"].fillna("").map(inside)
+    names = frame["image"].fillna("").astype(object).map(inside)
     large = names != ""
     if {"height", "width"} <= set(frame.columns):
         large &= ~(frame[["height", "width"]].max(axis=1) <= pictures.THUMB)

@@ -120,8 +120,8 @@ def read(run: Path, out: Path) -> Run:
         maps = None
     start = Path(os.path.relpath(run.resolve(), out.resolve())).as_posix()
     # A results file may come from anybody: what it names outside its own folder is no image of the run.
-    names = frame["image"].map(inside)
-    frame["image"] = [posixpath.normpath(f"{start}/{name}") if name else "" for name in names]
+    before = "" if start == "." else f"{start}/"
+    frame["image"] = [before + name if name else "" for name in frame["image"].astype(object).map(inside)]
     return Run(run, frame, floor, maps)
 
 
@@ -205,7 +205,7 @@ def _sets(rows: pd.DataFrame) -> pd.Series:
     """Of each lesion the sets of text tokens in it, joined by "+"; "" where layers are lesioned as a whole."""
     named = rows["layer"].where(rows["lesioned"] == "", rows["lesioned"])
     known = {text: "+".join(sorted({layer_and_set(one)[1] for one in names_of(text)})) for text in named.unique()}
-    return named.map(known)
+    return named.astype(object).map(known)
 
 
 def check(runs: Sequence[Run]) -> None:
@@ -325,6 +325,8 @@ def _prompt_names(frame: pd.DataFrame) -> pd.Series:
     taken = set(frame["prompt_id"])
     new = frame["prompt_id"].copy()
     asked = frame[["prompt_id", "prompt"]].assign(init=frame.get("init", ""), look=_looks(frame))
+    if asked.drop_duplicates()["prompt_id"].is_unique:
+        return new
     for (first, *_), part in asked.groupby(list(asked), sort=False):
         one = str(first)
         if one in used:
