@@ -157,6 +157,7 @@ def test_scores_and_pixels_are_compared_with_what_is_worked_out_anew(cli):
     assert any("row 4" in text and "in the store" in text for text in scores)  # in its last digit
     assert any("row 6" in text and "anew" in text for text in scores)
     assert differs["remade"] == [f"cell {keys['cell'].iloc[2]}: made anew, 1 pixels differ, by up to 1/255"]
+    assert differs["pictures"] == [f"the picture of cell {keys['cell'].iloc[2]} has no digest of its pixels"]
     # A record with the digest to it is told by the images.
     of_other_torch(folder)
     sample = auditing.RunAudit(folder, auditing.Sample(), cli.folder / "versions")
@@ -210,6 +211,15 @@ def test_edits_that_keep_every_digest_in_step_are_named(cli):
     assert any("row 4" in text and "status is failed, anew ok" in text for text in differs["scores"])
     assert [text.partition(",")[0] for text in differs["remade"] if text.startswith(environment.RECORD)] == [
         f"{environment.RECORD}: device is cuda", f"{environment.RECORD}: commit is 0123456789ab"
+    ]  # fmt: skip
+    made["runs"] = []
+    (folder / environment.RECORD).write_text(json.dumps(made))
+    (folder / ".hydra" / "request.json").unlink()
+    sums = [line for line in lines if line != ".hydra/request.json"]
+    (folder / "SHA256SUMS").write_text("".join(f"{environment.sha256(folder / name)}  {name}\n" for name in sums))
+    auditing.RunAudit(folder, auditing.Sample(), cli.folder / "again").files(check := Check("files", "digests"))
+    assert check.differs == [
+        f"{environment.RECORD} names no process that made the study", ".hydra/request.json is not there"
     ]  # fmt: skip
 
 

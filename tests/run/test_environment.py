@@ -36,3 +36,9 @@ def test_a_commit_is_told_of_the_checkout_of_this_package_only(tmp_path, monkeyp
     assert environment.read(tmp_path) is None
     (tmp_path / environment.RECORD).write_text("[")
     assert environment.read(tmp_path) == {}
+
+
+def test_images_and_the_record_tell_the_commit_of_the_start(monkeypatch):
+    before, said = environment.commit(), environment.code()
+    monkeypatch.setattr(environment, "_commit", lambda: "f" * 40)  # somebody commits while the study runs
+    assert environment.here("cpu")["commit"] == before and environment.code() == said

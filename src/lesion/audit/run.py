@@ -108,6 +108,11 @@ class RunAudit:
             check.notes.append(f"no {environment.RECORD}: versions, machine and config were not recorded")
         elif not self.record:
             check.differs.append(f"{environment.RECORD} cannot be read")
+        else:
+            if not self.record.get("runs"):
+                check.differs.append(f"{environment.RECORD} names no process that made the study")
+            if not (self.folder / folders.RECORD).is_file():
+                check.differs.append(f"{folders.RECORD} is not there")
         wanted |= (self.record or {}).get("files", {})
         for name, digest in wanted.items():
             check.looked += 1
@@ -421,6 +426,8 @@ def _misread(path: Path, cell: Cell) -> str:
     """What a picture shows a reader otherwise than it was made; "" if nothing. path: of one whose pixels are good."""
     with Image.open(path) as image:
         mode, record = image.mode, json.loads(getattr(image, "text", {})["lesion"])
+    if "made" in record and not record.get("pixels"):  # only version 0.1 wrote neither
+        return "has no digest of its pixels"
     told = json.loads(json.dumps(cell.identity()))
     other = [name for name in told if record.get(name) != told[name]]
     if other:

@@ -41,7 +41,7 @@ def here(device: str) -> dict[str, Any]:
     torch = sys.modules.get("torch")
     found = {
         "lesion": _version("lesion"),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "system": platform.platform(),
@@ -119,15 +119,19 @@ def sha256(path: Path) -> str:
 
 
 @cache
+def commit() -> str:
+    """Of this code, as it was when first asked: what changes in its checkout later is not what this process runs."""
+    return _commit()
+
+
 def code() -> str:
     """The version of this code: of a checkout with its commit, 12 digits, and "+" where files of it have changed."""
-    commit = _commit()
-    return lesion.__version__ + (f" ({short(commit)})" if commit else "")
+    return lesion.__version__ + (f" ({short(commit())})" if commit() else "")
 
 
-def short(commit: str) -> str:
+def short(full: str) -> str:
     """A commit by 12 digits, and "+" where it has one."""
-    return commit[:12] + "+" * commit.endswith("+")
+    return full[:12] + "+" * full.endswith("+")
 
 
 def _version(name: str) -> str:
