@@ -142,10 +142,7 @@ class Half:
 
     def ranked(self, candidates: int, top: int) -> tuple[NDArray[np.float64], float]:
         """What lesions are ranked by, and what lesions of candidates cost, in ordinary images."""
-        nothing = np.full(self.effects.shape, np.nan)
-        screening = Screening(
-            Estimates(Attribution(top=top, candidates=candidates), self.study, self.effects, nothing, {})
-        )
+        screening = Screening(Estimates(Attribution(top=top, candidates=candidates), self.study, self.effects, {}, {}))
         places = {one.digest: number for number, one in enumerate(self.study.lesions())}
         prompts = {prompt: number for number, prompt in enumerate(self.study.prompts)}
 

@@ -24,7 +24,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench import batching, engine, profile, scale, speed, start, steering, switches
+from bench import attribution, batching, engine, profile, scale, speed, start, steering, switches
 from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
@@ -78,6 +78,16 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "the denoising of decoder lesions is that of the baseline",
         engine.decoder,
     ),
+    "attribution": (
+        "Memory of an attribution",
+        "memory of gradients, against that of ordinary images",
+        attribution.room,
+    ),
+    "attribution-time": (
+        "Seconds of an attribution",
+        "seconds of gradients, against those of ordinary images",
+        attribution.seconds,
+    ),
     "planning": ("Planning a large study", "time and memory to lay out and count a million cells", scale.planning),
     "reopening": ("Re-opening a finished study", "from 10,000 finished cells to their table", scale.reopening),
     "start": ("Starts", "processes that make no image, against importing torch and diffusers", start.start),
@@ -126,6 +136,7 @@ def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:
 
 def usual_parts(kind: str) -> list[str]:
     on_gpu = ["speed", "overhead", "capture", "steering", "only-one", "leave-one-out", "window", "switches", "profile"]
+    on_gpu += ["attribution", "attribution-time"]
     on_gpu.append("share")
     return on_gpu if kind == "cuda" else [part for part in PARTS if part != "share"]
 

@@ -422,6 +422,20 @@ def test_the_interval_of_the_ratio_covers_a_planted_ratio(noise, seeds, of_seeds
     assert 0.9 <= covered / runs <= 0.99
 
 
+def test_sets_of_layers_lesioned_together_have_a_row_each():
+    sets = {"a+b": [0.1, 0.3, 0.2, 0.2], "c": [0.5] * 4}
+    rows = [row("", effect, f"p{n}") | {"selection": "custom", "lesioned": names}
+            for names, effects in sets.items() for n, effect in enumerate(effects)]  # fmt: skip
+    rows.append(row("", status="failed") | {"selection": "custom", "lesioned": "a+b"})
+    rows.append(row("", 0.9, "p0") | {"selection": "neighbours", "lesioned": "a+b"})
+    table = interactions.group_effects(frame(*rows, row("a", 0.7, "p0")), method="t")
+    told = table[["selection", "lesioned", "n_lesioned", "n_images", "n_failed"]].to_numpy().tolist()
+    assert told == [["custom", "a+b", 2, 4, 1], ["custom", "c", 1, 4, 0], ["neighbours", "a+b", 2, 1, 0]]
+    assert table["mean"].tolist() == pytest.approx([0.2, 0.5, 0.9])
+    low, high = stats.t.interval(0.95, 3, 0.2, np.std(sets["a+b"], ddof=1) / 2)
+    assert table.loc[0, ["low", "high"]].tolist() == pytest.approx([low, high])
+
+
 # Order
 
 

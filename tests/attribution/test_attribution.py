@@ -25,6 +25,7 @@ from lesion.models import loading
 from lesion.replacements.mean import Mean
 from lesion.replacements.zero import Zero
 from lesion.run.job import examined
+from lesion.scoring import Shot, metric_class
 from lesion.scoring._clip import _embedder
 from lesion.scoring._clip_weights import resolve
 from lesion.study.grid import Cell
@@ -294,6 +295,58 @@ def test_the_view_is_the_scorers_embedding(tiny_clip):
     found = views.embedded(embedder)(tensors, tensors).detach().numpy()
     assert np.linalg.norm(found - embedder.images(list(images), 3), axis=1).max() < 0.01
     assert Image.fromarray(images[0]).size == (48, 48)
+
+
+SIGNED = {
+    "clip_text": {},
+    "clip_choice": {"choices": ["cat", "dogs", "star"]},
+    "donor_distance": {"prompt": "a star"},
+}
+
+
+def smoothed(module):
+    """Without kinks, over which no difference says what the slope is."""
+    for name, child in module.named_children():
+        setattr(module, name, nn.SiLU()) if isinstance(child, nn.ReLU) else smoothed(child)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_changes_of_signed_metrics_are_those_of_small_lesions(name, tiny_model, tiny_clip, wide_open):
+    """The metric that scores images says the same of tensors, and its slope there is that of lesions."""
+    _embedder.cache_clear()
+    metric = metric_class(name).of({"model": f"local-dir:{tiny_clip}", **SIGNED[name]}, "x")
+    metric.load("cpu", 8)
+    _embedder.cache_clear()  # none but this test has it smooth and in float64, where small differences are exact
+    smoothed(metric.embedder.model.double())
+    model = precise(tiny_model)
+    lesions = lesions_of(model)[:3]
+    interventions = {replacement_key(lesions[0]): Zero()}
+    cells = cells_of(model)
+    texts = [cell.prompt.text for cell in cells]
+    beside = list(generate(model, [replace(cell, prompt=Prompt("a star")) for cell in cells], {}, rounded=True))
+
+    def measured(images):
+        return metric.of_tensors(images, texts, beside)
+
+    def real(lesion):
+        images = generate(model, cells_of(model, lesion), interventions)
+        with torch.no_grad():
+            return measured(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
+
+    found = estimate(model, lesions, cells, interventions, view, 1, signed={name: measured})
+    slopes = []
+    for lesion in lesions:
+        base, one, two = (real(replace(lesion, strength=h)) for h in (0.0, 0.01, 0.02))
+        slopes.append((-3 * base + 4 * one - two) / 0.02)
+    np.testing.assert_allclose(found.signed[name], slopes, rtol=0.02, atol=0.01 * np.abs(slopes).max())
+    assert (np.array(slopes) < 0).any() and (np.array(slopes) > 0).any()
+    images = (found.images.clamp(0, 1) * 255).round()
+    pixels = images.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    shots = [Shot(str(n), image, "b", other, text) for n, (image, other, text) in enumerate(
+        zip(pixels, beside, texts, strict=True))]  # fmt: skip
+    expected = metric(shots)
+    with torch.no_grad():
+        np.testing.assert_allclose(measured(images / 255), expected, atol=2e-2 * max(1, np.abs(expected).max()))
 
 
 def test_a_pipeline_whose_call_cannot_be_had_is_refused():

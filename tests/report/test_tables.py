@@ -216,6 +216,19 @@ def test_every_interval_of_means_is_of_the_kind_that_is_asked_for():
     assert set(found.normalised["normalised_other_seeds_method"]) == {"t", "bounded"}
 
 
+def test_sets_of_layers_of_ones_own_have_a_table():
+    frame, floor = planted(12, noise="own")
+    alone = frame[(frame["selection"] == "leave_one_out") & (frame["layer"] == LAYERS[2])]
+    both = alone.assign(selection="custom", layer="", layer_index=-1, lesioned="+".join(LAYERS[1:3]))
+    found = findings(pd.concat([frame, both], ignore_index=True), floor)
+    assert found.troubles == []
+    (table,) = [one for one in contents.of_setting(found, first(frame)) if one.title == "Layers lesioned together"]
+    (only,) = table.cells
+    assert only[0].text == "+".join(LAYERS[1:3]) and [one.text for one in only[1:3]] == ["2", "custom"]
+    assert only[3].text == cell(contents.layers(found, first(frame)), LAYERS[2], "importance").text
+    assert contents.groups(findings(frame, floor), first(frame)) is None
+
+
 def test_the_layer_table_says_what_a_budget_gave_each_layer():
     frame, floor = planted()
     lesioned, late = frame["selection"] != "none", ~frame["prompt_id"].isin(("p0", "p1"))

@@ -14,7 +14,8 @@ from lesion.study.attribution import Attribution
 from lesion.study.lesions import Lesion, Replacement
 
 ASKED = ["attribution=gradients", "attribution.top=2", "attribution.sample=2", "window=[[0,0.5],[0.5,1]]",
-         "scorer.metrics=[clip_similarity,clip_text]"]  # fmt: skip
+         "scorer.metrics=[clip_similarity,clip_text,{clip_choice:{choices:[circle,stars]}},"
+         "{donor_distance:{prompt:two stars}}]"]  # fmt: skip
 
 
 def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypatch):
@@ -37,9 +38,15 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
     real = 1 - rows.groupby(["layer", "window_start"])["clip_similarity"].mean()
     pd.testing.assert_series_equal(made["real"], real, check_names=False, check_like=True)
     text = rows.merge(results[results["selection"] == "none"], on="prompt_id")
-    change = (text["clip_text_x"] - text["clip_text_y"]).groupby([text["layer_x"], text["window_start_x"]]).mean()
-    for place, value in change.items():
-        assert made.loc[place, "text_real"] == pytest.approx(value)
+    assert text["donor_distance_y"].notna().sum() == 4  # of one of the two prompts
+    for name in ("clip_text", "clip_choice", "donor_distance"):
+        change = (text[f"{name}_x"] - text[f"{name}_y"]).groupby([text["layer_x"], text["window_start_x"]]).mean()
+        for place, value in change.items():
+            assert made.loc[place, f"{name}_real"] == pytest.approx(value)
+        assert table[f"{name}_estimate"].notna().all() and table[f"{name}_estimate"].nunique() > 1
+        assert {"spearman", "kendall", "same_sign"} < told["signed"][name].keys()
+        assert f"change of {name}: Spearman" in out
+    assert told["signed"]["donor_distance"]["prompts"] == 1 and told["signed"]["clip_text"]["prompts"] == 2
     assert told["identical_at_zero"] is True and told["lesions"] == 6
     assert told["grid"]["images"] == 14 and told["made"]["images"] == 10 and told["share_of_grid"]["in_all"] > 0
     assert f"Spearman {told['spearman']['value']:.2f}" in out and "at most" in out
@@ -88,6 +95,7 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
         ("candidates", 10, "must be 0, or more than attribution.top (10); got 10"),
         ("threshold", 3, "must be null or a number in (0, 2); got 3"),
         ("view", "pixels", "got 'pixels'; allowed: clip, latent"),
+        ("signed", [3], "must be null or names of metrics; got [3]"),
     ],
 )
 def test_values_that_are_refused(key, value, words):
@@ -105,7 +113,13 @@ def test_values_that_are_refused(key, value, words):
         (["replacement=null_prompt"], "replacement: null_prompt has no strength that gradients can be taken of"),
         (["strength=0.5"], "strength: attribution is of whole lesions"),
         (["capture=maps"], "capture: does not go with attribution=gradients; allowed with it: none"),
-        (["shard.count=2"], "shard.count: does not go with attribution=gradients"),
+        (["shard.count=2"], "shard.count: does not go with donor_distance; allowed with it: 1"),
+        (["shard.count=2", "scorer.metrics=[clip_similarity]"], "shard.count: does not go with attribution=gradients"),
+        (["scorer.metrics=[clip_similarity,{donor_distance:{prompt:a dog}}]"],
+         "scorer.metrics.donor_distance.prompt: got 'a dog'; allowed: a prompt of the study, word for word"),
+        (["scorer.metrics=[clip_similarity,clip_choice]"], "scorer.metrics.clip_choice.choices: got []; allowed: two"),
+        (["scorer.metrics=[clip_similarity,ssim,clip_text]", "attribution.signed=ssim"],
+         "attribution.signed: got 'ssim'; allowed: those of scorer.metrics that have gradients (clip_text)"),
         (["scorer.metrics=[clip_similarity,ssim]", "scorer.importance=ssim"], "scorer.importance: attribution"),
     ],
 )  # fmt: skip

@@ -137,6 +137,42 @@ def test_clip_scores_equal_open_clip_by_hand(clip_folder: Path) -> None:
     assert np.ptp(found["clip_text"]) > 1e-3
 
 
+def test_the_logit_of_a_word_is_that_of_zero_shot_classification(clip_folder: Path) -> None:
+    given = shots(3)
+    choices = ["red", "green", "pale blue"]
+    named = {"clip_choice": {"model": f"local-dir:{clip_folder}", "choices": choices}}
+    asked = spec(clip_folder, "clip_choice", options=named)
+    (metric,) = asked.described
+    assert metric.texts("A RED circle") == ["A RED circle", "A green circle", "A pale blue circle"]
+    assert metric.texts("a pale blue redwood") == ["a pale blue redwood", "a red redwood", "a green redwood"]
+    assert not metric.asks("a red circle left of a red square") and not metric.asks("a circle")
+    (found,) = make_scorer(asked, "cpu").score(given).values()
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{clip_folder}")
+    with torch.no_grad():
+        images = torch.stack([preprocess(Image.fromarray(shot.image)) for shot in given])
+        texts = tokenizer(["a red circle", "a green circle", "a pale blue circle"])
+        features, words, scale = model.eval()(images, texts)
+        chances = (scale * features @ words.T).double().softmax(dim=1)[:, 0]
+    np.testing.assert_allclose(found[[0, 2]], torch.logit(chances)[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert np.isfinite(found[1])  # a blue square above a green circle: of the three it has green alone
+
+
+@pytest.mark.parametrize("choices", [None, ["red"], ["red", " Red"], ["red", 3], ["red", ""]])
+def test_choices_are_two_words_at_least(clip_folder: Path, choices: object) -> None:
+    options = {"model": f"local-dir:{clip_folder}", "choices": choices}
+    with pytest.raises(RequestError, match="two different words or more") as error:
+        check(spec(clip_folder, "clip_choice", options={"clip_choice": options}))
+    assert error.value.key == "scorer.metrics.clip_choice.choices"
+
+
+def test_the_distance_from_another_prompts_image_is_that_of_clip(clip_folder: Path) -> None:
+    given = shots(3)
+    named = {"donor_distance": {"model": f"local-dir:{clip_folder}", "prompt": "a blue star"}}
+    scored = make_scorer(spec(clip_folder, "clip_similarity", "donor_distance", options=named), "cpu").score(given)
+    np.testing.assert_allclose(scored["donor_distance"], 1 - scored["clip_similarity"], rtol=1e-12)
+
+
 def test_baseline_and_untouched_images_score_exactly(clip_folder: Path) -> None:
     base = picture(1)
     given = [
@@ -600,6 +636,8 @@ def test_each_metric_keeps_the_facts_it_states(
     (tmp_path / "m.json").write_text(json.dumps([{"prompt": prompt, "include": [{"class": "bench", "count": 1}]}]))
     judges = {"detector": str(write_yolos(tmp_path / "yolos")), "metadata": str(tmp_path / "m.json")}
     options = {
+        "clip_choice": {"model": f"local-dir:{clip_folder}", "choices": ["red", "green", "yellow"]},
+        "donor_distance": {"model": f"local-dir:{clip_folder}", "prompt": "a blue star"},
         "pick_score": {"model": str(preference_folder)},
         "dreamsim": {"folder": str(write_dreamsim(tmp_path / "dreamsim")), "kind": "open_clip_vitb32"},
         "geneval": {**judges, "model": f"local-dir:{clip_folder}"},
@@ -645,8 +683,9 @@ def test_the_table_of_metrics_in_the_docs_is_what_they_state() -> None:
 def test_metrics_are_found_by_module_name_without_torch() -> None:
     read = [f"read_{one}" for one in ("background", "binding", "colour", "count", "relation", "shape", "size")]
     boxes = ("box_iou", "box_mass", "box_success")
-    others = ("clip_similarity", "clip_text", "dino_similarity", "dreamsim", "geneval", "lpips", "pick_score", "psnr")
-    assert known_metrics() == (*boxes, *others, *read, "ssim", "unsteered_distance", "vqa_score")
+    clip = ("clip_choice", "clip_similarity", "clip_text")
+    others = ("dino_similarity", "donor_distance", "dreamsim", "geneval", "lpips", "pick_score", "psnr")
+    assert known_metrics() == (*boxes, *clip, *others, *read, "ssim", "unsteered_distance", "vqa_score")
     code = "import sys, lesion.scoring as s; s.known_metrics(); print({'torch', 'open_clip'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -655,7 +694,8 @@ def test_metrics_are_found_by_module_name_without_torch() -> None:
 def test_facts_identities_and_what_prompts_ask_are_known_without_torch() -> None:
     code = (
         "import sys, lesion.scoring as s\n"
-        "named = ('dino_similarity', 'dreamsim', 'geneval', 'pick_score', 'vqa_score')\n"
+        "named = ('clip_choice', 'dino_similarity', 'donor_distance', 'dreamsim')\n"
+        "named += ('geneval', 'pick_score', 'vqa_score')\n"
         "names = [n for n in s.known_metrics() if n not in named]\n"
         "spec = s.ScorerSpec('x', 'embedded', None, tuple(names))\n"
         "s.check(spec), s.identities(spec), s.columns_for(spec, 'a red circle')\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 
+import accelerate
 import diffusers
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lesion.errors import RequestError
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.models import components as listed
+from lesion.models import loading
 from lesion.models.words import words_of
 from lesion.report.merging import Refused, put_together, run_folders
 from lesion.run.job import examined
@@ -469,6 +471,23 @@ def test_inspect_says_which_classes_it_knows_and_where_the_tokens_of_a_prompt_ar
         structure.report(["model=local", f"model.id={folder_of('qwen_image')}", "prompt=a"])
 
 
+def test_components_of_a_pipeline_whose_weights_wait_elsewhere(folder_of):
+    """As under `model.offload`, with accelerate's own hooks: every module of a component fetches its weights."""
+    images = []
+    for waits in (False, True):
+        loading.forget()
+        model = loaded(folder_of("sd"), ["text_encoder", "denoiser", "vae"])
+        if waits:
+            for part in (model.pipe.text_encoder, model.pipe.unet, model.pipe.vae):
+                accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+            assert next(model.pipe.vae.parameters()).device.type == "meta"
+        lesions = [None, *(lesion_of(one.paths[0]) for one in (*model.components.values(), model.anatomy))]
+        images.append(made(model, cells(model, *lesions, texts=["a cat"] * 4, seeds=[7] * 4)))
+    loading.forget()
+    assert np.array_equal(*images)
+    assert len({image.tobytes() for image in images[0]}) == 4
+
+
 def test_layers_of_a_pipeline_of_ones_own(folder_of):
     """`lesion.lesioned` on the user's pipeline: as a plain hook, and nothing stays behind."""
     folder = folder_of("sd")
@@ -485,6 +504,8 @@ def test_layers_of_a_pipeline_of_ones_own(folder_of):
     assert np.array_equal(plain(folder), untouched)
     assert len({one.tobytes() for one in (untouched, skipped, both, decoded)}) == 4
     for words, more in (
+        ("by: token needs to know each image's prompt; use lesion.study; allowed here: attention", {"by": "token"}),
+        ("by: attention_token needs", {"by": "attention_token", "component": "text_encoder"}),
         ("component: got 'unet'", {"component": "unet"}),
         ("component: StableDiffusionPipeline has no text_encoder_2", {"component": "text_encoder_2"}),
         ("layers: 'x' matches no layer; allowed: vae.decoder", {"component": "vae"}),

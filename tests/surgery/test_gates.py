@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ from lesion.models import loading
 from lesion.replacements import Bench
 from lesion.replacements import _means as means
 from lesion.replacements.zero import Zero
-from lesion.study.layers import KINDS
+from lesion.run.job import examined
+from lesion.study.layers import KINDS, Layers
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine, kinds_of
@@ -214,6 +216,23 @@ def test_replacements_that_compiled_code_cannot_have_are_refused(cli, replacemen
     assert code == 2 and err.strip().count("\n") == 0
     assert f"performance.compile: does not work with replacement={replacement}; allowed here: false" in err
     assert not list(cli.folder.rglob("*.png"))
+
+
+def test_components_beside_a_compiled_denoiser(tiny_folder, compiled):
+    kind = "block"
+    layers = Layers.of({"by": "attention", "tokens": None, "kind": kind, "include": None, "exclude": None,
+                        "component": ["text_encoder", "denoiser", "vae"]})  # fmt: skip
+    images = []
+    for compile in (True, False):
+        loading.forget()
+        source = models.resolve(tiny_spec(tiny_folder, compile=compile))
+        model = examined(models.load(source, "cpu"), source, layers)
+        assert bool(model.gates) == compile
+        paths = [anatomy.paths[0] for anatomy in (*model.components.values(), model.anatomy)]
+        lesions = [None, *(zero(path, kind=kind) for path in paths), zero(*paths, kind=kind)]
+        images.append(run(model, [cell(model, SUBJECTS[0], lesion) for lesion in lesions]))
+    assert np.abs(images[0] - images[1]).max() < 1e-5
+    assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(images[0], 2))
 
 
 def test_a_denoiser_without_blocks_to_compile_is_refused(cli, tmp_path):

@@ -68,6 +68,46 @@ class Certificate:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Signed:
+    """How far estimated changes with their sign are right.
+
+    prompts: that have values. spearman, kendall (tau-b): between estimated and real change, over the lesions.
+    same_sign: share of the lesions with a change whose estimate has its sign.
+    """
+
+    prompts: int
+    spearman: Bounded
+    kendall: Bounded
+    same_sign: Bounded
+
+    def as_data(self) -> dict[str, Any]:
+        """As JSON data, with null for what is not known."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def signed(
+    estimates: Floats,
+    real: Floats,
+    top: NDArray[np.bool_],
+    total: int,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Signed:
+    """Judge estimated changes of a metric by those that the lesions made show; arguments and intervals of `certify`."""
+    rest, sampled = total - int(top.sum()), int((~top).sum())
+    weights = np.where(top, 1.0, rest / max(sampled, 1))
+    measures: tuple[Callable[[Floats, Floats, Floats, NDArray[np.bool_]], float], ...] = (
+        lambda a, b, w, _: spearman(a, b, w),
+        lambda a, b, w, _: kendall(a, b, w),
+        lambda a, b, w, _: same_sign(a, b, w),
+    )
+    point, means = estimates.mean(axis=1), np.nanmean(real, axis=1)
+    values = [measure(point, means, weights, top) for measure in measures]
+    drawn = _resampled(estimates, real, weights, top, sampled < rest, measures, replicates, seed)
+    return Signed(estimates.shape[1], *map(_bounded, values, drawn.T, (-1, -1, 0)))
+
+
 def certify(
     estimates: Floats,
     real: Floats,
@@ -190,6 +230,13 @@ def kendall(a: Floats, b: Floats, weights: Floats) -> float:
     x, y = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
     both = float((pairs * x * x).sum() * (pairs * y * y).sum())
     return float((pairs * x * y).sum()) / math.sqrt(both) if both > 0 else math.nan
+
+
+def same_sign(a: Floats, b: Floats, weights: Floats) -> float:
+    """Weighted share of those of b that are not 0 whose sign is that of a; NaN where all are 0."""
+    changed = b != 0
+    mass = float(weights[changed].sum())
+    return float(weights[changed & (np.sign(a) == np.sign(b))].sum()) / mass if mass > 0 else math.nan
 
 
 def precision(real: Floats, weights: Floats, top: NDArray[np.bool_]) -> float:

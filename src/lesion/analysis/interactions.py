@@ -32,6 +32,7 @@ from lesion.analysis.paired import p_against_zero
 from lesion.analysis.settings import layers_in_order
 
 PAIRS, CUMULATIVE = "pairs", "cumulative"
+GROUPS = ("custom", "neighbours")  # selections of sets that are compared with one another as they are
 IMAGE = ["prompt_id", "seed"]
 
 
@@ -82,6 +83,23 @@ def pair_interactions(frame: pd.DataFrame, metric: str | None = None, **options:
             records.append({**record, **found.columns("interaction"), "p": p, **counts(group), "n_left_out": left_out})
     figures = ["interaction", *FIGURES[1:], "p", *LEFT_OUT, "n_left_out"]
     return pd.DataFrame(records, columns=[*keys, "layer_a", "layer_b", "both", "expected", *figures])
+
+
+def group_effects(frame: pd.DataFrame, metric: str | None = None, **options: Any) -> pd.DataFrame:
+    """Effect of losing several layers together: one row a setting, selection of `GROUPS` and set of layers.
+
+    Columns: the setting's; selection; n_lesioned; lesioned (the layers, joined by '+'); mean effect, and its figures
+    (`layer_estimates`). In the order of the frame. options: those of `bootstrap.interval`.
+    """
+    part, keys = lesioned_rows(frame, metric)
+    part = part[part["selection"].isin(GROUPS)]
+    records = []
+    if len(part):
+        part = part.assign(lesioned=["+".join(names_of(one)) for one in part["lesioned"]])
+    for setting, group in groups(part, [*keys, "selection", "lesioned"]):
+        record = {**setting, "n_lesioned": len(names_of(setting["lesioned"]))}
+        records.append({**record, **over_prompts(group, **options).columns(), **counts(group)})
+    return pd.DataFrame(records, columns=[*keys, "selection", "n_lesioned", "lesioned", *FIGURES, *LEFT_OUT])
 
 
 def _by_depth(names: tuple[str, ...], depth: dict[str, int]) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ not: with g(s) the unit vector of an image (`views`) under strengths s, and J_l 
     1 - <g(e_l), g(0)> = 1/2 |g(e_l) - g(0)|^2 ~ 1/2 |J_l|^2.
 
 All |J_l| come at once by reverse mode: for directions q_1 … q_K, orthonormal and drawn at random among d dimensions,
-d/K sum (q_k' J_l)^2 has the mean |J_l|^2, and is equal to it for K = d. The similarity to the prompt's text is not
-greatest there: its first order, signed, is <text, J_l>.
+d/K sum (q_k' J_l)^2 has the mean |J_l|^2, and is equal to it for K = d. Other metrics (similarity to the prompt's text,
+a zero-shot logit, the distance from another prompt's image) are not greatest there: of these the estimate is the
+derivative itself, signed.
 
 With several points J_l is the mean of the derivatives at these strengths: the slopes q_k' J_l are averaged with their
 sign, for the same directions at every point, and squared then.
@@ -15,7 +16,7 @@ sign, for the same directions at every point, and squared then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -39,12 +40,12 @@ Floats = NDArray[np.float64]
 class Found:
     """Of a batch of images.
 
-    effects: 1/2 |J|^2, (lesions, images). towards: <text, J>, (lesions, images); None without texts.
+    effects: 1/2 |J|^2, (lesions, images). signed: of each metric its derivative, (lesions, images).
     images: made at strength 0, (images, 3, height, width) in [0, 1].
     """
 
     effects: Floats
-    towards: Floats | None
+    signed: Mapping[str, Floats]
     images: Tensor
 
 
@@ -52,12 +53,12 @@ class Found:
 class _Slopes:
     """Of a batch of images at one point.
 
-    probed: q'J of each direction, (probes, lesions, images). towards: <text, J>, (lesions, images).
+    probed: q'J of each direction, (probes, lesions, images). signed: derivatives, (metrics, lesions, images).
     dimensions: of the view.
     """
 
     probed: Floats
-    towards: Floats | None
+    signed: Floats
     images: Tensor
     dimensions: int
 
@@ -70,7 +71,7 @@ def estimate(
     view: View,
     probes: int,
     seed: int = 0,
-    text: Tensor | None = None,
+    signed: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     checkpointing: bool = False,
     points: Sequence[float] = (0.0,),
 ) -> Found:
@@ -81,11 +82,12 @@ def estimate(
     interventions: by `replacement_key`.
     probes: directions, at least 1; as many as the view has dimensions, or more, are exact.
     seed: of the directions; an image's also depend on its prompt and seed, not on its batch.
-    text: what `towards` goes to, (images, d).
+    signed: metrics, from images, (n, 3, height, width) in [0, 1], to a value of each, (n,).
     points: strengths of all lesions at which the gradients are taken, at least one; J is their mean.
     """
     prompts, settings = [cell.prompt for cell in cells], cells[0].settings
     device = next(model.denoiser.parameters()).device
+    metrics = signed or {}
     places = token_places(model, cells, lesions=lesions)
 
     def slopes(point: float) -> _Slopes:
@@ -97,31 +99,35 @@ def estimate(
             assert client.latents is not None
             with torch.enable_grad():
                 vectors = view(images, client.latents)
+                values = [metric(images) for metric in metrics.values()]
             directions = torch.stack([_directions(cell, vectors.shape[1], probes, seed) for cell in cells], dim=1)
             directions = directions.to(vectors)
-            last = len(directions) - 1 if text is None else -1  # of the backward passes, which keeps no graph
-            probed = [_gradient(vectors, strengths, one, n != last) for n, one in enumerate(directions)]
-            towards = None if text is None else _gradient(vectors, strengths, text.to(vectors), False)
+            passes = [(vectors, one) for one in directions] + [(value, torch.ones_like(value)) for value in values]
+            last = len(passes) - 1  # keeps no graph
+            slopes = [_gradient(what, strengths, one, n != last) for n, (what, one) in enumerate(passes)]
+            found = torch.stack(slopes).double().cpu().numpy()
         return _Slopes(
-            torch.stack(probed).double().cpu().numpy(),
-            None if towards is None else towards.double().cpu().numpy(),
+            found[: len(directions)],
+            found[len(directions) :],
             images.detach(),
             vectors.shape[1],
         )
 
     found = [slopes(point) for point in points]
     mean = np.mean([one.probed for one in found], axis=0)
-    signed = [one.towards for one in found if one.towards is not None]
+    derivatives = np.mean([one.signed for one in found], axis=0)
     return Found(
         found[0].dimensions / len(mean) / 2 * (mean**2).sum(axis=0),
-        np.mean(signed, axis=0) if signed else None,
+        dict(zip(metrics, derivatives, strict=True)),
         found[0].images,
     )
 
 
-def _gradient(vectors: Tensor, strengths: Tensor, direction: Tensor, again: bool) -> Tensor:
-    """Of <direction, vector> of each image with respect to its strengths, (lesions, images)."""
-    slopes = torch.autograd.grad(vectors, strengths, direction, retain_graph=again, allow_unused=True)
+def _gradient(values: Tensor, strengths: Tensor, direction: Tensor, again: bool) -> Tensor:
+    """Of <direction, value> of each image with respect to its strengths, (lesions, images)."""
+    if not values.requires_grad:  # a constant
+        return torch.zeros_like(strengths)
+    slopes = torch.autograd.grad(values, strengths, direction, retain_graph=again, allow_unused=True)
     found: Tensor | None = slopes[0]
     return torch.zeros_like(strengths) if found is None else found
 

@@ -301,7 +301,7 @@ class RunAudit:
             return None
         copy = Store(self.work / "remembered")
         shutil.copytree(self.remembered_in / "scores" / name, copy.scores / name, dirs_exist_ok=True)
-        queue = ScoreQueue(study.context, copy, request.scorer, request.device)
+        queue = ScoreQueue(study.context, copy, request.scorer, request.device, prompts=request.prompts)
         found: dict[tuple[int, str], float] = {}
         for row, cell in enumerate(study.cells()):
             if str(frame["status"].iloc[row]) == "ok":

@@ -120,8 +120,10 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
     _check_tokens(layers, axes, settings, [prompt.text for prompt in prompts.prompts])
     budget = Budget.of(data["budget"])
     scorer = _with_boxes(ScorerSpec.of(data["scorer"]), prompts.prompts)
+    _check_donors(scorer, prompts.prompts, data)
     attribution = Attribution.of(data["attribution"])
     if attribution:
+        attribution = replace(attribution, signed=_signed(attribution, scorer))
         _check_attribution(attribution, model, settings, scorer, budget, data, given, layers)
     return Request(
         model=model,
@@ -146,6 +148,37 @@ def parse(config: DictConfig, start: Path | None = None, place: Place = HERE) ->
         notes=prompts.notes,
         attribution=attribution,
     )
+
+
+def _check_donors(scorer: ScorerSpec, prompts: Sequence[Prompt], data: Mapping[str, Any]) -> None:
+    """Refuse metrics beside the images of a prompt that the study does not make, or not in time."""
+    texts = {prompt.text for prompt in prompts}
+    for metric in scorer.described:
+        if metric.donor is None:
+            continue
+        if metric.donor not in texts:
+            key, given = scorer.key(metric, "prompt"), metric.donor[:80]
+            raise RequestError(key, f"got {given!r}; allowed: a prompt of the study, word for word")
+        for key, wrong, allowed in (
+            ("shard.count", data["shard"]["count"] > 1, "1"),
+            ("budget.ci_halfwidth", data["budget"]["ci_halfwidth"] is not None, "null"),
+        ):
+            if wrong:
+                raise RequestError(key, f"does not go with {metric.name}; allowed with it: {allowed}")
+
+
+def _signed(attribution: Attribution, scorer: ScorerSpec) -> tuple[str, ...]:
+    """The metrics whose changes are estimated to first order: those asked for, else all that can be."""
+    able = tuple(metric.name for metric in scorer.described if metric.signed)
+    if attribution.signed is None:
+        return able
+    for name in attribution.signed:
+        if name not in able:
+            raise RequestError(
+                "attribution.signed",
+                f"got {name!r}; allowed: those of scorer.metrics that have gradients ({', '.join(able) or 'none'})",
+            )
+    return attribution.signed
 
 
 def _check_attribution(

@@ -137,6 +137,7 @@ class AttributionConf:
     candidates: Any = 0
     threshold: Any = None
     view: str = "clip"
+    signed: Any = None
     probes: Any = 4
     points: Any = 0.0
     seed: Any = 0

@@ -73,7 +73,9 @@ def check(
     """
     one = find(name)
     if not one.once and (others := [component for component in components if component != DENOISER]):
-        allowed = ", ".join(other for other in known() if find(other).once)
+        allowed = ", ".join(
+            other for other in known() if (found := find(other)).once and (found.of_tokens or by not in tokens.BY)
+        )
         raise RequestError("replacement", f"{name} suits the denoiser only; with {others[0]}: {allowed}")
     if one.changes == "tokens" and by not in tokens.BY:
         raise RequestError("replacement", f"{name} is of text tokens; with it: layers.by={', '.join(tokens.BY)}")

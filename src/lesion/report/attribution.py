@@ -21,7 +21,7 @@ STEM = "attribution"
 def certificate_lines(data: Mapping[str, Any]) -> list[str]:
     """What a certificate says, in sentences. data: as certificate.json has it."""
 
-    def of(name: str) -> str:
+    def of(name: str, data: Mapping[str, Any] = data) -> str:
         one = data[name]
         if one["value"] is None:
             return "n/a"
@@ -41,6 +41,10 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
         f"  of the {top} ranked highest, {of('precision')} are among the {top} most important",
         f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.2g} or more "
         f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {top}",
+        *(
+            f"  change of {name}: Spearman {of('spearman', one)}, its sign right for {of('same_sign', one)} of them"
+            for name, one in data["signed"].items()
+        ),
         f"  estimates took {data['estimates']['seconds']:.0f} s, {100 * share['estimates']:.1f} % of what the complete "
         f"grid's {data['grid']['images']} images take; with the images made {100 * share['in_all']:.1f} %",
     ]
@@ -74,14 +78,17 @@ def drawn(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Pa
 def _markdown(table: pd.DataFrame, data: Mapping[str, Any]) -> str:
     """The certificate, and the lesions that were made with both values."""
     made = table[table["lesioned"]].sort_values("rank")
+    signed = [f"{name}_{side}" for name in data["signed"] for side in ("estimate", "real")]
     rows = [
         f"| {one.rank} | {one.layer} | {one.window_start:g} to {one.window_end:g} | {one.branch} | {one.chosen} "
         f"| {one.screened} | {number(one.estimate, 4)} | {number(one.adjusted, 4)} | {number(one.real, 4)} |"
+        + "".join(f" {number(getattr(one, name), 4)} |" for name in signed)
         for one in made.itertuples()
     ]
     head = [
-        "| rank | layer | window | branch | made as | screened on | estimate | adjusted | importance |",
-        "| ---: | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| rank | layer | window | branch | made as | screened on | estimate | adjusted | importance |"
+        + "".join(f" {name.replace('_', ' ')} |" for name in signed),
+        "| ---: | --- | --- | --- | --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(signed),
     ]
     said = [line.strip() for line in certificate_lines(data)]
     return "\n".join(["\n".join(f"{line[0].upper()}{line[1:]}." for line in said), "", *head, *rows, ""])

@@ -361,6 +361,23 @@ def pairs(found: Findings, setting: Setting) -> Table | None:
     return Table.of(f"pairs--{setting.slug}", "Interactions of two layers", words, columns, table, lead=2, note=note)
 
 
+def groups(found: Findings, setting: Setting) -> Table | None:
+    """Sets of layers of one's own, or adjacent ones, lesioned together."""
+    table = found.of("groups", setting)
+    if table.empty:
+        return None
+    note = "Effect: 1 - similarity with 95 % interval; bold: largest." + interval_words(table, ["method"])
+    columns = [
+        Column("lesioned", "layers", "code"),
+        Column("n_lesioned", "number", "count"),
+        Column("selection", "selection", "text"),
+        Column("mean", "effect", "number", "low", "high", best=True),
+        *COUNTS,
+    ]
+    words = caption(found.rows(setting), setting, "Layers lesioned together.", found.metric)
+    return Table.of(f"groups--{setting.slug}", "Layers lesioned together", words, columns, table, note=note)
+
+
 def cumulative(found: Findings, setting: Setting) -> Table | None:
     """Effect by number of lesioned layers, areas in the note."""
     table = found.of("cumulative", setting)
@@ -469,7 +486,9 @@ def of_setting(found: Findings, setting: Setting) -> list[Table]:
     """Every table there is of one setting, the layer table first where there is one."""
     first = [layers(found, setting), compact(found, setting), adherence(found, setting)]
     first += [*prompts(found, setting), affected(found, setting)]
-    rest = [what(found, setting) for what in (aspects, reading, alone, order, pairs, cumulative, shapley, variance)]
+    rest = [
+        what(found, setting) for what in (aspects, reading, alone, order, pairs, groups, cumulative, shapley, variance)
+    ]
     return [table for table in [*first, *rest] if table is not None]
 
 

@@ -18,9 +18,11 @@ from lesion.analysis.estimates import layer_estimates
 from lesion.analysis.floor import FLOORS, PAIR, noise_floor, normalised_importance, of_setting
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, controls, importance_metric, layer_table
 from lesion.analysis.interactions import (
+    GROUPS,
     cumulative_areas,
     cumulative_curves,
     dose_response,
+    group_effects,
     pair_interactions,
 )
 from lesion.analysis.order import RANKS, kendalls_w, ranks, top_stability
@@ -80,6 +82,7 @@ class Findings:
     agreement: pd.DataFrame = field(default_factory=_none)
     differences: pd.DataFrame = field(default_factory=_none)
     interactions: pd.DataFrame = field(default_factory=_none)
+    groups: pd.DataFrame = field(default_factory=_none)
     cumulative: pd.DataFrame = field(default_factory=_none)
     areas: pd.DataFrame = field(default_factory=_none)
     doses: pd.DataFrame = field(default_factory=_none)
@@ -227,6 +230,8 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     work("differences", paired_differences, frame, **how)
     if has.get("pairs", 0):
         work("interactions", pair_interactions, frame, **how)
+    if frame["selection"].isin(GROUPS).any():
+        work("groups", group_effects, frame, **how)
     if has.get("cumulative", 0):
         work("cumulative", cumulative_curves, frame, **how)
         work("areas", cumulative_areas, frame, **how)

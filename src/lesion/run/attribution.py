@@ -1,7 +1,7 @@
 """An attribution within a study: estimates of all lesions, kept in the store, and the certificate of those made.
 
-Format: STORE/attribution/<digest of everything that can change estimates>.safetensors with `effects` and, where prompts
-have text to compare with, `towards`, each (lesions, images), images prompt by prompt and seed by seed.
+Format: STORE/attribution/<digest of everything that can change estimates>.safetensors with `effects` and the estimated
+change of each signed metric by its name, each (lesions, images), images prompt by prompt and seed by seed.
 """
 
 from __future__ import annotations
@@ -31,22 +31,25 @@ from lesion.study.pairs import scattered
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from lesion.config.parsing import Request
     from lesion.models import Model
     from lesion.run.score_queue import ScoreQueue
+    from lesion.scoring import Metric
     from lesion.store.images import Store
+    from lesion.study.prompts import Prompt
 
 log = logging.getLogger(__name__)
 AT_ONCE = 8  # images whose gradients are computed together, where the request does not say how many
-TEXT = "clip_text"  # the metric that the signed estimates are of
 
 
 @dataclass(frozen=True)
 class Estimates:
     """Of a study's lesions.
 
-    study: with all of them. effects: estimated importance, (lesions, images). towards: estimated change of `clip_text`.
+    study: with all of them. effects: estimated importance, (lesions, images). signed: estimated change of metrics, NaN
+    for images whose prompts they do not ask for.
     facts: of the estimation, texts: `seconds` it took, `seconds_per_image` of an ordinary image of the same size of
     batch, `images`, `identical` (whether images at strength 0 were the baselines, bit for bit: yes or no; unknown where
     none are made).
@@ -55,7 +58,7 @@ class Estimates:
     asked: Attribution
     study: Study
     effects: NDArray[np.float64]
-    towards: NDArray[np.float64]
+    signed: Mapping[str, NDArray[np.float64]]
     facts: Mapping[str, str]
 
     @cached_property
@@ -192,7 +195,7 @@ def kept(request: Request, study: Study, store: Store) -> Estimates | None:
     if not found or found[0]["effects"].shape != shape:
         return None
     arrays, facts = found
-    return Estimates(asked, study, arrays["effects"], arrays["towards"], facts)
+    return _of_arrays(asked, study, arrays, facts)
 
 
 def estimated(request: Request, study: Study, store: Store, scores: ScoreQueue, load: Callable[[], Model]) -> Estimates:
@@ -203,7 +206,14 @@ def estimated(request: Request, study: Study, store: Store, scores: ScoreQueue, 
     arrays, facts = _estimate(request, study, store, scores, load())
     tensors.write(_path(store, name := _name(request, study)), arrays, {**facts, "name": name})
     assert request.attribution
-    return Estimates(request.attribution, study, arrays["effects"], arrays["towards"], facts)
+    return _of_arrays(request.attribution, study, arrays, facts)
+
+
+def _of_arrays(
+    asked: Attribution, study: Study, arrays: Mapping[str, NDArray[np.float64]], facts: Mapping[str, str]
+) -> Estimates:
+    signed = {name: arrays[name] for name in asked.signed or ()}
+    return Estimates(asked, study, arrays["effects"], signed, facts)
 
 
 def _path(store: Store, name: str) -> Path:
@@ -213,7 +223,7 @@ def _path(store: Store, name: str) -> Path:
 def _name(request: Request, study: Study) -> str:
     assert request.attribution
     metrics = {metric.name: metric.identity() for metric in request.scorer.described}
-    clip = [metrics.get(name) for name in ("clip_similarity", TEXT)]
+    clip = [metrics[name] for name in ("clip_similarity", *(request.attribution.signed or ()))]
     keys = [cell.key for cell in subjects(study)]
     return digest_of([keys, [lesion.digest for lesion in study.lesions()], request.attribution.estimator, clip])[:32]
 
@@ -236,25 +246,26 @@ def _estimate(
     interventions = {replacement_key(lesions[0]): replacements.build(name, request.replacements[name], bench)}
     metrics = {metric.name: metric for metric in scores.scorer.metrics}
     embedder: Any = getattr(metrics["clip_similarity"], "embedder", None)
-    has_text = asked.view == "clip" and TEXT in metrics
     view = views.latent if asked.view == "latent" else views.embedded(embedder)
     log.info("attribution: gradients of %d images for %d lesions", len(cells), len(lesions))
-    effects, towards = np.zeros((2, len(lesions), len(cells)))
+    effects = np.zeros((len(lesions), len(cells)))
+    signed = {name: np.full(effects.shape, np.nan) for name in asked.signed or ()}
     identical, ordinary, made = "unknown", 0.0, 0
     start = time.perf_counter()
     with tqdm(total=len(cells), desc="attribution", unit="image", disable=None) as bar:
         done = 0
         while done < len(cells):
             batch = cells[done : done + size]
-            text = views.texts(embedder, [cell.prompt.text for cell in batch]) if has_text else None
             try:
+                measured = {name: _on_tensors(metrics[name], batch, study.prompts, model) for name in signed}
                 found = estimate(
-                    model, lesions, batch, interventions, view, asked.probes, asked.seed, text, asked.checkpointing,
+                    model, lesions, batch, interventions, view, asked.probes, asked.seed, measured, asked.checkpointing,
                     asked.points,
                 )  # fmt: skip
                 effects[:, done : done + len(batch)] = found.effects
-                if found.towards is not None:
-                    towards[:, done : done + len(batch)] = found.towards
+                for name, values in found.signed.items():
+                    asks = [metrics[name].asks(cell.prompt.text) for cell in batch]
+                    signed[name][:, done : done + len(batch)] = np.where(asks, values, np.nan)
             except Exception as error:
                 if not memory.ran_out(error) or size == 1:
                     raise
@@ -281,9 +292,20 @@ def _estimate(
         "images": str(len(cells)),
         "identical": identical,
     }
-    if not (has_text and np.isfinite(towards).all()):
-        towards[:] = np.nan
-    return {"effects": effects, "towards": towards}, facts
+    return {"effects": effects, **signed}, facts
+
+
+def _on_tensors(
+    metric: Metric, batch: Sequence[Cell], prompts: Sequence[Prompt], model: Model
+) -> Callable[[Tensor], Tensor]:
+    """A metric's values for a batch, from images through which gradients flow. prompts: of the study."""
+    from lesion.generation.generate import generate
+
+    texts, beside = [cell.prompt.text for cell in batch], []
+    if metric.donor is not None:
+        donor = next(prompt for prompt in prompts if prompt.text == metric.donor)
+        beside = list(generate(model, [replace(cell, prompt=donor) for cell in batch], {}, rounded=True))
+    return lambda images: metric.of_tensors(images, texts, beside)
 
 
 def torch_name(model: Model) -> str:
@@ -329,17 +351,22 @@ def certified(
     table["chosen"] = chosen
     table["real"] = np.nan
     table.loc[places, "real"] = np.nanmean(real, axis=1)
-    signed = None
-    if np.isfinite(found.towards).all():
-        towards = found.by_prompt(found.towards).mean(axis=1)
-        was = np.array([value(cell, TEXT) for cell in baselines])
-        now = np.array([[value(cell, TEXT) for cell in row] for row in cells])
-        change = np.nanmean(now - was, axis=1)
-        table["text_estimate"], table["text_real"] = towards, np.nan
-        table.loc[places, "text_real"] = change
-        weights = np.where(is_top, 1.0, (len(table) - len(top)) / max(len(sample), 1))
-        signed = judging.spearman(towards[places], change, weights)
-    return table, {**judged.as_data(), **_costs(screening), "text_spearman": signed,
+    signed = {}
+    for name, values in found.signed.items():
+        guessed = found.by_prompt(values)
+        was = np.array([value(cell, name) for cell in baselines])
+        now = np.array([[value(cell, name) for cell in row] for row in cells])
+        change = found.by_prompt(now - was)
+        asked = np.isfinite(guessed).all(axis=0) & np.isfinite(change).any(axis=0)
+        if not np.isfinite(change[:, asked]).any(axis=1).all() or not asked.any():
+            continue
+        guessed, change = guessed[:, asked], change[:, asked]
+        table[f"{name}_estimate"], table[f"{name}_real"] = guessed.mean(axis=1), np.nan
+        table.loc[places, f"{name}_real"] = np.nanmean(change, axis=1)
+        signed[name] = judging.signed(
+            guessed[places], change, is_top, len(found.lesions), replicates, found.asked.seed
+        ).as_data()
+    return table, {**judged.as_data(), **_costs(screening), "signed": signed,
                    "identical_at_zero": {"yes": True, "no": False}.get(found.facts["identical"]),
                    "estimator": found.asked.estimator}  # fmt: skip
 

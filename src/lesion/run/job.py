@@ -250,7 +250,7 @@ class Work:
         source, study = surveyed
         store, rounds = Store(request.store), _rounds(study, request.budget)
         study = rounds.part if rounds else study
-        scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store)
+        scores = ScoreQueue(study.context, store, request.scorer, request.device, request.check_store, request.prompts)
         maps = maps_of(request, source)
         publisher = Publisher(store, folder, study.settings.steering is not None, maps)
         estimates = attribution.kept(request, study, store) if request.attribution else None

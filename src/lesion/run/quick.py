@@ -13,9 +13,10 @@ from lesion.denoising.run import COND, UNCOND, Denoising, Enough, sample_of
 from lesion.denoising.wrapping import forward_replaced, method_replaced
 from lesion.errors import RequestError
 from lesion.models.source import APART
-from lesion.study import layer_patterns
+from lesion.study import layer_patterns, tokens
 from lesion.study.checks import one_of, share
 from lesion.study.components import COMPONENTS, DENOISER, VAE, check_axes, parse_components
+from lesion.study.layers import ALL_BY
 from lesion.study.lesions import BRANCHES, MOST, Axes, Lesion
 from lesion.surgery.anatomy import Anatomy, AnatomyError, examine, kinds_of, text_sites
 from lesion.surgery.components import Applied, ComponentLesions, examine_component
@@ -52,8 +53,8 @@ def lesioned(
     component: whose layers, as `layers.component`: the denoiser, or a text encoder or the vae, whose layers have its
         name in front: `text_encoder.encoder.layers.3`. Text is lesioned as it is encoded, so within a block give
         prompts, not embeddings.
-    by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`; kind None: the first
-        that the model has, of other components than the denoiser block.
+    by, kind: what a layer is and what of it is lesioned, as `layers.by` and `layers.kind`, but for text tokens, which
+        need a study; kind None: the first that the model has, of other components than the denoiser block.
     window: [start, end) as fractions of the denoising steps; of other components than the denoiser all of them.
     branch: both, cond or uncond; of the vae both. Of text encoders it takes pipelines that encode the prompt first.
     strength: in [0, 1], of `double` in [0, 2].
@@ -62,6 +63,9 @@ def lesioned(
     Raises RequestError for what cannot be done, naming what is allowed.
     """
     one_of("component", component, COMPONENTS)
+    if by in tokens.BY:
+        others = ", ".join(one for one in ALL_BY if one not in tokens.BY)
+        raise RequestError("by", f"{by} needs to know each image's prompt; use lesion.study; allowed here: {others}")
     one_of("branch", branch, BRANCHES)
     share("strength", strength, MOST)
     if replacement in UNFIT:

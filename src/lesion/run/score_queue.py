@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import islice
 from typing import TypeVar
@@ -25,6 +26,7 @@ from lesion.store.claims import Claims
 from lesion.store.images import Damaged, Store
 from lesion.store.scores import Picture, Scores
 from lesion.study.grid import Cell, Study
+from lesion.study.prompts import Prompt
 
 log = logging.getLogger(__name__)
 CHUNK, CHUNK_BYTES = 256, 256 << 20  # images scored at once, and their pixels in memory
@@ -40,12 +42,21 @@ class ScoreQueue:
     """Of the images of one model and settings in one store; what it scores is remembered for every later run.
 
     context: `Study.context` of the studies it is for. device: where metrics compute. While images are made on a GPU,
-    they are scored as they come. check: read and compare every image once, not only those to score.
+    they are scored as they come. check: read and compare every image once, not only those to score. prompts: of the
+    study, among which are those whose images others are compared with.
 
     Several processes on one store score each image once: an image to score is claimed until its scores are written.
     """
 
-    def __init__(self, context: str, store: Store, spec: ScorerSpec, device: str, check: bool = False):
+    def __init__(
+        self,
+        context: str,
+        store: Store,
+        spec: ScorerSpec,
+        device: str,
+        check: bool = False,
+        prompts: Iterable[Prompt] = (),
+    ):
         self.store, self.spec, self.device, self.check = store, spec, device, check
         self._checked: set[bytes] = set()
         self._masses: dict[str, float] = {}  # of steered images, by key
@@ -63,7 +74,8 @@ class ScoreQueue:
         self._size: tuple[int, int] | None = None  # height and width of the images
         self._queue: defaultdict[frozenset[str], list[Shot]] = defaultdict(list)  # by the columns they lack
         self._scorer: Scorer | None = None
-        self._beside = frozenset(one.name for one in spec.described if one.beside_unsteered)
+        self._beside = {one.name: one for one in spec.described if one.beside != "baseline"}
+        self._prompts = {prompt.text: prompt for prompt in prompts}
         self._asked = lru_cache(maxsize=4096)(partial(scoring.columns_for, spec))
         self._pixels = lru_cache(maxsize=64)(self._read)  # of baselines: a lesion follows its neighbours
 
@@ -223,9 +235,18 @@ class ScoreQueue:
     def values(self, cell: Cell) -> dict[str, float]:
         """The columns known for an image; none if it has no score or is not valid."""
         found = self.scores.values(cell.key, cell.baseline.key)
-        if self._beside and cell.unsteered:
-            found |= self.scores.values(cell.key, cell.unsteered.key)
+        for name in self._beside:
+            if (other := self._other(cell, name)) and name in (values := self.scores.values(cell.key, other.key)):
+                found[name] = values[name]
         return found
+
+    def _other(self, cell: Cell, name: str) -> Cell | None:
+        """What a metric compares an image with that is not its baseline; None where there is nothing."""
+        metric = self._beside[name]
+        if metric.beside == "unsteered":
+            return cell.unsteered
+        donor = self._prompts.get(metric.donor or "")
+        return replace(cell, prompt=donor, lesion=None) if donor and metric.asks(cell.prompt.text) else None
 
     def value(self, cell: Cell) -> float:
         """What the metric of importance says of an image; NaN if it has no score or is not valid."""
@@ -318,20 +339,22 @@ class ScoreQueue:
             self._write()
 
     def _lacking(self, cell: Cell) -> frozenset[str]:
-        """The columns without a value. Raises Damaged, as `_read` does, of an unsteered image."""
+        """The columns without a value. Raises Damaged, as `_read` does, of an image beside which it is."""
         asked = self._asked(cell.prompt.text, bool(cell.prompt.boxes), cell.settings.steering is not None)
         lacking = asked.difference(self.values(cell))
-        if lacking & self._beside and cell.unsteered:
-            facts = self._facts(cell.unsteered.key)
-            if facts is None or facts.reason:  # nothing to compare with: failed, or not made by an earlier version
-                return lacking - self._beside
+        for name in lacking & self._beside.keys():
+            other = self._other(cell, name)
+            facts = self._facts(other.key) if other else None
+            if facts is None or facts.reason:  # nothing to compare with: failed, or not made yet
+                lacking -= {name}
         return lacking
 
     def _enqueue(self, cell: Cell, pixels: NDArray[np.uint8], baseline: NDArray[np.uint8]) -> None:
         lacking = self._lacking(cell)
-        self._wait(lacking - self._beside, cell, pixels, cell.baseline.key, baseline)
-        if lacking & self._beside and cell.unsteered:
-            self._wait(lacking & self._beside, cell, pixels, cell.unsteered.key, self._pixels(cell.unsteered.key))
+        self._wait(lacking.difference(self._beside), cell, pixels, cell.baseline.key, baseline)
+        for name in sorted(lacking & self._beside.keys()):
+            if other := self._other(cell, name):
+                self._wait(frozenset({name}), cell, pixels, other.key, self._pixels(other.key))
 
     def _wait(
         self,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+_OF_PIL = ("MaybeConvertMode", "MaybeToTensor", "ToTensor", "_convert_to_rgb", "function")  # what tensors are already
 
 
 class Embedder:
@@ -36,6 +37,30 @@ class Embedder:
         self.texts: Memory[str] = Memory(str, self._embed_texts)
         self._cut: set[str] = set()
 
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied by before a softmax, as it was learned."""
+        return float(self.model.logit_scale.exp())
+
+    def tensors(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings through which gradients flow, (n, d) of length 1. images: (n, 3, height, width) in [0, 1].
+
+        Its preprocessing runs on tensors: resizing then differs from that of `images` by the rounding to whole pixel
+        values, which moves an embedding by less than 0.01 of its length. Raises RuntimeError for preprocessing that
+        cannot.
+        """
+        import torch
+
+        steps = [step for step in self.preprocess.transforms if type(step).__name__ not in _OF_PIL]
+        if unknown := [type(step).__name__ for step in steps if not isinstance(step, torch.nn.Module)]:
+            raise RuntimeError(f"gradients cannot flow through the scorer's preprocessing ({unknown[0]})")
+        pixels = images.to(self.model.logit_scale)
+        for step in steps:
+            pixels = step(pixels)
+        vectors = self.model.encode_image(pixels)
+        one: torch.Tensor = vectors / vectors.norm(dim=1, keepdim=True)
+        return one
+
     def _embed_images(self, images: list[NDArray[np.uint8]]) -> Vectors:
         import torch
 
@@ -43,7 +68,7 @@ class Embedder:
 
         pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])  # (n, 3, size, size)
         with exact(self.device):
-            return unit(self.model.encode_image(pixels.to(self.device)))
+            return unit(self.model.encode_image(pixels.to(self.model.logit_scale)))
 
     def _embed_texts(self, prompts: list[str]) -> Vectors:
         from lesion.scoring._exact import exact

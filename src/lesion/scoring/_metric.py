@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lesion.errors import RequestError
 from lesion.study.boxes import Box
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Direction = Literal["similarity", "distance", "prompt", "property"]
 
@@ -72,7 +75,9 @@ class Metric(ABC):
     identical: the value of an image that is its baseline, pixel for pixel; None where it depends on the image.
     models: the networks it needs, in words; "" for none.
     boxed: whether it has values only for prompts with boxes. steered: whether only for steered images.
-    beside_unsteered: whether the `baseline` of its shots is the unsteered image instead; with `steered` alone.
+    beside: what stands in its shots as `baseline`: the baseline; the `unsteered` image, with `steered` alone; or that
+        of the prompt `donor` with the same seed.
+    signed: whether a lesion may raise it as well as lower it, and `of_tensors` has its gradients.
     earlier_error: by how much values of earlier versions, which stores keep, may be off; computed in float32 then.
     shared: options that are taken from these keys of the scorer where `scorer.metrics` gives none of them.
     """
@@ -84,7 +89,8 @@ class Metric(ABC):
     models: ClassVar[str] = ""
     boxed: ClassVar[bool] = False
     steered: ClassVar[bool] = False
-    beside_unsteered: ClassVar[bool] = False
+    beside: ClassVar[Literal["baseline", "unsteered", "donor"]] = "baseline"
+    signed: ClassVar[bool] = False
     earlier_error: ClassVar[float] = 0.0
     shared: ClassVar[Mapping[str, str]] = {}
 
@@ -137,6 +143,11 @@ class Metric(ABC):
         Loads nothing. Raises ValueError or OSError where a model is not there.
         """
 
+    @property
+    def donor(self) -> str | None:
+        """The prompt of the study beside whose images its own are, with `beside` donor."""
+        return None
+
     def asks(self, prompt: str) -> bool:
         """Whether it has a value for images of this prompt."""
         return True
@@ -156,6 +167,13 @@ class Metric(ABC):
         Values depend on the shots alone, not on their order or batch, except for rounding: batches of other sizes may
         add up in another order (about 1e-6 in float32). Unchanged images get `identical` from the scorer.
         """
+
+    def of_tensors(self, images: Tensor, prompts: Sequence[str], beside: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """The same of images through which gradients flow, (n,); of prompts that it does not ask for anything finite.
+
+        images: (n, 3, height, width) in [0, 1], unrounded. beside: what `beside` says, of each; after `load`.
+        """
+        raise NotImplementedError
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -20,7 +20,8 @@ from lesion.scoring._metric import Metric, Shot
 class UnsteeredDistance(Metric):
     direction = "property"
     range = (0.0, 1.0)
-    boxed = steered = beside_unsteered = True
+    boxed = steered = True
+    beside = "unsteered"
 
     def identity(self) -> str:
         return f"{self.name}/1"

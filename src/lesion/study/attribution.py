@@ -12,7 +12,7 @@ from lesion.study.checks import one_of
 from lesion.study.grid import Study
 from lesion.study.lesions import Lesion, digest_of
 
-FORMAT = 2  # raise it when the same request would give other estimates
+FORMAT = 3  # raise it when the same request would give other estimates
 NAMES = ("none", "gradients")
 VIEWS = ("clip", "latent")
 SELECTION = "leave_one_out"  # whose lesions are estimated
@@ -26,6 +26,7 @@ class Attribution:
     candidates: how many of the highest estimates are lesioned on few prompts first, to rank them; 0 for none.
     threshold: importance from which a lesion counts as important; None for the median of the top.
     view: what effects are measured in, the scorer's CLIP embedding or the final latents.
+    signed: metrics whose change is estimated, too, to first order and with its sign; None for all that have gradients.
     probes: random directions an image. points: strengths of all lesions whose gradients are averaged, ascending.
     seed: of directions and sample. checkpointing: keep less of each denoiser call, and run it again.
     """
@@ -40,6 +41,7 @@ class Attribution:
     points: tuple[float, ...] = (0.0,)
     seed: int = 0
     checkpointing: bool = False
+    signed: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Attribution | None:
@@ -62,6 +64,11 @@ class Attribution:
         points = given if isinstance(given, list) else [given]
         if not points or any(isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 for p in points):
             raise RequestError("attribution.points", f"must be a number in [0, 1], or a list of such; got {given!r}")
+        signed = config["signed"]
+        if signed is not None:
+            signed = signed if isinstance(signed, list) else [signed]
+            if any(not isinstance(name, str) for name in signed):
+                raise RequestError("attribution.signed", f"must be null or names of metrics; got {signed!r}")
         return cls(
             config["top"],
             config["sample"],
@@ -72,6 +79,7 @@ class Attribution:
             tuple(sorted(map(float, points))),
             config["seed"],
             bool(config["checkpointing"]),
+            None if signed is None else tuple(dict.fromkeys(signed)),
         )
 
     @property

@@ -8,11 +8,12 @@ from pathlib import PurePath
 from typing import Any
 
 from lesion.study import boxes
-from lesion.study.components import component_of, components_of
+from lesion.study.components import TEXT, component_of, components_of
 from lesion.study.grid import Cell
 from lesion.study.lesions import NOWHERE, Lesion
 from lesion.study.settings import DECLARED, Declaration
 from lesion.study.steering import STEERING_OFF, within
+from lesion.study.tokens import layer_and_set
 
 MADE_WITH = ("card", "torch", "diffusers", "lesion")  # what made an image; not part of its identity
 COMPONENT = "component"  # in which lesions are, in results with such outside the denoiser
@@ -62,6 +63,16 @@ def _layer_index(cell: Cell, layers: Sequence[str]) -> int:
     return layers.index(cell.lesion.layer) - first
 
 
+def kinds(lesion: Lesion) -> str:
+    """Which modules a lesion touches; those of several components joined by "+" where they differ.
+
+    Text tokens of an encoder are lesioned in its self-attention, whatever the denoiser's kind is.
+    """
+    by_token = any(layer_and_set(layer)[1] for layer in lesion.layers)
+    found = ["self_attention" if by_token and one in TEXT else lesion.kind for one in components_of(lesion.layers)]
+    return "+".join(dict.fromkeys(found))
+
+
 def component(cell: Cell) -> str:
     """The components that a cell's lesion is in, joined by "+"; "" for the baseline."""
     return "+".join(components_of(cell.lesion.layers)) if cell.lesion else ""
@@ -98,7 +109,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("init", lambda cell, layers: PurePath(cell.prompt.image).name, text=True, earlier=""),
     Column("seed", lambda cell, layers: cell.seed, needed=True),
     Column("selection", _of_lesion(lambda lesion: lesion.selection, "none"), needed=True),
-    Column("kind", _of_lesion(lambda lesion: lesion.kind, ""), "lesion", text=True, earlier=Lesion.kind),
+    Column("kind", _of_lesion(kinds, ""), "lesion", text=True, earlier=Lesion.kind),
     Column("replacement", _of_lesion(lambda lesion: lesion.replacement.name, ""), "lesion", needed=True, text=True),
     Column("layer", _of_lesion(lambda lesion: lesion.layer, ""), needed=True, text=True),
     Column("lesioned", _lesioned, "several", text=True, earlier=""),

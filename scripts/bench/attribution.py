@@ -1,0 +1,136 @@
+"""What the gradients of an attribution cost: memory beyond the loaded model's, and seconds, against ordinary images."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench.report import Row, alternate, ratios
+from bench.setup import Options, Setup, fillers, loaded, wait
+from lesion.attribution import views
+from lesion.attribution.estimate import estimate
+from lesion.errors import counted
+from lesion.generation.generate import generate
+from lesion.models import memory
+from lesion.scoring._clip import _embedder
+from lesion.scoring._clip_weights import resolve
+from lesion.study.grid import Cell
+
+STEPS = (2, 4)  # besides the model's own number: what a step keeps is told from few
+TIMED = 4  # steps at which seconds are compared; memory allows them where it allows few others
+
+
+def most_memory(device: str, work: Callable[[], object]) -> float | None:
+    """MiB that work takes at its peak beyond what is there before it; None where there is not enough."""
+    gc.collect()
+    cuda = device.startswith("cuda")
+    if cuda:
+        memory.release(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        before = _status("VmRSS")
+    try:
+        work()
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        return None
+    return ((torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")) - before) / 2**20
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found
+    return int(found[1]) * 1024
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The images of one batch. note: of the section."""
+
+    estimated: Callable[[int, int, bool], object]  # steps, directions, checkpointing
+    ordinary: Callable[[int], object]  # steps
+    note: str
+
+
+def _batch(this: Setup, options: Options) -> _Batch:
+    asked, study, model = loaded([*this.overrides(this.batch), "selection=leave_one_out"])
+    using, lesions = fillers(study, model, asked), list(study.lesions())
+    cells = [study.cell(prompt, seed, None) for prompt in study.prompts for seed in study.seeds]
+    cells = cells[: options.batch or (8 if this.model == "embedded" else 1)]
+    embedder = _embedder(*resolve(asked.scorer.clip_model, asked.scorer.clip_pretrained), torch.device(this.device))
+    view = views.embedded(embedder)
+
+    def of(steps: int) -> list[Cell]:
+        return [replace(cell, settings=replace(cell.settings, steps=steps)) for cell in cells]
+
+    found = _Batch(
+        lambda steps, probes, checkpointing: estimate(
+            model, lesions, of(steps), using, view, probes, checkpointing=checkpointing
+        ),
+        lambda steps: generate(model, of(steps), {}),
+        f"A batch of {len(cells)} with the gradients of {len(lesions)} lesions (`attribution=gradients`, directions of "
+        f"the CLIP embedding). {this.said().rpartition(', batches')[0]}.",
+    )
+    found.ordinary(2)
+    found.estimated(2, 1, True)
+    return found
+
+
+def room(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """Memory of one batch with all its gradients, with and without checkpointing, at several numbers of steps."""
+    batch = _batch(this, options)
+    sides: dict[str, Callable[[int], object]] = {
+        "ordinary images": batch.ordinary,
+        "gradients, checkpointing": lambda steps: batch.estimated(steps, 1, True),
+        "gradients": lambda steps: batch.estimated(steps, 1, False),
+    }
+    rows = []
+    for name, work in sides.items():
+        for steps in sorted({*STEPS, this.steps}):
+            found = most_memory(this.device, functools.partial(work, steps))
+            what = f"memory beyond the model's, {steps} steps"
+            rows.append(
+                Row(name, what, [] if found is None else [found], " MiB", text="does not fit" if found is None else "")
+            )
+    return batch.note, rows
+
+
+def seconds(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """Seconds of the same at few steps, which fit where others do not."""
+    batch, few = _batch(this, options), min(TIMED, this.steps)
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            wait(this.device)
+            began = time.perf_counter()
+            work()
+            wait(this.device)
+            return time.perf_counter() - began
+
+        return run
+
+    sides = {"ordinary images": timed(lambda: batch.ordinary(few))}
+    for checkpointing in (False, True):
+        for probes in (1, 2):
+            name = f"{counted(probes, 'direction')}{', checkpointing' if checkpointing else ''}"
+            work = functools.partial(batch.estimated, few, probes, checkpointing)
+            if checkpointing or most_memory(this.device, work) is not None:
+                sides[name] = timed(work)
+    spent = alternate(options.repeats, sides)
+    ordinary = spent.pop("ordinary images")
+    what = f"seconds / those of the images without gradients, {few} steps"
+    return batch.note, [Row(name, what, ratios(values, ordinary), "x") for name, values in spent.items()]
