@@ -306,7 +306,7 @@ def decoder_of(source: Source, device: str) -> str:
     """Return in which precision the autoencoder's decode multiplies: tf32, bfloat16, STOCK, or "" for the model's own.
 
     STOCK is for an autoencoder that its pipeline decodes in float32 for lack of float16's range, on a GPU: in full
-    float32 that takes as long as ten steps of denoising (docs/performance.md).
+    float32 that takes a third of an image of 20 steps (docs/performance.md).
     """
     if source.spec.decoder:
         return "" if source.spec.decoder == "float32" else source.spec.decoder
