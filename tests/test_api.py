@@ -143,7 +143,11 @@ def test_a_wrong_request_is_one_line(keys, given, says):
 
 
 @pytest.mark.parametrize(
-    "override", ["generation.step=3", "model=nope", "seeds=-1", "generation.steps=[1", "prompts=none.csv"]
+    "override",
+    [
+        *("generation.step=3", "model=nope", "seeds=-1", "generation.steps=[1", "prompts=none.csv"),
+        *("generation.steps=${nope}", "store.dir=${nope}", "seeds=[0,${nope:1}]"),
+    ],
 )
 def test_a_refusal_is_the_line_of_the_command_line(cli, override):
     code, _, err = cli(override)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from lesion.config.compose import compose, overrides_of, plain
+from lesion.config.compose import compose, one_line, overrides_of, plain
 from lesion.config.parsing import parse
 from lesion.errors import RequestError
 
@@ -63,7 +64,10 @@ class StatedStudy:
         with open_dict(config):
             del config["hydra"]
         self._config = config
-        self._request = parse(config)
+        try:
+            self._request = parse(config)
+        except OmegaConfBaseException as error:  # of ${…} that leads nowhere
+            raise RequestError("", one_line(error)) from None
         self._source, self._study = survey(self._request)
 
     @property

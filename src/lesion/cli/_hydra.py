@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
+from lesion.config.reading import check_value
 from lesion.errors import RequestError, no_such_key
 
 MAPPINGS = ("sweeper", "launcher", "callbacks", "hydra_logging", "job_logging")  # of any keys
@@ -46,7 +47,12 @@ def check_keys(config: Any, schema: Any = HydraConf, above: str = "hydra") -> No
 def check_files(hydra: Any) -> None:
     """Raises RequestError, or OmegaConf's errors, for what Hydra itself would find once it has made a run folder."""
     _ = hydra.job.chdir, hydra.job.env_set, hydra.job.env_copy  # interpolations that cannot be resolved
+    for key, place in (("hydra.run.dir", hydra.run.dir), ("hydra.sweep.dir", hydra.sweep.dir)):
+        check_value(key, place)
+        if not place:  # which would be the working directory
+            raise RequestError(key, "must name a folder; got ''")
     for key, name in (("hydra.job.name", hydra.job.name), ("hydra.output_subdir", hydra.output_subdir)):
+        check_value(key, name)
         parts = PurePath(name or "").parts
         if any(part in ("..", "/") or len(part.encode()) > LONGEST for part in parts) or (
             key == "hydra.job.name" and len(parts) > 1

@@ -51,6 +51,7 @@ _REASONS: tuple[tuple[str, _Reason], ...] = (  # what OmegaConf says, and what w
         r"Value '(.*)' of type '\w+' could not be converted to (\w+)",
         lambda m: f"must be {_KINDS.get(m[2], m[2])}; got {m[1]!r}",
     ),
+    (r"Cannot convert '\w+' to string: '(.*)'", lambda m: f"must be text; got {m[1][:80]}"),
     (r"field '.*' is not Optional", lambda m: "must have a value; got null"),
     (r"Invalid type assigned: \w+ is not a subclass of \w+\. value: (.*)", lambda m: f"must be a mapping; got {m[1]}"),
     (r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", lambda m: f"must be a list; got {m[1]}"),

@@ -40,7 +40,7 @@ def first_read(config: DictConfig, start: Path | None = None) -> dict[str, Any]:
     data: Any = OmegaConf.to_container(config, resolve=True)
     _read_truths(data, _schema(), "")
     for key, value in _leaves(data, ""):
-        _check_value(key, value)
+        check_value(key, value)
     return _absolute(data, start or Path.cwd())
 
 
@@ -111,7 +111,8 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _check_value(key: str, value: Any) -> None:
+def check_value(key: str, value: Any) -> None:
+    """Raises RequestError for text and numbers that no table, and no name of a file, can hold."""
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise RequestError(key, f"{value[:40]!r} has a lone surrogate, which is no text")
@@ -127,6 +128,8 @@ def _check_value(key: str, value: Any) -> None:
 
 def _absolute(data: dict[str, Any], start: Path) -> dict[str, Any]:
     """Changes `data`: paths that are relative become absolute, names on the hub stay."""
+    if not data["store"]["dir"]:  # which would be the working directory
+        raise RequestError("store.dir", "must name a folder; got ''")
     for key in (*PATHS, *MAYBE_PATHS):
         *above, last = key.split(".")
         inner: Any = data

@@ -56,21 +56,30 @@ def reading(key: str) -> Iterator[None]:
 def read_mapping(path: Path, key: str) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises RequestError, naming the key, for anything else."""
     try:
+        return mapping(path)
+    except ValueError as error:
+        raise RequestError(key, f"{str(path)!r} {error}") from None
+
+
+def mapping(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping. Raises ValueError, which says what is wrong with it, for anything else."""
+    try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise RequestError(key, f"{str(path)!r} is no regular file")
+            raise ValueError("is no regular file")
         with path.open("rb") as file:
             text = file.read(CONFIG_BYTES + 1)
-        if len(text) > CONFIG_BYTES:
-            raise RequestError(key, f"{str(path)!r} has more than {CONFIG_BYTES >> 20} MiB, which is no config")
-        if text.startswith(POINTERS):
-            raise RequestError(key, f"{str(path)!r} {POINTED}")
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if len(text) > CONFIG_BYTES:
+        raise ValueError(f"has more than {CONFIG_BYTES >> 20} MiB, which is no config")
+    if text.startswith(POINTERS):
+        raise ValueError(POINTED)
+    try:
         data = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise RequestError(key, f"{str(path)!r} is no valid JSON: {error}") from None
-    except OSError as error:
-        raise RequestError(key, f"{str(path)!r} cannot be read: {error.strerror}") from None
+        raise ValueError(f"is no valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise RequestError(key, f"{str(path)!r} holds no mapping")
+        raise ValueError("holds no mapping")
     return data
 
 

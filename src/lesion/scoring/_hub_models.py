@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 
+from lesion.models import files
 from lesion.scoring._clip_weights import hub_answers
 from lesion.store.digests import digest_of
 
@@ -78,10 +78,10 @@ def _weights(folder: Path) -> tuple[str, ...]:
     index = folder / INDEX
     if (folder / WEIGHTS[0]).is_file() or not index.is_file():
         return WEIGHTS[:1]
-    files = mapping(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
+    named = mapping(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
         raise ValueError(f"{INDEX} is no index of weights")
-    return tuple(sorted({str(file) for file in files.values()}))
+    return tuple(sorted({str(file) for file in named.values()}))
 
 
 def digest_of_folder(folder: Path) -> str:
@@ -99,12 +99,9 @@ def architecture(folder: Path) -> str:
 def mapping(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping. Raises ValueError for anything else."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is no valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name} holds no mapping")
-    return found
+        return files.mapping(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name} {error}") from None
 
 
 def check_name(name: str) -> None:
