@@ -95,6 +95,10 @@ def test_the_hash_is_that_of_the_plan_and_sets_the_halves():
 @pytest.mark.parametrize(
     ("changes", "budget", "words"),
     [
+        *(
+            ({"hypotheses": wrong}, False, "confirm.hypotheses: must be different ones of changes, breaks, loses; got")
+            for wrong in (0, 1, True, float("nan"), {"a": 1}, [None], [["changes"]], ["breaks", "breaks"])
+        ),
         ({"hypotheses": ["mends"]}, False, "confirm.hypotheses: must be different ones of changes, breaks, loses"),
         ({"hypotheses": ["breaks", "breaks"]}, False, "confirm.hypotheses: must be different"),
         ({"layers": 0}, False, "confirm.layers: must be a whole number >= 1"),

@@ -119,3 +119,25 @@ def test_boxes_are_judged_by_the_objects_that_the_reader_sees():
     assert np.isnan(
         BoxIou()([Shot("a", image, "b", image, "", (Box("cat", whole),)), Shot("a", image, "b", image, "")])
     ).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "possible"),
+    [
+        *(
+            (key, (-1, 0.5, True, "3", None, 1001, 10**30), "a whole number from 0 to 1000")
+            for key in ("iterations", "steps")
+        ),
+        *(
+            (key, (-1, True, "3", None, float("nan"), float("inf"), 1e308, 10**400), "a number from 0 to 1000000")
+            for key in ("scale", "threshold")
+        ),
+    ],
+)
+def test_numbers_of_steering_have_bounds(key, values, possible):
+    config = {"name": "layout", "layers": ["mid_block.*"], "scale": 30.0, "threshold": 0.2, "iterations": 5,
+              "steps": 10, "step_size": "noise_share", "mask": "covered", "checkpointing": False}  # fmt: skip
+    assert Layout.of(config | {key: 1000}) and Layout.of(config | {key: 0})
+    for value in values:
+        with pytest.raises(RequestError, match=f"^steering.{key}: must be {possible}; got "):
+            Layout.of(config | {key: value})

@@ -38,8 +38,8 @@ class Confirmation:
     def of(cls, config: Mapping[str, Any], metric: str, budget: bool = False) -> Confirmation | None:
         """From the `confirm` group of a request; None without hypotheses. Raises RequestError naming the key."""
         given, layers, alpha, between = (config[name] for name in ("hypotheses", "layers", "alpha", "paraphrases"))
-        named = [given] if isinstance(given, str) else list(given or [])
-        if len(set(named)) < len(named) or not set(named) <= set(HYPOTHESES):
+        named = [given] if isinstance(given, str) else [] if given is None else given
+        if not isinstance(named, list | tuple) or any(one not in HYPOTHESES or named.count(one) > 1 for one in named):
             raise RequestError(
                 "confirm.hypotheses", f"must be different ones of {', '.join(HYPOTHESES)}; got {given!r}"
             )

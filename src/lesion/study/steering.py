@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from lesion.study.lesions import digest_of
 NAMES = ("none", "layout")
 STEP_SIZES = ("sigma_squared", "noise_share")
 MASKS = ("whole", "covered")
+MOST, LARGEST = 1000, 10**6  # iterations and steps; scale and threshold
 STEERING_OFF = "steering_off"  # the replacement that takes a layer's maps out of the loss
 
 
@@ -59,9 +59,9 @@ class Layout:
             if not isinstance(pattern, str):
                 raise RequestError("steering.layers", f"must be layer paths with * and ?, or re:REGEX; got {pattern!r}")
             layer_patterns.check(pattern, "steering.layers")
-        for key, low in (("iterations", 0), ("steps", 0)):
-            if type(config[key]) is not int or config[key] < low:
-                raise RequestError(f"steering.{key}", f"must be a whole number >= {low}; got {config[key]!r}")
+        for key in ("iterations", "steps"):
+            if type(config[key]) is not int or not 0 <= config[key] <= MOST:
+                raise RequestError(f"steering.{key}", f"must be a whole number from 0 to {MOST}; got {config[key]!r}")
         if type(config["checkpointing"]) is not bool:
             raise RequestError("steering.checkpointing", f"must be true or false; got {config['checkpointing']!r}")
         return cls(
@@ -100,6 +100,6 @@ class Layout:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise RequestError(f"steering.{key}", f"must be a number >= 0; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise RequestError(f"steering.{key}", f"must be a number from 0 to {LARGEST}; got {value!r}")
     return float(value)
