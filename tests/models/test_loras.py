@@ -123,7 +123,8 @@ def test_an_adapter_on_a_single_file(tmp_path):
     single = ModelSpec("one", str(file), pipeline="StableDiffusionPipeline", config=str(EMBEDDED), **options)
     folder = models.load(resolve(ModelSpec("embedded", "embedded", **options)), "cpu")
     images = made(folder)
-    assert np.array_equal(made(models.load(resolve(single), "cpu")), images)
+    apart = np.abs(made(models.load(resolve(single), "cpu")) - images)
+    assert apart.max() < 1e-5  # weights that a file puts at other addresses may be multiplied in another order
     assert not np.array_equal(
         images, made(models.load(resolve(ModelSpec("embedded", "embedded", dtype="float32")), "cpu"))
     )
