@@ -152,7 +152,7 @@ def test_a_killed_worker_s_shard_is_done_by_another(cluster, lesion, tmp_path):
     assert run.wait(300) == 0, lesion.said
     assert (tmp_path / "parts" / "report.html").is_file()
     assert not [path for path in (tmp_path / "store" / "claims").rglob("*") if path.is_file()]
-    assert lesion(*STUDY, "hydra.run.dir=whole", "store.dir=other").wait(200) == 0, lesion.said
+    assert lesion(*STUDY, "hydra.run.dir=whole", "store.dir=other").wait(400) == 0, lesion.said
     both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
     pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
     for table in (tmp_path / "whole" / "tables").iterdir():

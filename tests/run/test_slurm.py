@@ -23,7 +23,7 @@ import pytest
 from commands import Command, free_port, until
 from lesion.report.merging import put_together, run_folders
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue")
 CONFIG = """
 ClusterName=lesion
@@ -184,7 +184,7 @@ def test_a_preempted_shard_goes_back_in_the_queue_and_goes_on(slurm, lesion, tmp
     assert (tmp_path / "parts" / "report.html").is_file()
     assert not claims(tmp_path)
     alone = [one for one in SHARDS if not re.match(r"experiment|shard\.|hydra", one)]
-    assert lesion(*alone, "hydra.run.dir=whole", "store.dir=other").wait(200) == 0
+    assert lesion(*alone, "hydra.run.dir=whole", "store.dir=other").wait(400) == 0
     both = [put_together(run_folders([tmp_path / name]), tmp_path / name) for name in ("parts", "whole")]
     pd.testing.assert_frame_equal(*(frame.drop(columns="image") for frame, *_ in both), check_exact=True)
 
