@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lesion.generation.layout import Steering
+from lesion.models import EMBEDDED
 
 BOXES = [
     {"text": "a red circle", "boxes": [{"words": "red circle", "box": [0, 0, 0.5, 0.5]}]},
@@ -109,10 +110,14 @@ def test_wrong_requests_are_refused_before_a_model_loads(cli):
         ((items(BOXES), "steering=layout", "steering.layers=[nowhere.*]"), "matches no layer; allowed: down_blocks.0"),
         (
             (items(BOXES), "steering=layout", "steering.iterations=-1"),
-            "steering.iterations: must be a whole number >= 0",
+            "steering.iterations: must be a whole number from 0 to 1000",
         ),
         ((items(BOXES), "steering=layout", "steering.step_size=two"), "allowed: sigma_squared, noise_share"),
         ((items(BOXES), "steering=layout", "steering.strength=2"), "steering.strength"),
+        (
+            (items(BOXES), "steering=layout", f"model.id={EMBEDDED}", "generation.height=64", "generation.width=64"),
+            "steering.step_size: sigma is infinite at the first step of DDIMScheduler",
+        ),
         ((items(BOXES), "steering=layout", "replacement=steering_off", "branch=uncond"), "steering_off does nothing"),
         ((items(BOXES), "replacement=steering_off"), "steering_off needs steering; with it: steering=layout"),
     ):

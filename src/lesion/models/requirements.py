@@ -26,6 +26,7 @@ _WORDS = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
 }
+_EXACT = ("DDIM", "DDPM", "LCM", "TCD")  # schedulers in which the noise of a zero-SNR schedule is without end at first
 _TIMESTEPS = 10**6  # for each of which a scheduler keeps numbers
 _SHORTEST, _LONGEST = 3, 10**6  # tokens: begin, a word and end; a tokenizer whose config names no length has 10^30
 
@@ -48,6 +49,11 @@ def check(source: Source, settings: Settings) -> None:
             )
     if not source.scheduler.startswith("FlowMatch") and settings.steps > trained:
         raise RequestError("generation.steps", f"the model has {trained} timesteps; allowed: 1 to {trained}")
+    if settings.steering and settings.steering.step_size == "sigma_squared" and _endless(source, settings):
+        raise RequestError(
+            "steering.step_size",
+            f"sigma is infinite at the first step of {source.scheduler} of {source.spec.id!r}; allowed: noise_share",
+        )
     if "." in source.pipeline:
         return
     if re.search(_WITH_MORE.get(settings.task, "$^"), source.pipeline):
@@ -58,6 +64,15 @@ def check(source: Source, settings: Settings) -> None:
         )
     _check_calls(source, settings.task)
     _check_denoiser(source)
+
+
+def _endless(source: Source, settings: Settings) -> bool:
+    """Whether denoising starts from a timestep that has noise alone."""
+    config = source.scheduler_config
+    last = config.get("timestep_spacing") in ("trailing", "linspace")
+    whole = tasks.of(settings.task).steps(settings) == settings.steps
+    zero = bool(config.get("rescale_betas_zero_snr")) and source.scheduler.startswith(_EXACT)
+    return zero and last and whole
     _check_guidance(source, settings.guidance)
     if source.pipeline == "StableDiffusionXLPipeline":
         _check_sdxl(source)
