@@ -110,8 +110,7 @@ class ModelSpec:
         A name gets a number when what it does is mended: images made before it then do not count.
         """
         names = ("compile", "channels_last", "tf32", "shared_rows", "vae_slicing", "vae_tiling")
-        on = tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
-        return on
+        return tuple(_MENDED.get(name, name) for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True)
