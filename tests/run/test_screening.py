@@ -35,7 +35,7 @@ def planted(real, noise, seed, asked, **study):
     study = study_of(*real.shape, **study)
     factors = np.exp(noise * (drawn.normal(size=(len(real), 1)) + 0.5 * drawn.normal(size=real.shape)))
     effects = np.repeat(real * factors, len(study.seeds), axis=1)
-    found = Estimates(asked, study, effects, np.full(effects.shape, np.nan), FACTS)
+    found = Estimates(asked, study, effects, {}, FACTS)
     places = {lesion.digest: number for number, lesion in enumerate(study.lesions())}
 
     def value(cell, metric):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from denoisers import STEPS, apart, build, hooked, inputs, lesion, same
+from denoisers import STEPS, apart, build, hooked, inputs, lesion
 from lesion.denoising.run import Denoising
 from lesion.replacements.zero import Zero
 from lesion.surgery.anatomy import examine
@@ -60,7 +60,7 @@ def test_half_of_the_rows_up_to_the_first_layer_that_is_kept(kept):
     assert set(before.values()) == {2 * IMAGES} and set(rows.values()) <= {IMAGES, 2 * IMAGES}
     first = min((list(range(len(paths)))[one] for one in kept), default=len(paths))
     if first == 0:
-        assert rows == before and same(ours, theirs)
+        assert rows == before and apart(ours, theirs) < 1e-6
         return
     order = list(rows)  # in the order of the calls
     place = order.index(f"{paths[first]}.transformer_blocks.0.attn2.to_q") if kept else len(order)
@@ -98,7 +98,7 @@ def test_where_branches_differ_or_an_image_has_no_lesion_nothing_is_shared(case)
     intervention = Ramp() if case == "by branch" else None
     ours, rows = rows_of(denoiser, lesions, calls, intervention, **change)
     theirs, _ = rows_of(denoiser, lesions, calls, intervention, shared=False, **change)
-    assert set(rows.values()) == {2 * IMAGES} and same(ours, theirs)
+    assert set(rows.values()) == {2 * IMAGES} and apart(ours, theirs) < 1e-6  # addresses decide over last bits
 
 
 def test_a_block_that_is_bypassed_reads_no_text():

@@ -64,6 +64,12 @@ def check(source: Source, settings: Settings) -> None:
         )
     _check_calls(source, settings.task)
     _check_denoiser(source)
+    _check_guidance(source, settings.guidance)
+    if source.pipeline == "StableDiffusionXLPipeline":
+        _check_sdxl(source)
+    _check_tokenizers(source)
+    _check_clip_skip(source)
+    _check_arguments(source, settings.task)
 
 
 def _endless(source: Source, settings: Settings) -> bool:
@@ -73,12 +79,6 @@ def _endless(source: Source, settings: Settings) -> bool:
     whole = tasks.of(settings.task).steps(settings) == settings.steps
     zero = bool(config.get("rescale_betas_zero_snr")) and source.scheduler.startswith(_EXACT)
     return zero and last and whole
-    _check_guidance(source, settings.guidance)
-    if source.pipeline == "StableDiffusionXLPipeline":
-        _check_sdxl(source)
-    _check_tokenizers(source)
-    _check_clip_skip(source)
-    _check_arguments(source, settings.task)
 
 
 def _check_arguments(source: Source, task: str) -> None:
