@@ -89,7 +89,7 @@ def decoder(context: Context) -> Section:
     with torch.device(context.device):
         vae = diffusers.AutoencoderKL(**{**VAE, **({"block_out_channels": (32,) * 4} if context.tiny else {})}).eval()
         latents = torch.randn(images, 4, *([8, 8] if context.tiny else [128, 128]))
-    rows, seconds = [], {}
+    rows = []
     for precision in precisions:
         times = []
         for _ in range(3):  # the first is not counted
@@ -99,8 +99,7 @@ def decoder(context: Context) -> Section:
                 vae.decode(latents)
             benches.wait(context.device)
             times.append((time.perf_counter() - began) / images)
-        seconds[precision] = min(times[1:])
-        rows.append(Row(SAID.get(precision, precision), "seconds an image", [seconds[precision]], " s"))
+        rows.append(Row(SAID.get(precision, precision), "seconds an image", [min(times[1:])], " s"))
     this = benches.setup("embedded", benches.Options(context.device, 1, context.tiny, context.scratch, context.scratch))
     frames = {}
     for precision in ("float32", "tf32", "bfloat16"):

@@ -30,6 +30,8 @@ from lesion.models import loading, memory
 
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "open-clip-torch", "torchmetrics", "numpy")
 
+SLOWER = {"sd15": 1.0, "sdxl": 1.5}  # by how much a part takes longer with it
+
 
 @dataclass(frozen=True)
 class Part:
@@ -89,19 +91,19 @@ def _parts() -> dict[str, Part]:
     # Whole jobs draw a report, which takes some six seconds however fast the card is.
     timed = [("overhead", 15, 60), ("speed", 40, 120), ("only-one", 25, 90), ("leave-one-out", 25, 90)]
     timed += [("share", 15, 60), ("window", 60, 120)]
-    for model, slower in (("sd15", 1.0), ("sdxl", 1.5)):
-        for name, seconds, most in timed[:2]:
-            what = f"{benchmark.PARTS[name][1]}: {model}"
-            parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * most)
+
+    def measured(models: Sequence[str], timed: Sequence[tuple[str, float, float]]) -> None:
+        for model in models:
+            slower = SLOWER[model]
+            for name, seconds, most in timed:
+                what = f"{benchmark.PARTS[name][1]}: {model}"
+                parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * most)
+
+    measured(("sd15", "sdxl"), timed[:2])
     parts["embedded"] = Part("the embedded study end to end, scores against the CPU's", figures.embedded, 40, 120)
-    for model, slower in (("sdxl", 1.5), ("sd15", 1.0)):
-        for name, seconds, most in timed[2:]:
-            what = f"{benchmark.PARTS[name][1]}: {model}"
-            parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * most)
-    for name, seconds in (("profile", 40), ("capture", 10), ("steering", 60)):
-        for model, slower in (("sd15", 1.0), ("sdxl", 1.5)) if name == "profile" else (("sd15", 1.0),):
-            what = f"{benchmark.PARTS[name][1]}: {model}"
-            parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * 120)
+    measured(("sdxl", "sd15"), timed[2:])
+    measured(("sd15", "sdxl"), [("profile", 40, 120)])
+    measured(("sd15",), [("capture", 10, 120), ("steering", 60, 120)])
     parts["decoder"] = Part("SDXL's decode in each precision", figures.decoder, 30, 60)
     parts["sd15-switches"] = Part("the switches of `performance`", _measured("switches", "sd15"), 90, 180)
     parts["flux"] = Part("denoiser calls of a FLUX-size transformer under lesions", figures.flux, 40, 90)
