@@ -72,6 +72,24 @@ def test_it_covers_what_is_missed_as_often_as_it_says():
     assert 0.95 <= np.mean(held) < 1
 
 
+def test_changes_with_a_sign_are_missed_by_their_size_as_often_as_the_bound_says():
+    """The top is chosen by something else, so large changes, down as well as up, are among the others."""
+    rng = np.random.default_rng(3)
+    change = rng.normal(0, 0.1, (60, 4)) + rng.normal(0, 0.3, (60, 1))
+    top, sizes = np.arange(5), np.abs(change.mean(axis=1))
+    limit, held = float(np.median(sizes[top])), []
+    outside = int((sizes[5:] >= limit).sum())
+    assert (change.mean(axis=1)[5:] <= -limit).any() and (change.mean(axis=1)[5:] >= limit).any()
+    for _ in range(300):
+        places = [*top, *5 + rng.choice(55, 15, replace=False)]
+        found = judging.signed(change[places], change[places], np.arange(20) < 5, 60, replicates=1)
+        held.append(found.missed >= outside)
+        assert found.important_sampled == (sizes[places[5:]] >= limit).sum()
+    assert (found.threshold, found.important_found, found.same_sign.value) == (limit, 3, 1.0)
+    assert 0.95 <= np.mean(held) < 1
+    assert {"missed", "threshold", "important_found", "important_sampled", "confidence"} < found.as_data().keys()
+
+
 def test_limits_of_means_over_prompts():
     values = np.random.default_rng(0).normal(1, 1, (3, 40))
     low, high = judging.spread(values)

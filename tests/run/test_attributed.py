@@ -45,7 +45,13 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
             assert made.loc[place, f"{name}_real"] == pytest.approx(value)
         assert table[f"{name}_estimate"].notna().all() and table[f"{name}_estimate"].nunique() > 1
         assert {"spearman", "kendall", "same_sign"} < told["signed"][name].keys()
+        of, real = told["signed"][name], table.loc[table["lesioned"], f"{name}_real"].abs()
+        is_top = table.loc[table["lesioned"], "chosen"] == "top"
+        assert of["threshold"] == pytest.approx(real[is_top].median()) and of["important_found"] == 1
+        seen = int((real[~is_top] >= of["threshold"]).sum())
+        assert of["important_sampled"] == seen and seen <= of["missed"] <= 4 - (2 - seen)
         assert f"change of {name}: Spearman" in out
+        assert f"at most {of['missed']} of the 4 others change it by {of['threshold']:.2g} or more" in out
     assert told["signed"]["donor_distance"]["prompts"] == 1 and told["signed"]["clip_text"]["prompts"] == 2
     assert told["identical_at_zero"] is True and told["lesions"] == 6
     assert told["grid"]["images"] == 14 and told["made"]["images"] == 10 and told["share_of_grid"]["in_all"] > 0

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_Measure = Callable[[Floats, Floats, Floats, NDArray[np.bool_]], float]  # estimates, real, weights, top
 CONFIDENCE = 0.95
 REPLICATES = 999
 
@@ -38,29 +39,21 @@ class HeldOut:
     precision: float
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """lesions: of the grid. top: how many ranked highest were made. sampled: how many of the rest were made.
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """spearman, kendall (tau-b): between estimate and what was seen, over the lesions.
 
-    spearman, kendall (tau-b): between estimate and real importance, over the lesions.
-    precision: share of the `top` highest estimates that are among the `top` highest real ones.
-    threshold: real importance from which a lesion counts as important.
+    threshold: of importance, or of a change's size, from which a lesion counts as important.
     important_found: important ones among the top. important_sampled: among the sample.
     missed: at most so many important ones are among the rest, found in the sample or not, with confidence 0.95.
-    held_out: order and precision against importance on prompts that did not choose the top; None without such.
     """
 
-    lesions: int
-    top: int
-    sampled: int
     spearman: Bounded
     kendall: Bounded
-    precision: Bounded
     threshold: float
     important_found: int
     important_sampled: int
     missed: int
-    held_out: HeldOut | None = None
     confidence: float = CONFIDENCE
 
     def as_data(self) -> dict[str, Any]:
@@ -68,22 +61,31 @@ class Certificate:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
-@dataclass(frozen=True)
-class Signed:
+@dataclass(frozen=True, kw_only=True)
+class Certificate(_Judged):
+    """lesions: of the grid. top: how many ranked highest were made. sampled: how many of the rest were made.
+
+    precision: share of the `top` highest estimates that are among the `top` highest real ones.
+    held_out: order and precision against importance on prompts that did not choose the top; None without such.
+    """
+
+    lesions: int
+    top: int
+    sampled: int
+    precision: Bounded
+    held_out: HeldOut | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signed(_Judged):
     """How far estimated changes with their sign are right.
 
-    prompts: that have values. spearman, kendall (tau-b): between estimated and real change, over the lesions.
+    prompts: that have values.
     same_sign: share of the lesions with a change whose estimate has its sign.
     """
 
     prompts: int
-    spearman: Bounded
-    kendall: Bounded
     same_sign: Bounded
-
-    def as_data(self) -> dict[str, Any]:
-        """As JSON data, with null for what is not known."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 def signed(
@@ -94,18 +96,14 @@ def signed(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Signed:
-    """Judge estimated changes of a metric by those that the lesions made show; arguments and intervals of `certify`."""
-    rest, sampled = total - int(top.sum()), int((~top).sum())
-    weights = np.where(top, 1.0, rest / max(sampled, 1))
-    measures: tuple[Callable[[Floats, Floats, Floats, NDArray[np.bool_]], float], ...] = (
-        lambda a, b, w, _: spearman(a, b, w),
-        lambda a, b, w, _: kendall(a, b, w),
-        lambda a, b, w, _: same_sign(a, b, w),
+    """Judge estimated changes of a metric by those that the lesions made show; arguments and intervals of `certify`.
+
+    A change counts as important from the median size of the top's changes.
+    """
+    share, common = _judged(
+        estimates, real, top, total, lambda a, b, w, _: same_sign(a, b, w), None, replicates, seed, size=np.abs
     )
-    point, means = estimates.mean(axis=1), np.nanmean(real, axis=1)
-    values = [measure(point, means, weights, top) for measure in measures]
-    drawn = _resampled(estimates, real, weights, top, sampled < rest, measures, replicates, seed)
-    return Signed(estimates.shape[1], *map(_bounded, values, drawn.T, (-1, -1, 0)))
+    return Signed(prompts=estimates.shape[1], same_sign=share, **common)
 
 
 def certify(
@@ -131,36 +129,57 @@ def certify(
     sample, moved so that their median is the value: resampling adds noise of its own, which pulls rank correlations
     towards 0. Of less than 2 prompts there are none. Raises ValueError where there is no top.
     """
-    if not top.any():
-        raise ValueError("a certificate needs the lesions that rank highest")
-    rest, sampled = total - int(top.sum()), int((~top).sum())
-    weights = np.where(top, 1.0, rest / max(sampled, 1))
-    means = np.nanmean(real, axis=1)
-    limit = float(np.median(means[top])) if threshold is None else threshold
-    important = means >= limit if limit > 0 else means > 0
-    measures: tuple[Callable[[Floats, Floats, Floats, NDArray[np.bool_]], float], ...] = (
-        lambda a, b, w, _: spearman(a, b, w),
-        lambda a, b, w, _: kendall(a, b, w),
-        lambda _, b, w, t: precision(b, w, t),
+    share, common = _judged(
+        estimates, real, top, total, lambda _, b, w, t: precision(b, w, t), threshold, replicates, seed
     )
-    point = estimates.mean(axis=1)
-    values = [measure(point, means, weights, top) for measure in measures]
-    drawn = _resampled(estimates, real, weights, top, sampled < rest, measures, replicates, seed)
-    order, pairs, share = map(_bounded, values, drawn.T, (-1, -1, 0))
-    seen = int((important & ~top).sum())
+    point, weights = estimates.mean(axis=1), _weights(top, total)
     return Certificate(
         lesions=total,
         top=int(top.sum()),
-        sampled=sampled,
-        spearman=order,
-        kendall=pairs,
+        sampled=int((~top).sum()),
         precision=share,
-        threshold=limit,
-        important_found=int((important & top).sum()),
-        important_sampled=seen,
-        missed=most_missed(rest, sampled, seen),
         held_out=_held_out(point, real[:, held_out], weights, top) if len(held_out) else None,
+        **common,
     )
+
+
+def _judged(
+    estimates: Floats,
+    real: Floats,
+    top: NDArray[np.bool_],
+    total: int,
+    share: _Measure,
+    threshold: float | None,
+    replicates: int,
+    seed: int,
+    size: Callable[[Floats], Floats] = lambda values: values,
+) -> tuple[Bounded, dict[str, Any]]:
+    """A share of the lesions, and the fields of `_Judged`. size: of what was seen, by which it is important."""
+    if not top.any():
+        raise ValueError("a certificate needs the lesions that rank highest")
+    rest, sampled, weights = total - int(top.sum()), int((~top).sum()), _weights(top, total)
+    measures = (lambda a, b, w, _: spearman(a, b, w), lambda a, b, w, _: kendall(a, b, w), share)
+    point, means = estimates.mean(axis=1), np.nanmean(real, axis=1)
+    values = [measure(point, means, weights, top) for measure in measures]
+    drawn = _resampled(estimates, real, weights, top, sampled < rest, measures, replicates, seed)
+    order, pairs, third = map(_bounded, values, drawn.T, (-1, -1, 0))
+    sizes = size(means)
+    limit = float(np.median(sizes[top])) if threshold is None else threshold
+    important = sizes >= limit if limit > 0 else sizes > 0
+    seen = int((important & ~top).sum())
+    return third, {
+        "spearman": order,
+        "kendall": pairs,
+        "threshold": limit,
+        "important_found": int((important & top).sum()),
+        "important_sampled": seen,
+        "missed": most_missed(rest, sampled, seen),
+    }
+
+
+def _weights(top: NDArray[np.bool_], total: int) -> Floats:
+    """For how many lesions of the grid each of those made stands."""
+    return np.where(top, 1.0, (total - int(top.sum())) / max(int((~top).sum()), 1))
 
 
 def _held_out(point: Floats, real: Floats, weights: Floats, top: NDArray[np.bool_]) -> HeldOut:
@@ -185,7 +204,7 @@ def _resampled(
     weights: Floats,
     top: NDArray[np.bool_],
     resample: bool,
-    measures: tuple[Callable[[Floats, Floats, Floats, NDArray[np.bool_]], float], ...],
+    measures: tuple[_Measure, ...],
     replicates: int,
     seed: int,
 ) -> Floats:

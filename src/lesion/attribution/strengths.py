@@ -24,7 +24,7 @@ from lesion.surgery.anatomy import Anatomy, Site
 from lesion.surgery.hook_points import Call, Share, TextLength, wide
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
-from lesion.surgery.tokens import OfTokens, Places
+from lesion.surgery.tokens import OfTokens, Places, token_mask
 
 
 class Strengths(Client):
@@ -170,10 +170,9 @@ class Strengths(Client):
         name, length = layer_and_set(site.path)[1], projected.shape[1]
         key = name, self._at[2], len(branches), length, projected.device
         if key not in self._masks:
-            mask = torch.zeros(len(branches), length, 1)
-            for row, branch in enumerate(branches.tolist()):
-                mask[row, list(self.places.of[row % self.run.samples].get((branch, name), ()))] = 1
-            self._masks[key] = mask.to(projected.device)
+            of, images = self.places.of, self.run.samples
+            columns = [of[row % images].get((branch, name), ()) for row, branch in enumerate(branches.tolist())]
+            self._masks[key] = token_mask(columns, length, projected.device)
         return self._masks[key]
 
     def _inside(self, site: Site) -> list[tuple[int, Lesion, Intervention]]:

@@ -42,7 +42,8 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
         f"  at most {data['missed']} of the {rest} others have an importance of {data['threshold']:.2g} or more "
         f"({100 * data['confidence']:g} % confidence), and {data['important_found']} of the {top}",
         *(
-            f"  change of {name}: Spearman {of('spearman', one)}, its sign right for {of('same_sign', one)} of them"
+            f"  change of {name}: Spearman {of('spearman', one)}, its sign right for {of('same_sign', one)} of them; "
+            f"at most {one['missed']} of the {rest} others change it by {one['threshold']:.2g} or more"
             for name, one in data["signed"].items()
         ),
         f"  estimates took {data['estimates']['seconds']:.0f} s, {100 * share['estimates']:.1f} % of what the complete "

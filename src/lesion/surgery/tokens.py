@@ -82,10 +82,15 @@ class _Chosen:
 
     def mask(self, length: int, device: torch.device) -> Tensor:
         """Which tokens are chosen, (rows, length, 1)."""
-        mask = torch.zeros(len(self.columns), length, 1, dtype=torch.bool)
-        for row, columns in enumerate(self.columns):
-            mask[row, list(columns)] = True
-        return mask.to(device)
+        return token_mask(self.columns, length, device)
+
+
+def token_mask(columns: Sequence[Sequence[int]], length: int, device: torch.device) -> Tensor:
+    """Which tokens of each row are among its columns, (rows, length, 1)."""
+    mask = torch.zeros(len(columns), length, 1, dtype=torch.bool)
+    for row, of_row in enumerate(columns):
+        mask[row, list(of_row)] = True
+    return mask.to(device)
 
 
 class OfTokens:
