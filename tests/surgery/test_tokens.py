@@ -405,8 +405,8 @@ def test_what_makes_no_sense_is_refused(refused, words):
         (["attribution=gradients", "selection=leave_one_out", "replacement=mask"],
          ["replacement: mask has no strength that gradients can be taken of; with attribution: double, zero"]),
         (["performance.compile=true"], ["performance.compile: does not work with layers.by=token"]),
-        (["layers.component=[text_encoder,denoiser]", "replacement=mask"],
-         ["replacement: mask suits the denoiser only; with text_encoder: double, zero"]),
+        (["layers.component=[text_encoder,denoiser]", "replacement=null_prompt"],
+         ["replacement: null_prompt suits the denoiser only; with text_encoder: double, mask, zero"]),
         (["layers.component=vae"], ["layers.by: vae has no token; allowed with it: attention, transformer_block"]),
     ],
 )  # fmt: skip
@@ -508,6 +508,52 @@ def test_values_in_a_text_encoder_are_a_plain_hook(name, component, leaf, folder
     assert np.abs(ours - untouched).max() > 1e-4
     assert np.array_equal(images(model, WORD, layers=layers, strength=0.0), untouched)
     assert np.array_equal(images(model, WORD, layers=layers), ours)
+
+
+@pytest.mark.parametrize(("name", "component", "leaf"), ENCODERS)
+@pytest.mark.parametrize("tokens", [WORD, "padding"])
+def test_masked_keys_in_a_text_encoder_are_an_attention_mask(name, component, leaf, tokens, folder_of):
+    """Transformers' own mask, given to every attention; of CLIP it is causal, too."""
+    folder = folder_of(name)
+    model = of_encoder(folder, component, (tokens,))
+    encoder = getattr(pipeline(folder), component)
+    length = 77 if "self_attn" in leaf else 256
+    columns = places_of(model, tokens)
+    if name == "sd3":  # T5 spells spaces
+        read = model.pipe.tokenizer_3(list(TEXTS), padding="max_length", max_length=length)["attention_mask"]
+        padding = [[place for place, one in enumerate(row) if not one] for row in read]
+        columns = [list(range(2, 6)), list(range(8, 13))] if tokens == WORD else padding
+
+    def give(module, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] != length or torch.equal(hidden[0], hidden[1]):
+            return None
+        mask = torch.zeros(2, 1, length, length)
+        if "self_attn" in leaf:
+            mask += torch.full((length, length), -torch.inf).triu(1)
+        for row, of_row in enumerate(columns):
+            mask[row, :, :, of_row] = -torch.inf
+        kwargs = {**kwargs, "attention_mask" if "self_attn" in leaf else "mask": mask}
+        return args, kwargs
+
+    attention = leaf.rpartition(".")[0]
+    handles = [
+        module.register_forward_pre_hook(give, with_kwargs=True)
+        for path, module in encoder.named_modules()
+        if path.endswith(f".{attention}")
+    ]
+    assert len(handles) == 2
+    try:
+        expected = plain(folder, texts=TEXTS, seeds=SEEDS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    untouched = plain(folder, texts=TEXTS, seeds=SEEDS)
+    ours = images(model, tokens, "mask", layers=model.components[component].paths, branch="cond")
+    assert np.abs(ours - expected).max() < 2e-5
+    assert np.abs(ours - untouched).max() > 1e-4
+    none = images(model, tokens, "mask", layers=model.components[component].paths, branch="cond", strength=0.0)
+    assert np.array_equal(none, untouched)
 
 
 COLOURED = [

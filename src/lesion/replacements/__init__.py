@@ -73,8 +73,10 @@ def check(
     """
     one = find(name)
     if not one.once and (others := [component for component in components if component != DENOISER]):
+        once = [other for other in known() if find(other).once]
+        by_token = by in tokens.BY
         allowed = ", ".join(
-            other for other in known() if (found := find(other)).once and (found.of_tokens or by not in tokens.BY)
+            other for other in once if (find(other).of_tokens if by_token else find(other).changes != "tokens")
         )
         raise RequestError("replacement", f"{name} suits the denoiser only; with {others[0]}: {allowed}")
     if one.changes == "tokens" and by not in tokens.BY:

@@ -1,4 +1,6 @@
-"""`mask`: the image's queries cannot see the chosen text tokens; their softmax runs over the other keys alone."""
+"""`mask`: queries (of the image; in an encoder of the text) cannot see the chosen text tokens: their softmax runs over
+the other keys alone.
+"""
 
 from __future__ import annotations
 
@@ -12,4 +14,5 @@ class Mask(Intervention):
     kinds = ("cross_attention", "text_to_image")
     heads = False
     of_tokens = ("keys",)
+    once = True
     compiled = False

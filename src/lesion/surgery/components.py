@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lesion.denoising.run import COND, UNCOND
 from lesion.denoising.wrapping import forward_replaced
@@ -22,7 +22,7 @@ from lesion.study.components import VAE, decoder_layer, part_of
 from lesion.study.lesions import Lesion
 from lesion.study.tokens import layer_and_set
 from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
-from lesion.surgery.hook_points import Call, Changes, HookPoint, ImageStream, Share, Update, wide
+from lesion.surgery.hook_points import Call, Changes, HookPoint, ImageStream, Share, Update, blend, wide
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
 from lesion.surgery.tokens import Places, with_tokens
@@ -37,6 +37,7 @@ _TEXT_SITES = {  # by class of the layer: attention and feed-forward
 
 
 _VALUES = {"self_attn": "v_proj", "SelfAttention": "v"}  # by name of the attention: what projects its values
+_OUTPUT = {"v_proj": "out_proj", "v": "o"}  # by name of that: what projects the attention's output
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class Applied:
     intervention: Intervention
     columns: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
+    def columns_of(self, site: Site) -> list[int]:
+        """Where the set of tokens of a site is."""
+        return list(dict(self.columns).get(layer_and_set(site.path)[1], ()))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Applied):
             return NotImplemented
@@ -216,9 +221,11 @@ class ComponentLesions:
                 for site in (
                     site for layer in anatomy.layers if layer.path in applied.lesion.layers for site in layer.sites
                 ):
-                    inner = module.get_submodule(site.hook.module)
-                    made = functools.partial(_lesioned, site, inner, applied, branch)
-                    stack.enter_context(forward_replaced(inner, made))
+                    path, make = site.hook.module, _lesioned
+                    if applied.intervention.changes == "tokens":
+                        path, make = path.rpartition(".")[0], _masked
+                    inner = module.get_submodule(path)
+                    stack.enter_context(forward_replaced(inner, functools.partial(make, site, inner, applied, branch)))
             yield
 
 
@@ -226,7 +233,7 @@ def _lesioned(
     site: Site, module: nn.Module, applied: Applied, branch: int, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
     intervention, strength, hook = applied.intervention, applied.lesion.strength, site.hook
-    columns = list(dict(applied.columns).get(layer_and_set(site.path)[1], ()))
+    columns = applied.columns_of(site)
     if applied.columns and not columns:  # of another set
         return forward
 
@@ -248,3 +255,38 @@ def _lesioned(
         return hook.write(call, output, changes)
 
     return lesioned
+
+
+def _masked(
+    site: Site, module: nn.Module, applied: Applied, branch: int, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return the forward of a self-attention in which no token can see those of a set.
+
+    A softmax over the other keys alone is that over all, divided by the part of it that they have; that part is what
+    the attention puts out where values are one at them and zero elsewhere. So it is whatever mask, bias of positions or
+    kernel the attention has. A token that sees no other key gets the output projection's bias alone.
+    """
+    columns, strength, values = applied.columns_of(site), applied.lesion.strength, site.hook.module.rpartition(".")[2]
+    if not columns:
+        return forward
+    reads, writes = module.get_submodule(values), module.get_submodule(_OUTPUT[values])
+
+    def without(valued: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """What goes into the output projection under values like these, but none of the set."""
+
+        def project(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda hidden: valued(project(hidden)).index_fill(1, index.to(hidden.device), 0)
+
+        index = torch.tensor(columns)
+        with forward_replaced(reads, project), forward_replaced(writes, lambda project: lambda hidden: hidden):
+            found: Tensor = forward(*args, **kwargs)[0]
+        return found
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        seen, left = (without(valued, *args, **kwargs) for valued in (torch.clone, torch.ones_like))
+        image = writes(torch.where(left > 0, seen / left, torch.zeros_like(seen)))
+        column = torch.full((len(image),), strength, dtype=wide(image), device=image.device)
+        return (blend(output[0], image, Share.of(column, [strength] * len(image), image.dim())), *output[1:])
+
+    return masked
