@@ -76,6 +76,20 @@ def test_a_choice_that_would_not_mean_what_it_says_is_refused(override, words):
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("prompts=nothere", "prompts: there is no set or file 'nothere'; allowed: background, boxes, calibration, "),
+        ("model=sd16", "model: there is no choice 'sd16'; allowed: embedded, "),
+        ("experiment=demos", "experiment: there is no choice 'demos'; allowed: "),
+    ],
+)
+def test_a_name_that_no_group_has_is_refused_by_those_it_has(override, line):
+    with pytest.raises(RequestError) as refused:
+        compose([override])
+    assert str(refused.value).startswith(line) and "pkg://" not in str(refused.value)
+
+
 def test_one_name_in_a_list_is_that_name():
     assert prepared(["model=[embedded]", "selection=[all]"]) == ["model=embedded", "selection=[all]"]
 

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from fontTools.subset import Options
 from fontTools.ttLib import TTFont
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from lesion.analysis.settings import settings
@@ -104,6 +106,39 @@ def test_intervals_are_drawn_at_their_values():
     np.testing.assert_allclose([bar[:, 0] for bar in bars], known[["importance_low", "importance_high"]].to_numpy())
     assert [text.get_text() for text in axes.get_yticklabels()] == LAYERS
     assert {"no effect", "another seed"} <= {text.get_text() for text in axes.texts}
+
+
+def test_numbers_of_crowded_points_do_not_meet():
+    rng = np.random.default_rng(0)
+    crowd = 24
+    names = [f"down_blocks.0.attentions.{number}" for number in range(crowd)]
+    x = np.concatenate([np.zeros(8), rng.uniform(0, 1e-4, 8), rng.uniform(0, 0.4, 8)])
+    y = np.concatenate([np.full(8, 0.05), rng.uniform(0, 0.1, 8), rng.uniform(0, 0.9, 8)])
+    one = pd.DataFrame({"layer": names, "importance": x, "importance_low": x, "importance_high": x + 0.2})
+    other = pd.DataFrame({"layer": names, "sufficiency": y, "sufficiency_low": y - 0.1, "sufficiency_high": y + 0.1})
+    figure = curves.scatter(one, other, ("importance", "sufficiency"), ("a", "b"), "", False)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == [str(number + 1) for number in range(crowd)]
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the line to the point
+    for place, box in enumerate(boxes):
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        assert not any(box.overlaps(after) for after in boxes[place + 1 :])
+
+
+@pytest.mark.parametrize("high", [0.617, 0.156, 0.0007, 3.0])
+def test_the_colour_bar_names_no_value_beyond_its_end(high):
+    table = pd.DataFrame({"layer": LAYERS, "importance": [0.0, high / 8, high, np.nan, high / 2]})
+    by_prompt = table.set_index("layer")
+    for figure in (figures.heat_map(by_prompt, "m", "t"), profile(table, "importance", "m", "t")):
+        figure.draw_without_rendering()
+        (bar,) = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+        ticks = np.asarray(bar.get_yticks())
+        places = np.asarray(bar.transData.transform([(0, tick) for tick in ticks]))[:, 1] * 72 / figure.dpi
+        inside = np.abs(places - bar.bbox.y0 * 72 / figure.dpi - bar.bbox.height * 36 / figure.dpi)
+        drawn = inside <= bar.bbox.height * 36 / figure.dpi + 0.5
+        assert drawn.sum() > 2 and (np.diff(places[drawn]) > 4).all() and ticks[drawn].max() <= max(high, 1e-3)
 
 
 def test_the_u_follows_the_blocks():

@@ -321,6 +321,16 @@ def test_ranking_lines(tmp_path):
     assert f"  {one['typical_rank']} [{one['typical_low']}, {one['typical_high']}]  " in lines[2]
 
 
+def test_ranks_that_could_be_any_place_have_no_intervals(tmp_path):
+    rng = np.random.default_rng(0)  # six prompts that agree on nothing
+    frame = study(tmp_path, tuple("abcdef"), (0,))
+    lesioned = frame["selection"] == "leave_one_out"
+    frame.loc[lesioned, "clip_similarity"] = rng.uniform(0.5, 1, int(lesioned.sum()))
+    lines = ranking_lines(findings(frame))
+    assert all(line.split()[1] != f"[1,{len(LAYERS)}]" and line.split()[1][0] != "[" for line in lines[2:6])
+    assert "Ranks by mean importance have no interval: with these prompts each could be any place." in lines
+
+
 def test_without_leave_one_out_the_most_sufficient_layer_comes_first(tmp_path):
     frame = study(tmp_path)
     frame = frame[frame["selection"] != "leave_one_out"].copy()

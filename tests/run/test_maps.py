@@ -123,7 +123,7 @@ def _looks_at(results):
 
 def test_wrong_requests_are_refused_before_anything_is_made(asked, tmp_path):
     for override, words in {
-        "capture=map": "Available options in 'capture': maps none",
+        "capture=map": "capture: there is no choice 'map'; allowed: maps, none",
         "capture.layers=[nowhere*]": "capture.layers: 'nowhere*' matches none; allowed: down_blocks.0",
         "performance.compile=true": "capture: works without performance.compile only",
     }.items():

@@ -363,15 +363,20 @@ def test_what_is_no_file_of_prompts_is_refused(tmp_path, monkeypatch, name, word
     assert str(refused.value).startswith("prompts.path: ")
 
 
-def test_standard_input_is_read_once_a_process(monkeypatch):
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_standard_input_is_read_once_a_process(monkeypatch, pack):
     prompt_files._piped.cache_clear()
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"prompt,tag\na cat,x\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pack(b"prompt,tag\na cat,x\n"))))
     for _ in range(2):
         assert parse_prompts({"path": "-", "format": "csv"}) == (
             "stdin",
             (Prompt("a cat", ("x",), slug("a cat")),),
             ("prompts of stdin: texts from `prompt`; aspects from `tag`",),
         )
+    prompt_files._piped.cache_clear()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(b"a cat\n" * 100)[:-9])))
+    with pytest.raises(RequestError, match="'standard input' is no whole gzip file"):
+        parse_prompts({"path": "-"})
     prompt_files._piped.cache_clear()
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(RequestError, match="nothing is piped"):

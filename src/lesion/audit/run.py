@@ -361,7 +361,7 @@ class RunAudit:
         if not why and not self._same_machine(here):
             why, exact = "made on another machine or with other versions", set()
         if why:
-            check.notes.append(f"compared to {PIXEL}/255, the batch effect, not to the bit: {why}")
+            check.notes.append(f"compared to {PIXEL}/255, the batch effect, not bit for bit: {why}")
         elif exact < chosen:
             check.notes.append(f"late windows are compared to {PIXEL}/255: snapshots that they start from are new")
         for key in sorted(chosen & self.good.keys()):

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -40,6 +40,11 @@ def one_line(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return str(_refusal(str(cause.full_key), cause))
+        if isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
+            group, _, name = cause.missing_cfg_file.rpartition("/")
+            what = "set or file" if group == "prompts" else "choice"
+            names = [one for one in cause.options if not one.startswith("_")]
+            return str(RequestError(group, f"there is no {what} {name!r}; allowed: {', '.join(names)}"))
         cause = cause.__cause__
     return " ".join(str(error).split())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lesion.report.beside import Beside
@@ -25,6 +26,7 @@ from lesion.report.figures import (
 from lesion.report.text import clean
 
 KEY = 40  # layers that a scatter names
+MARK = 1.8  # half the side of a scatter's marker, points
 LINES = 5  # layers that stand out among curves
 PLACES = (("down", "o", COLOURS[0]), ("mid", "s", COLOURS[1]), ("up", "^", COLOURS[2]), ("", "D", GREY))
 
@@ -55,9 +57,6 @@ def scatter(
                 }
                 x_reach, y_reach = limits(x, "v")[:, of], limits(y, "v")[:, of]
                 axes.errorbar(x["v"][of], y["v"][of], yerr=y_reach, xerr=x_reach, **style)
-        for number, (across, up) in enumerate(zip(x["v"], y["v"], strict=True), 1):
-            if np.isfinite([across, up]).all() and len(both) <= KEY:
-                axes.annotate(str(number), (across, up), (3, 3), textcoords="offset points", fontsize=5.5)
         if same and np.isfinite([x["v"], y["v"]]).any():
             ends = np.array([np.nanmin([x["v"], y["v"]]), np.nanmax([x["v"], y["v"]])])
             axes.plot(ends, ends, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
@@ -73,7 +72,43 @@ def scatter(
         if len(both) <= KEY:
             key.text(0, 1, "\n".join(lines), va="top", fontsize=5.5, transform=key.transAxes, linespacing=1.25)
         entitle(figure, title)
+        if len(both) <= KEY:
+            _numbered(figure, axes, x["v"].to_numpy(), y["v"].to_numpy())
     return figure
+
+
+def _numbered(figure: Figure, axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> None:
+    """Write each point's number, from 1, as near to it as no other number or marker is; far ones get a line to it."""
+    figure.draw_without_rendering()  # lays the figure out, which says where points lie on paper
+    points = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
+    frame = np.asarray(axes.bbox.extents) * 72 / figure.dpi
+    known = np.flatnonzero(np.isfinite(points).all(axis=1))
+    taken = [np.concatenate([points[one] - MARK, points[one] + MARK]) for one in known]  # left, bottom, right, top
+    angles = np.pi * (1 / 4 + np.arange(16) / 8)
+    rings = [(radius, angle) for radius in np.arange(5.5, 60, 3.5) for angle in angles]
+    for one in known:
+        half = np.array([1.9 * len(str(one + 1)), 2.9])  # of a number in the small font, points
+        for radius, angle in rings:
+            offset = (radius + half - half.min()) * (np.cos(angle), np.sin(angle))
+            middle = points[one] + offset
+            box = np.concatenate([middle - half, middle + half])
+            inside = box[0] > frame[0] and box[1] > frame[1] and box[2] < frame[2] and box[3] < frame[3]
+            if inside and not any(_meet(box, other) for other in taken):
+                break
+        else:
+            offset = np.array([4.5, 4.5])
+            box = np.concatenate([points[one] + offset - half, points[one] + offset + half])
+        taken.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.3, "color": GREY, "shrinkA": 0, "shrinkB": 1}
+        axes.annotate(
+            str(one + 1), (x[one], y[one]), tuple(offset), textcoords="offset points", fontsize=5.5,
+            ha="center", va="center", arrowprops=line if radius > 9 else None,
+            bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.2},
+        )  # fmt: skip
+
+
+def _meet(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    return bool(one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
 
 
 def _root(value: Any) -> Any:

@@ -54,7 +54,7 @@ def pairs(found: Findings, setting: Setting, most: int = PAIRS) -> list[Pair]:
         before = plain.loc[(row["prompt_id"], row["seed"])]
         broken = [name.removeprefix(PREFIX) for name in reading_columns(part) if before[name] == 1 and row[name] == 0]
         verb = "without" if selection == LEAVE_ONE_OUT else "with only"
-        words = f"{verb} {clean(layer)}: similarity {number(float(row['_similarity']), 2)}"
+        words = f"{verb} {clean(layer)}: change {number(1 - float(row['_similarity']), 2)}"
         words += f", {' and '.join(broken)} lost" if broken else ""
         out.append(Pair(int(before["_place"]), int(row["_place"]), clean(layer), clean(row["prompt"]), words, broken))
         if len(out) == most:

@@ -174,7 +174,7 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
         axes = figure.add_subplot()
         axes.set_facecolor("white")
         axes.patch.set(hatch="//////", edgecolor="0.6")
-        scale = PowerNorm(0.5, low, high, clip=True)
+        scale = PowerNorm(0.5, low, high)  # no clipping: a bar would name larger values at its end
         image = axes.imshow(np.ma.masked_invalid(values), norm=scale, aspect="auto", interpolation="nearest")
         every, skip = max(1, -(-n_columns // NAMED)), max(1, -(-n_layers // NAMED))
         axes.set_xticks(range(0, n_columns, every), [clean(name, 28) for name in table.columns[::every]])
@@ -237,8 +237,8 @@ def layer_figure(table: pd.DataFrame, title: str, metric: str, control: float = 
             axes.plot(mean[~none], depth[~none], marker, color=colour, linestyle="none")
             axes.plot(mean[none], depth[none], marker, linestyle="none", mfc="white", mec=GREY)
             for row in depth[none]:
-                beside: dict[str, Any] = {"textcoords": "offset points", "color": GREY, "fontsize": 6}
-                axes.annotate("no effect", (mean[row], row), (5, 0), va="center", **beside)
+                above: dict[str, Any] = {"textcoords": "offset points", "color": GREY, "fontsize": 5.5}
+                axes.annotate("no effect", (mean[row], row), (4, 0.8), va="bottom", **above)  # clear of its interval
             shown = np.concatenate([mean - reach[0], mean + reach[1]])
             span = (np.nanmin([0.0, *shown]), np.nanmax(shown)) if np.isfinite(shown).any() else (0.0, 1.0)
             _line(axes, dashed, "--", "all lesioned", 0, span)

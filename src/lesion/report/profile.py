@@ -49,7 +49,7 @@ def profile(table: pd.DataFrame, name: str, meaning: str, title: str) -> Figure 
     finite = values[np.isfinite(values)]
     low = min(0.0, float(finite.min())) if finite.size else 0.0
     high = max(float(finite.max()), low + 1e-3) if finite.size else 1.0
-    colours, scale = matplotlib.colormaps["cividis"], PowerNorm(0.5, low, high, clip=True)
+    colours, scale = matplotlib.colormaps["cividis"], PowerNorm(0.5, low, high)
     with styled():
         figure = blank(DOUBLE, 1.2 + 0.42 * (max(depth) - min(depth) + 1))
         axes = figure.add_subplot()

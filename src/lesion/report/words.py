@@ -40,6 +40,7 @@ def ranking_lines(found: Findings) -> list[str]:
     Without leave-one-out the most sufficient layer comes first. A measure that no layer has is left out.
     """
     lines: list[str] = []
+    unsettled: list[str] = []
     for setting in settings(found.frame):
         table = found.summary(setting)
         if table.empty:
@@ -52,6 +53,9 @@ def ranking_lines(found: Findings) -> list[str]:
             )
         elif measures:
             table = table.sort_values(measures[0], ascending=False, kind="stable", na_position="last")
+        if ranked and _no_place(table):
+            table = table.drop(columns=["rank_low", "rank_high"])
+            unsettled.append(clean(setting.label))
         head = [*(RANK_HEADS if ranked else []), "layer", *(MEASURES[name] for name in measures), "images", ""]
         cells = [head]
         for record in table.to_dict("records"):
@@ -65,7 +69,16 @@ def ranking_lines(found: Findings) -> list[str]:
         ]
     if any(RANK_HEADS[1] in line for line in lines):
         lines.append("Rank: by mean importance. Typical rank: by which layer changes the image more on most prompts.")
+    if unsettled:
+        of = "" if len(unsettled) == len(settings(found.frame)) else f" of {'; '.join(unsettled)}"
+        lines.append(f"Ranks by mean importance{of} have no interval: with these prompts each could be any place.")
     return [*lines, "In brackets: 95 % intervals over prompts."] if any("[" in line for line in lines) else lines
+
+
+def _no_place(table: pd.DataFrame) -> bool:
+    """Whether the intervals of all ranks reach from the first place to the last."""
+    known = table.dropna(subset=["rank_low", "rank_high"])
+    return len(known) > 1 and bool(((known["rank_low"] == 1) & (known["rank_high"] == known["rank"].count())).all())
 
 
 def _limited(record: dict[Hashable, Any], name: str, digits: int, value: str = "") -> str:

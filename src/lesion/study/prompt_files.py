@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lesion.errors import RequestError
 from lesion.study.checks import one_of
@@ -28,6 +28,7 @@ ENDINGS = tuple(f".{name}" for name in FORMATS)
 LARGEST = 256 << 20  # bytes of a file, unpacked
 MOST = 2_000_000  # prompts of a set
 STDIN = "-"
+GZIP = b"\x1f\x8b"  # how such a file begins; standard input has no ending that says so
 Row = str | dict[str, Any]
 
 
@@ -88,12 +89,15 @@ def _format(name: str) -> str | None:
 
 def _bytes(path: Path, key: str) -> bytes:
     """A file's bytes, unpacked if it is .gz. Raises OSError; RequestError for too many."""
-    packed = path.name.lower().endswith(".gz")
+    with path.open("rb") as file:
+        return _read(file, path.name, key, packed=path.name.lower().endswith(".gz"))
+
+
+def _read(file: BinaryIO, name: str, key: str, packed: bool) -> bytes:
     try:
-        with gzip.GzipFile(path) if packed else path.open("rb") as file:
-            return _limited(file.read(LARGEST + 1), path.name, key)
+        return _limited((gzip.GzipFile(fileobj=file) if packed else file).read(LARGEST + 1), name, key)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RequestError(key, f"{path.name!r} is no whole gzip file: {error}") from None
+        raise RequestError(key, f"{name!r} is no whole gzip file: {error}") from None
 
 
 def _limited(data: bytes, name: str, key: str) -> bytes:
@@ -112,7 +116,8 @@ def _standard_input(key: str) -> bytes:
     try:
         if sys.stdin is None or sys.stdin.isatty():
             raise RequestError(key, f"{STDIN} is standard input, and nothing is piped into it")
-        return _limited(_piped(), "standard input", key)
+        data = _limited(_piped(), "standard input", key)
+        return _read(io.BytesIO(data), "standard input", key, packed=data.startswith(GZIP))
     except (OSError, ValueError, AttributeError) as error:  # closed, or no file
         raise RequestError(key, f"standard input cannot be read: {error}") from None
 
