@@ -117,8 +117,9 @@ def test_measures_of_images_and_words_by_hand():
     def row(cell, layer, word, aspect, value, prompt="p"):
         mass = value if aspect else float("nan")
         return {
-            "cell": cell, "prompt_id": prompt, "selection": "none", "map_layer": layer, "word": word, "aspect": aspect,
-            "share": value, "entropy": 1.0, "mass": mass, "iou": mass, "average_precision": mass,
+            "cell": cell, "prompt_id": prompt, "selection": "none", "map_layer": layer, "map_index": 0,
+            "word": word, "aspect": aspect, "share": value, "entropy": 1.0, "mass": mass, "iou": mass,
+            "average_precision": mass,
         }  # fmt: skip
 
     maps = pd.DataFrame(
@@ -140,4 +141,10 @@ def test_measures_of_images_and_words_by_hand():
     assert len(found.columns) == 2 + 3 * len(MEASURES)
     assert with_measures(frame, maps[:0]) is frame
     words = word_means(maps).set_index("word")
-    assert list(words.index) == ["red", "circle"] and words["mass"].to_list() == pytest.approx([0.2, 0.7])
+    assert list(words.index) == ["cat", "red", "circle"]
+    assert words["mass"].to_list() == pytest.approx([np.nan, 0.2, 0.7], nan_ok=True)
+    foreign = maps[maps["prompt_id"] == "q"]  # no word of it speaks of the picture: all its words count
+    (line,) = layer_means(foreign).to_dict("records")
+    assert line["aspect"] == "all" and line["share"] == 0.4 and list(word_means(foreign)["word"]) == ["cat"]
+    nothing = maps[maps["word"] == "<rest>"]
+    assert layer_means(nothing).empty and word_means(nothing).empty

@@ -124,6 +124,8 @@ def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, w
     images[3].unlink()
     Image.fromarray(pixels).save(images[3])
     (one / "confirmation.json").write_text("{}")
+    for name in ("report.html", "report.json"):
+        (one / name).unlink()
     assert audit.main([str(one), "--share", "1", "--out", str(cli.folder / "elsewhere")]) == 1
     said = capfd.readouterr().out
     (checks,) = json.loads((cli.folder / "elsewhere" / "audit.json").read_text())["checks"].values()
@@ -140,6 +142,7 @@ def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, w
     assert all(text.endswith(words) for text, words in zip(differs["pictures"], why, strict=True))
     assert differs["remade"] == ["12 pictures are none that the config asks for, so cannot be made again"]
     assert any("layers--" in text and "importance" in text for text in differs["report"])
+    assert differs["report"][0] == "report.html is not there" and "report.json is not there" in differs["report"][1]
     assert "not signed off" in said and "generation.steps" in said
 
 
@@ -223,7 +226,7 @@ def test_edits_that_keep_every_digest_in_step_are_named(cli):
     ]  # fmt: skip
 
 
-def test_budgets_maps_and_scores_of_an_earlier_version(cli, monkeypatch):
+def test_budgets_maps_and_scores_of_an_earlier_version(cli, drawn, without_figures, monkeypatch):
     """What an earlier version computed in float32 is accepted within its stated error, and nothing beyond."""
     now = Ssim.__call__
 

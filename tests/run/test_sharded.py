@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from commands import Command, until
+from lesion.cli import audit
 from lesion.report.merging import put_together, run_folders
 
 ASKED = [
@@ -32,7 +33,7 @@ def together(cli, folder: str, order=list) -> list[pd.DataFrame]:
     return [frame.drop(columns="image"), floor, maps]
 
 
-def test_shards_put_together_are_the_study_to_the_bit(cli):
+def test_shards_put_together_are_the_study_to_the_bit(cli, capfd):
     code, out, err = cli("experiment=shards", "shard.count=2", *ASKED, *BY_ONE, "hydra.sweep.dir=parts")
     assert code == 0 and "shard 1 of 2 is done; a report over all: lesion-report " in out, err
     assert cli(*ASKED, *BY_ONE, "store.dir=other", "hydra.run.dir=whole")[0] == 0
@@ -49,6 +50,16 @@ def test_shards_put_together_are_the_study_to_the_bit(cli):
     assert sorted(again[0]["cell"]) == sorted(parts[0]["cell"])
     for table, part in zip(again[1:3], parts[1:], strict=True):
         assert len(table) == len(part)
+    # Both are signed off: pairs of their baselines with each other's are worked out from both.
+    assert audit.main([str(cli.folder / "parts"), "--share", "0.1"]) == 0, capfd.readouterr().out
+    assert " pairs with baselines of shards" not in capfd.readouterr().out
+    later = next(path for path in (cli.folder / "parts").glob("*/floor.parquet") if len(pd.read_parquet(path)) > 1)
+    table = pd.read_parquet(later)
+    table["similarity"] -= 1e-3
+    table.to_parquet(later, index=False)
+    assert audit.main([str(cli.folder / "parts"), "--share", "0.1"]) == 1
+    said = capfd.readouterr().out
+    assert said.count("floor.parquet row ") == len(table) and "similarity is" in said
 
 
 def test_shards_that_cannot_be_are_refused(cli):

@@ -54,14 +54,20 @@ def against_masks(maps: Array, masks: NDArray[np.bool_]) -> dict[str, Array]:
     return {"mass": mass, "iou": iou, "average_precision": (gained * precision).sum(axis=1)}
 
 
-def layer_means(maps: pd.DataFrame) -> pd.DataFrame:
-    """Means of baselines' maps by layer and aspect of the words, over seeds and words, then prompts.
+def speaking(maps: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the words that speak of the picture, those with an aspect; of a prompt without such, of all its words."""
+    words = maps[~maps["word"].isin((SPECIAL, REST))]
+    speaks = words["aspect"] != ""
+    return words[speaks | ~speaks.groupby(words["prompt_id"]).transform("any")]
 
-    maps: as in maps.parquet. Columns: map_layer, aspect (all: every word that speaks of the picture), n_prompts, and
-    the measures.
+
+def layer_means(maps: pd.DataFrame) -> pd.DataFrame:
+    """Means of baselines' maps by layer and aspect, over words and seeds, then prompts; in the order of the layers.
+
+    maps: as in maps.parquet. Columns: map_layer, aspect (all: every word of `speaking`), n_prompts, and the measures.
     """
-    part = maps[(maps["selection"] == BASELINE) & (maps["aspect"] != "")]
-    both = pd.concat([part.assign(aspect="all"), part])
+    part = speaking(maps[maps["selection"] == BASELINE])
+    both = pd.concat([part.assign(aspect="all"), part[part["aspect"] != ""]])
     keys = ["map_layer", "map_index", "aspect"]
     by_prompt = both.groupby([*keys, "prompt_id"], sort=False)[list(MEASURES)].mean().reset_index()
     found = by_prompt.groupby(keys, sort=False)
@@ -72,10 +78,10 @@ def layer_means(maps: pd.DataFrame) -> pd.DataFrame:
 def word_means(maps: pd.DataFrame) -> pd.DataFrame:
     """Means of baselines' maps by word, over layers, seeds and places in a prompt, then prompts.
 
-    maps: as in maps.parquet. Columns: word, aspect, n_prompts, and the measures. Only words that speak of the picture.
+    maps: as in maps.parquet. Columns: word, aspect, n_prompts, and the measures. Words are those of `speaking`.
     """
-    part = maps[(maps["selection"] == BASELINE) & (maps["aspect"] != "")]
-    part = part.assign(word=part["word"].str.partition("#")[0])
+    part = speaking(maps[maps["selection"] == BASELINE])
+    part = part.assign(word=part["word"].map(lambda word: word.partition("#")[0]))
     keys = ["aspect", "word"]
     by_prompt = part.groupby([*keys, "prompt_id"])[list(MEASURES)].mean().reset_index()
     found = by_prompt.groupby(keys)
@@ -85,17 +91,14 @@ def word_means(maps: pd.DataFrame) -> pd.DataFrame:
 def with_measures(frame: pd.DataFrame, maps: pd.DataFrame) -> pd.DataFrame:
     """The results with columns of each image's maps: attention_MEASURE and attention_MEASURE_ASPECT.
 
-    They are means over all layers that look and over the words that speak of the picture, or of one aspect; of a prompt
-    without such words, over all its words. maps: as in maps.parquet. NaN for images without maps.
+    They are means over all layers that look and over the words of `speaking`, or of one aspect.
+    maps: as in maps.parquet. NaN for images without maps.
     """
     if maps.empty:
         return frame
-    words = maps[~maps["word"].isin((SPECIAL, REST))]
-    speaks = words["aspect"] != ""
-    known = speaks.groupby(words["cell"]).transform("any")
-    by_image = words[speaks | ~known].groupby("cell")[list(MEASURES)].mean().add_prefix("attention_")
-    parts = [by_image]
-    for aspect, rows in words[speaks].groupby("aspect"):
+    words = speaking(maps)
+    parts = [words.groupby("cell")[list(MEASURES)].mean().add_prefix("attention_")]
+    for aspect, rows in words[words["aspect"] != ""].groupby("aspect"):
         means = rows.groupby("cell")[list(MEASURES)].mean()
         parts.append(means.rename(columns={name: f"attention_{name}_{aspect}" for name in MEASURES}))
     columns = pd.concat(parts, axis=1).reindex(frame["cell"])
@@ -120,8 +123,8 @@ def maps_against_causes(
     Columns: aspect, measure, effect, correlation, low, high, n_prompts, n_layers.
     """
     effects = _effects(frame, metric, broken)
-    part = maps[(maps["selection"] == BASELINE) & (maps["aspect"] != "")]
-    both = pd.concat([part.assign(aspect="all"), part])
+    part = speaking(maps[maps["selection"] == BASELINE])
+    both = pd.concat([part.assign(aspect="all"), part[part["aspect"] != ""]])
     dice = np.random.default_rng(seed)
     found = []
     for aspect, rows in both.groupby("aspect", sort=True):

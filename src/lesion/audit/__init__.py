@@ -27,7 +27,7 @@ def audit(runs: Sequence[Path], sample: Sample, papers: Sequence[Path] = (), abo
         for number, run in enumerate(runs):
             place = Path(work) / str(number)
             place.mkdir()
-            one = RunAudit(run, sample, place)
+            one = RunAudit(run, sample, place, [other for other in runs if other != run])
             checks[str(run)] = one.checks()
             tables += one.tables
         if above is not None and merged.is_there(above, runs):

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from PIL import Image
 from lesion import models, scoring
 from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.importance import importance_metric
+from lesion.analysis.settings import BASELINE
 from lesion.audit import tables as comparing
 from lesion.audit.checks import Check
 from lesion.config.compose import plain, with_own_keys
@@ -36,6 +38,7 @@ from lesion.run.score_queue import ScoreQueue
 from lesion.store.images import Damaged, Store, Stored
 from lesion.store.maps import beside_image
 from lesion.store.tables import SUMS
+from lesion.study.columns import PLACE, WHOLE
 from lesion.study.grid import Cell, Study
 from lesion.study.plan import batches
 
@@ -55,10 +58,14 @@ class Sample:
 
 
 class RunAudit:
-    """The checks of one run folder; `checks()` makes them all. tables: those worked out anew, for the paper."""
+    """The checks of one run folder; `checks()` makes them all.
 
-    def __init__(self, folder: Path, sample: Sample, work: Path):
-        self.folder, self.sample, self.work = folder, sample, work
+    beside: run folders, of which other shards of the same study have baselines that the noise floor compares with.
+    tables: those worked out anew, for the paper.
+    """
+
+    def __init__(self, folder: Path, sample: Sample, work: Path, beside: Sequence[Path] = ()):
+        self.folder, self.sample, self.work, self.beside = folder, sample, work, beside
         self.record = environment.read(folder)
         self.given: Run | None = None
         self.request: Request | None = None
@@ -247,6 +254,7 @@ class RunAudit:
         given = self._given()
         request, source, study = self._asked()
         self._link_maps(request, source, given.frame)
+        self._link_baselines()
         found = remembered(request, (source, study), self.folder)
         anew = found["results"].reset_index(drop=True)
         check.looked = len(anew)
@@ -267,6 +275,8 @@ class RunAudit:
                 check.differs.append(f"{name} is not there")
                 continue
             table = pd.read_parquet(self.work / "given" / name)
+            if PLACE in table and name == "floor.parquet":
+                table, more = self._pairs_of_shard(table, more, check)
             check.looked += len(table)
             check.differs += comparing.frames(name, table, more.reset_index(drop=True), (), older, check.notes)
         if out:
@@ -278,6 +288,46 @@ class RunAudit:
             check.notes.append(f"the store is not here: scores are compared to {comparing.SCORE:g} only")
         else:
             check.differs += comparing.exactly(given.frame, kept)
+
+    def _pairs_of_shard(
+        self, given: pd.DataFrame, anew: pd.DataFrame, check: Check
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The rows of both floors that can be compared: which of two shards has their common pairs is not determined.
+
+        Pairs with a shard that is not beside this one cannot be worked out; a note counts them.
+        """
+        ours = set(self._given().frame[["prompt_id", "seed"]].itertuples(index=False, name=None))
+
+        def inside(frame: pd.DataFrame) -> pd.Series:
+            ends = zip(frame["prompt_id_a"], frame["seed_a"], frame["prompt_id_b"], frame["seed_b"])
+            both = [(a, one) in ours and (b, other) in ours for a, one, b, other in ends]
+            return pd.Series(both, index=frame.index, dtype=bool)
+
+        known = given[PLACE].isin(anew[PLACE]) | inside(given)
+        if not known.all():
+            absent = f"{int((~known).sum())} pairs with baselines of shards that are not here"
+            check.notes.append(f"floor.parquet: {absent} are not compared")
+        return given[known].reset_index(drop=True), anew[anew[PLACE].isin(given[PLACE]) | inside(anew)]
+
+    def _link_baselines(self) -> None:
+        """Give this audit's store the baselines of the other shards of the same study."""
+        frame = self._given().frame
+        for folder in self.beside if WHOLE in frame else ():
+            try:
+                other = read(folder, folder).frame
+            except Refused:
+                continue
+            if WHOLE not in other or not set(other[WHOLE]) & set(frame[WHOLE]):
+                continue
+            for key, image in other.loc[other["selection"] == BASELINE, ["cell", "image"]].itertuples(index=False):
+                path = self.store.path(str(key))
+                if image and not path.is_symlink():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.symlink_to((folder / image).absolute())
+                    with suppress(Damaged):
+                        self.store.get(str(key))
+                        continue
+                    path.unlink()
 
     def _link_maps(self, request: Request, source: models.Source, frame: pd.DataFrame) -> None:
         """Give the images in this audit's store the attention maps that the run folder has of them."""
@@ -311,9 +361,10 @@ class RunAudit:
     def report(self, check: Check) -> None:
         """Every table, figure and page of the report, made anew from results.parquet."""
         if not (self.folder / "report.html").is_file():
-            check.notes.append("the folder has no report")
-            if not (self.folder / "tables").is_dir():
+            if PLACE in self._given().frame:
+                check.notes.append("a shard has no report of its own; that over all shards is checked with them")
                 return
+            check.differs.append("report.html is not there")
         place = self.work / "report"
         place.mkdir()
         for name in ("images", "maps"):
@@ -326,6 +377,8 @@ class RunAudit:
         options: dict[str, Any] = {}
         if (self.folder / REPORT).is_file():
             options = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        elif self.record is not None:
+            check.differs.append(f"{REPORT} is not there: how the report was asked for is not known")
         options["known"] = findings(frame, floor, options.get("interval", METHODS[0]))
         made = [path for path in write_report(place, frame, floor, maps=maps, **options) if path.name != REPORT]
         self.tables = [path for path in made if path.parent.name == "tables"]
