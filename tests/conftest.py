@@ -159,6 +159,17 @@ def drawn(drafts: None) -> None:
     """For tests that look at the report: the jobs of `cli` draw it. Without this fixture they have `no_report`."""
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of tables and a page: figures and grids take most of the time. For tests that look at neither."""
+    from lesion.report.pictures import Drawn
+
+    for name in ("of_setting", "over_settings"):
+        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
+    for name in ("comparisons", "layer_grids"):
+        monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
+
+
 get_mode = Hydra.get_mode
 
 

@@ -16,7 +16,6 @@ from lesion.audit import run as auditing
 from lesion.audit.checks import Check
 from lesion.audit.paper import Tables, numbers
 from lesion.cli import audit
-from lesion.report.pictures import Drawn
 from lesion.run import environment
 from lesion.scoring.ssim import Ssim
 from lesion.study.confirmation import Confirmation
@@ -68,15 +67,6 @@ def of_other_torch(folder: Path) -> None:
     (folder / environment.RECORD).write_text(json.dumps(record))
 
 
-@pytest.fixture
-def without_figures(monkeypatch):
-    """Reports of tables and a page: figures take most of the time, and are compared in the slow test."""
-    for name in ("of_setting", "over_settings"):
-        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
-    for name in ("comparisons", "layer_grids"):
-        monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
-
-
 @pytest.mark.slow
 def test_figures_are_drawn_anew_and_compared(cli, drawn, capfd):
     folder = cli.folder / "run"
@@ -93,7 +83,7 @@ def test_figures_are_drawn_anew_and_compared(cli, drawn, capfd):
     assert f"figures/{path.name} shows something else" in said and "figures/more.png is none of the files" in said
 
 
-def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, without_figures, capfd):
+def test_an_untouched_study_is_signed_off_and_each_change_is_named(cli, drawn, no_pictures, capfd):
     folder = cli.folder / "run"
     assert cli(f"hydra.run.dir={folder}")[0] == 0
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -226,7 +216,7 @@ def test_edits_that_keep_every_digest_in_step_are_named(cli):
     ]  # fmt: skip
 
 
-def test_budgets_maps_and_scores_of_an_earlier_version(cli, drawn, without_figures, monkeypatch):
+def test_budgets_maps_and_scores_of_an_earlier_version(cli, drawn, no_pictures, monkeypatch):
     """What an earlier version computed in float32 is accepted within its stated error, and nothing beyond."""
     now = Ssim.__call__
 

@@ -232,7 +232,7 @@ def test_latex_escapes_like_pandas_and_stays_on_one_line():
     assert "é 红圆 🍎" in chinese and chinese.startswith("% 圆红🍎: ") and r"% \usepackage{fontspec}" in chinese
 
 
-def test_tables(tmp_path):
+def test_tables(tmp_path, no_pictures):
     frame = spoil(spoil(study(tmp_path, ("p", "q_1")), 0, "invalid", "all black"), 2, "failed", "why")
     frame = frame[~((frame["selection"] == "only_one") & (frame["layer_index"] == 3))]
     write_report(tmp_path, frame)
@@ -366,7 +366,7 @@ def test_lesion_report_merges_without_double_counting(tmp_path, monkeypatch, cap
     assert len(second) == 40
 
 
-def test_lesion_report_keeps_prompts_apart_that_share_an_id(tmp_path, capsys):
+def test_lesion_report_keeps_prompts_apart_that_share_an_id(tmp_path, no_pictures, capsys):
     study(tmp_path / "a", ("p",), (0,), text="one")
     other = study(tmp_path / "b", ("p",), (0,), text="two")
     other.assign(cell=other["cell"] + "x").to_parquet(tmp_path / "b" / "results.parquet")
@@ -412,7 +412,7 @@ def test_results_without_aspects_or_with_some_have_no_aspect_called_nan(tmp_path
     assert set(findings(merged).aspects["aspect"]) == {"colour"}
 
 
-def test_the_interval_is_the_users_choice(tmp_path, capsys):
+def test_the_interval_is_the_users_choice(tmp_path, no_pictures, capsys):
     study(tmp_path, [f"p{n}" for n in range(6)], (0,))
     frame = pd.read_parquet(tmp_path / "results.parquet")
     frame["clip_similarity"] -= np.random.default_rng(0).uniform(0, 0.1, len(frame)) * (frame["selection"] != "none")
@@ -427,7 +427,7 @@ def test_the_interval_is_the_users_choice(tmp_path, capsys):
     assert "--interval" in said and "bca" in said and said.count("\n") == 1
 
 
-def test_lesion_report_keeps_why_the_rounds_of_a_budget_ended(tmp_path):
+def test_lesion_report_keeps_why_the_rounds_of_a_budget_ended(tmp_path, no_pictures):
     frame = study(tmp_path / "a", ("p", "q"), (0,))
     frame.assign(images_taken=2, stopped="tight").to_parquet(tmp_path / "a" / "results.parquet")
     study(tmp_path / "b", ("p", "q"), (0,), replacement="mean")  # a run without a budget
@@ -437,7 +437,7 @@ def test_lesion_report_keeps_why_the_rounds_of_a_budget_ended(tmp_path):
     assert "stopped" not in without.read_text().split("|", 1)[1]
 
 
-def test_lesion_report_refuses_to_mix_what_cannot_be_compared_and_names_it(tmp_path, capsys):
+def test_lesion_report_refuses_to_mix_what_cannot_be_compared_and_names_it(tmp_path, no_pictures, capsys):
     study(tmp_path / "a", ("p",), (0,))
     other = study(tmp_path / "b", ("p",), (0,))
     other.assign(cell=other["cell"] + "x", steps=8).to_parquet(tmp_path / "b" / "results.parquet")
@@ -500,7 +500,7 @@ def sweep(folder: Path, monkeypatch) -> None:
     SweepReport().on_multirun_end(config)
 
 
-def test_a_multirun_ends_with_a_report_over_its_jobs(tmp_path, monkeypatch, capsys):
+def test_a_multirun_ends_with_a_report_over_its_jobs(tmp_path, no_pictures, monkeypatch, capsys):
     study(tmp_path / "0", ("p",), (0,))
     other = study(tmp_path / "1", ("q",), (0,))
     other.assign(steps=8).to_parquet(tmp_path / "1" / "results.parquet")
@@ -556,7 +556,7 @@ def test_lesion_report_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_page_holds_the_first_prompts_of_a_study_that_is_too_large_for_it(tmp_path, drafts, monkeypatch):
+def test_a_page_holds_the_first_prompts_of_a_study_that_is_too_large_for_it(tmp_path, no_pictures, monkeypatch):
     import lesion.report as room
 
     seen = []

@@ -297,7 +297,7 @@ def test_ten_thousand_images_make_a_small_page_in_seconds(tmp_path):
     assert not written[0].exists()
 
 
-def test_lesion_report_of_several_runs_is_one_folder(tmp_path, capsys):
+def test_lesion_report_of_several_runs_is_one_folder(tmp_path, no_pictures, capsys):
     study(tmp_path / "a", ("p",), (0,))
     other = study(tmp_path / "b", ("q",), (0,))
     (tmp_path / "private.png").write_bytes((tmp_path / "a" / other["image"].iloc[0].replace("q-", "p-")).read_bytes())
