@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,8 @@ from lesion.report.data import as_json, inside, page_data
 from lesion.report.findings import findings
 from lesion.store import tensors
 from lesion.store.maps import beside_image
+from lesion.tracking import _page
+from lesion.tracking._page import with_pictures
 from test_report import LAYERS, spoil, study
 
 pytestmark = pytest.mark.usefixtures("drafts")
@@ -695,6 +698,42 @@ def test_in_a_browser_nothing_is_complained_about_nor_fetched(opened):
         one for one in browser.complaints if "ERR_FILE_NOT_FOUND" in one and json.loads(one)["entry"]["url"] == gone
     ]
     assert [one for one in browser.complaints if one not in expected] == [] and expected
+
+
+def test_in_a_browser_a_page_with_its_pictures_inside_needs_no_folder(opened, tmp_path):
+    browser, frame, folder = opened
+    page, gone = with_pictures(folder / "report.html"), Path(frame["image"].iloc[0]).stem[:8]
+    framed = f'<iframe sandbox="allow-scripts" width="1200" height="900" srcdoc="{escape(page)}"></iframe>'
+    for name, text in (("frame.html", framed), ("alone.html", page)):  # as W&B shows it; and to ask it
+        (tmp_path / name).write_text(text)
+        browser.complaints.clear()
+        browser.requests.clear()
+        browser.open((tmp_path / name).as_uri())
+        browser.js("new Promise(done => setTimeout(done, 300))")
+        assert all(gone in one for one in browser.complaints), "but for the image that is not there"
+        own = ("data:image/", "about:srcdoc", (tmp_path / name).as_uri())
+        assert all(url.startswith(own) or gone in url for url in browser.requests)
+    pictures = "[...document.querySelectorAll('#gallery img')]"
+    browser.js(f"Promise.all({pictures}.map(one => {{ one.loading = 'eager'; return one.decode().catch(() => 0); }}))")
+    assert browser.js(f"{pictures}.length") > 10 and browser.js(f"{pictures}.every(one => one.naturalWidth === 32)")
+    assert browser.js("document.querySelectorAll('#gallery .hole').length") > 0, "the image that is not there"
+    browser.js("document.querySelector('#gallery button').click()")
+    assert browser.js("compare.open")
+    browser.open((folder / "report.html").as_uri())
+    browser.complaints.clear()
+
+
+def test_pictures_beyond_the_room_of_a_page_stay_links_and_none_comes_from_elsewhere(run, tmp_path, monkeypatch):
+    folder, _ = run
+    whole = with_pictures(folder / "report.html")
+    monkeypatch.setattr(_page, "MOST", 1)
+    assert "data:image" in whole and "data:image" not in with_pictures(folder / "report.html")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text(
+        '<img src="../secret.png"><img src="/etc/hostname"><img src="x.png">'
+    )
+    assert with_pictures(tmp_path / "page" / "report.html") == (tmp_path / "page" / "report.html").read_text()
 
 
 def test_in_a_browser_ten_thousand_images_are_shown_a_page_at_a_time(browser, tmp_path):

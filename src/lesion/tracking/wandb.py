@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, TextIO, TypeVar
 import lesion
 from lesion.study.columns import GENERATION
 from lesion.tracking import JobInfo, Tracker
+from lesion.tracking._page import with_pictures
 from lesion.tracking._plain import plain, text
 
 if TYPE_CHECKING:
@@ -151,15 +152,27 @@ class WandbTracker:
             self._within(lambda: run.log({"results": table}))
             if bars := _bars(summary):
                 self._within(lambda: run.log(bars))
-            if (page := run_dir / "report.html").is_file():
+            page = self._page(run_dir / "report.html")
+            if page.is_file():
                 report = wandb.Html(str(page), inject=False)
                 self._within(lambda: run.log({"report": report}))
             artifact = wandb.Artifact(ARTIFACT, type="results")  # one name: every study is a version of it
             for path in _files(run_dir):
-                artifact.add_file(str(path), name=path.relative_to(run_dir).as_posix())
+                name = path.relative_to(run_dir).as_posix()
+                artifact.add_file(str(page if name == "report.html" else path), name=name)
             if (run_dir / "tables").is_dir():
                 artifact.add_dir(str(run_dir / "tables"), name="tables")
             self._within(lambda: run.log_artifact(artifact))
+
+    def _page(self, page: Path) -> Path:
+        """A copy of the report's page that shows its pictures without its folder; the page itself if none can be."""
+        alone = self.folder / "wandb" / page.name
+        try:
+            alone.write_text(with_pictures(page), encoding="utf-8", errors="replace", newline="\n")
+        except (OSError, ValueError) as error:
+            log.debug("W&B: the page is logged without its pictures: %s", error)
+            return page
+        return alone
 
     def close(self, exit_code: int) -> None:
         """End the run; online, wait at most `finish_timeout` seconds for the upload."""

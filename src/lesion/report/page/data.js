@@ -82,7 +82,7 @@ function picture(row, { thumb = false, lazy = false, alt = describe(row) } = {})
   const image = el("img", { alt, decoding: "async", loading: lazy ? "lazy" : "eager", draggable: "false" });
   image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth <= 160));
   image.addEventListener("error", () => image.replaceWith(hole("missing: no readable image file")), { once: true });
-  image.src = source;
+  image.src = (D.pictures || {})[R.image[row]] || source; // inside the page where the folder is not beside it
   return image;
 }
 

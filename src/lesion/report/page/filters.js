@@ -68,7 +68,9 @@ function remember() {
   if (order.value !== "most") said.set("order", order.value);
   if (link.open) said.set("open", link.open);
   if ([...said].length || location.hash.includes("=")) {
-    history.replaceState(null, "", `#${said}` === "#" ? location.pathname + location.search : `#${said}`);
+    try {
+      history.replaceState(null, "", `#${said}` === "#" ? location.pathname + location.search : `#${said}`);
+    } catch { /* in a frame without an address of its own, as W&B shows the page */ }
   }
 }
 
