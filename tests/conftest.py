@@ -22,7 +22,7 @@ from hydra._internal.hydra import Hydra
 from omegaconf import omegaconf
 
 import pipelines
-from lesion import models
+from lesion import models, processes
 from lesion.models import ModelSpec
 from pipelines import byte_tokenizer, small_pipeline, small_unet, text_encoder
 
@@ -56,6 +56,12 @@ def files_of_configs_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omegaconf, "yaml", SimpleNamespace(**{**vars(original), "load": load}))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_further_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports in this process are drawn by it alone: every core has a process with tests, and others start slowly."""
+    monkeypatch.setattr(processes, "MANY", 10**9)
 
 
 @pytest.fixture(scope="session")

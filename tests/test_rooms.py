@@ -13,11 +13,11 @@ import lesion
 PACKAGE = Path(lesion.__file__).parent
 # Each room may import from those before it, and from itself.
 ORDER = (
-    *("errors", "study", "denoising", "tasks", "toy_world", "tracking", "store", "surgery", "models", "scoring"),
-    *("analysis", "rounds", "generation", "replacements", "attribution", "report", "config", "run", "audit", "api"),
-    *("cli", "__main__"),
+    *("errors", "processes", "study", "denoising", "tasks", "toy_world", "tracking", "store", "surgery", "models"),
+    *("scoring", "analysis", "rounds", "generation", "replacements", "attribution", "report", "config", "run", "audit"),
+    *("api", "cli", "__main__"),
 )
-PURE = ("errors", "study", "tasks", "toy_world", "scoring", "analysis", "rounds")
+PURE = ("errors", "processes", "study", "tasks", "toy_world", "scoring", "analysis", "rounds")
 
 
 def room_of(path: Path) -> str:

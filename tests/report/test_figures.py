@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import time
 import zlib
+from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
@@ -17,6 +20,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lesion.analysis.settings import settings
+from lesion.processes import Call, Processes
 from lesion.report import curves, figures, illustrations, write_report
 from lesion.report.findings import findings
 from lesion.report.profile import levels, profile
@@ -33,7 +37,7 @@ def test_every_kind_of_data_has_its_figure_at_paper_size(tmp_path):
     frame, floor = planted(everything=True)
     found = findings(frame, floor)
     one = settings(frame)[0]
-    drawn = illustrations.of_setting(tmp_path, found, one, clusters=True)
+    drawn = illustrations.of_setting(tmp_path, found, one, Processes(0), clusters=True).pictures()
     kinds = (
         "layers",
         "profile",
@@ -44,7 +48,7 @@ def test_every_kind_of_data_has_its_figure_at_paper_size(tmp_path):
         "cumulative",
     )
     assert {f"{kind}--tiny--zero" for kind in kinds} <= stems(drawn)
-    over = illustrations.over_settings(tmp_path, found)
+    over = illustrations.over_settings(tmp_path, found, Processes(0)).pictures()
     assert {"doses--1", "windows--importance--1", "window-curves--importance--1"} <= stems(over)
     assert any(name.startswith("zero-vs-mean") for name in stems(over))
     for path, text in [*drawn, *over]:
@@ -59,11 +63,11 @@ def test_figures_are_written_only_where_the_data_have_them(tmp_path):
     frame, _ = planted()
     plain = frame[(frame["selection"] != "only_one") & (frame["replacement"] != "mean")].assign(aspects="")
     found = findings(plain)
-    drawn = stems(illustrations.of_setting(tmp_path, found, settings(plain)[0]))
+    drawn = stems(illustrations.of_setting(tmp_path, found, settings(plain)[0], Processes(0)).pictures())
     assert drawn == {"layers--tiny--zero", "profile--tiny--zero", "heatmap--leave_one_out--tiny--zero"}
-    assert illustrations.over_settings(tmp_path, found) == []
+    assert illustrations.over_settings(tmp_path, found, Processes(0)).pictures() == []
     bare = frame[frame["selection"] == "none"]
-    assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0]) == []
+    assert illustrations.of_setting(tmp_path, findings(bare), settings(bare)[0], Processes(0)).pictures() == []
 
 
 def test_what_a_layers_absence_breaks_has_its_figure(tmp_path, drafts):
@@ -72,7 +76,7 @@ def test_what_a_layers_absence_breaks_has_its_figure(tmp_path, drafts):
     frame = frame.assign(read_shape=np.where(broken, 0.0, 1.0), read_count=np.nan)
     found = findings(frame)
     for one in settings(frame):
-        drawn = illustrations.of_setting(tmp_path, found, one)
+        drawn = illustrations.of_setting(tmp_path, found, one, Processes(0)).pictures()
         assert {f"reading--{one.slug}", f"alone--{one.slug}"} <= stems(drawn)
 
 
@@ -239,3 +243,32 @@ def test_prompts_get_short_names_that_tell_them_apart():
         "cat": "cat",
         "dog": "dog",
     }  # ids of one's own
+
+
+def test_a_report_drawn_by_two_processes_has_the_same_files(tmp_path, monkeypatch):
+    """Byte for byte, under settings of matplotlib and a style of this process. Slow: the other imports."""
+    frame, floor = planted(prompts=2, seeds=1)
+    frame = frame[frame["replacement"] != "mean"]
+    monkeypatch.setitem(matplotlib.rcParams, "axes.titlesize", 4.0)
+    (tmp_path / "own.mplstyle").write_text("axes.facecolor: eeeeee\n", encoding="utf-8")
+    known = findings(frame, floor)
+    monkeypatch.chdir(tmp_path)  # paths may be relative
+    listed = {}
+    with Processes(1, ["lesion.report.figures:prepare"]) as two:
+        two.start()
+        calls = []
+        monkeypatch.setattr(two, "call", lambda work: calls.append(Processes.call(two, work)) or calls[-1])
+        first = two.call(os.getpid)
+        listed["one"] = write_report(Path("one"), frame, floor, known=known, styles=["own.mplstyle"])
+        while not first._ended and not two.alone:
+            time.sleep(0.01)
+        assert first.result() != os.getpid()
+        made = []
+        monkeypatch.setattr(Call, "_make", lambda self, make=Call._make: made.append(self) or make(self))
+        listed["two"] = write_report(Path("two"), frame, floor, known=known, styles=["own.mplstyle"], processes=two)
+        assert len(calls) - len(made) > 3  # the other process drew some of them
+    names = [[path.relative_to(name) for path in paths] for name, paths in listed.items()]
+    assert names[0] == names[1]
+    assert len(names[0]) > 30
+    for name in names[0]:
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name

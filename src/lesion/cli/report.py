@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lesion.analysis.bootstrap import METHODS
 from lesion.cli import in_utf8, say, unforeseen
 from lesion.errors import visible
+from lesion.processes import drawers
 
 if TYPE_CHECKING:
     from lesion.report.findings import Findings
@@ -39,9 +40,11 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
         message = f"{again} images repeat others of another run in all that the results name; they are averaged"
         say("lesion-report", message)
     out.mkdir(parents=True, exist_ok=True)
-    frame = gather(frame, out).reset_index(drop=True)
-    known = findings(frame, floor, options.get("interval", METHODS[0]))
-    return known, write_report(out, frame, floor, maps, notes=notes, known=known, **options)
+    with drawers(len(frame)) as others:
+        others.start()
+        frame = gather(frame, out).reset_index(drop=True)
+        known = findings(frame, floor, options.get("interval", METHODS[0]))
+        return known, write_report(out, frame, floor, maps, notes=notes, known=known, processes=others, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lesion.analysis.bootstrap import METHODS
 from lesion.analysis.settings import rows, settings
+from lesion.processes import Processes
 from lesion.report import attention, contents, crossing, examples, fonts, html, illustrations, pictures, tables
 from lesion.report.data import inside, page_data
 from lesion.report.figures import Look, looking
@@ -47,7 +48,7 @@ def _shown(drawn: Sequence[tuple[Path, str]], root: Path) -> list[html.Picture]:
 
 def _left_out(kind: str, drawn: Drawn) -> list[str]:
     """A line that says so where not every picture is drawn."""
-    done = len(drawn.pictures)
+    done = len(drawn.calls)
     if done == drawn.possible:
         return []
     return [
@@ -85,6 +86,7 @@ def write_report(
     known: Findings | None = None,
     styles: Sequence[str] = (),
     titles: bool = False,
+    processes: Processes | None = None,
 ) -> list[Path]:
     """Write grids/, tables/, figures/, thumbs/, report.json and report.html below `run_dir`.
 
@@ -97,10 +99,12 @@ def write_report(
     in clusters too. siunitx: LaTeX tables with S columns. interval: of means, one of
     `bootstrap.METHODS`. notes: lines for the top of the page. known: the findings of
     this frame and floor where they are worked out already. styles, titles: how figures look, see `figures.Look`.
+    processes: that draw too, where they are started; the files are the same.
     Returns the paths, the page last. Raises OSError for a style that there is not.
     """
     with looking(Look(tuple(styles), titles)):
-        written = _write(run_dir, frame, floor, maps, all_grids, clustered, siunitx, interval, notes, known)
+        several = processes or Processes(0)
+        written = _write(run_dir, frame, floor, maps, all_grids, clustered, siunitx, interval, notes, known, several)
     options = {
         **{"all_grids": all_grids, "clustered": clustered, "siunitx": siunitx, "interval": interval},
         **{"notes": list(notes), "styles": [str(style) for style in styles], "titles": titles},
@@ -121,6 +125,7 @@ def _write(
     interval: str,
     notes: Sequence[str],
     known: Findings | None,
+    processes: Processes,
 ) -> list[Path]:
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -133,24 +138,34 @@ def _write(
     )
     written: list[Path] = []
     sections = []
-    for number, setting in enumerate(chosen):
+    begun = []
+    for number, setting in enumerate(chosen):  # first what other processes may take over
         part = rows(frame, setting)
-        comparisons = pictures.comparisons(run_dir, part, setting, known.metric, most)
-        layer_grids = pictures.layer_grids(run_dir, part, setting, known.metric, sheets)
         short = number >= illustrations.SETTINGS and not all_grids
-        drawn = illustrations.of_setting(run_dir / "figures", known, setting, clustered, short)
+        drawn = illustrations.of_setting(run_dir / "figures", known, setting, processes, clustered, short)
+        comparisons = pictures.comparisons(run_dir, part, setting, known.metric, most, processes)
+        layer_grids = pictures.layer_grids(run_dir, part, setting, known.metric, sheets, processes)
+        begun.append((setting, drawn, comparisons, layer_grids, short))
+    drawn_over = illustrations.over_settings(run_dir / "figures", known, processes)
+    tabled = []
+    for setting in chosen:
         made = contents.of_setting(known, setting)
         listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
-        written += [path for path, _ in (*comparisons.pictures, *layer_grids.pictures, *drawn)] + listed
+        tabled.append((made, listed, answer(known, setting), examples.pairs(known, setting), answers(known, setting)))
+    over = _over_settings(run_dir, known, siunitx, drawn_over)
+    for number, (one, (made, listed, said, pairs, told)) in enumerate(zip(begun, tabled, strict=True)):
+        setting, drawn, comparisons, layer_grids, short = one
+        figures_, beside, by_layer = drawn.pictures(), comparisons.pictures(), layer_grids.pictures()
+        written += [path for path, _ in (*beside, *by_layer, *figures_)] + listed
         sections.append(
             html.Section(
                 clean(setting.label),
                 setting.slug,
-                answer(known, setting),
-                examples.pairs(known, setting),
-                _parts(answers(known, setting), made, _shown(drawn, run_dir)),
-                _shown(comparisons.pictures, run_dir),
-                [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]],
+                said,
+                pairs,
+                _parts(told, made, _shown(figures_, run_dir)),
+                _shown(beside, run_dir),
+                [_link(path, run_dir) for path in [*listed, *(path for path, _ in figures_)]],
                 [
                     *_left_out("comparison pictures (one a prompt and seed)", comparisons),
                     *_left_out("pictures of layers by prompts", layer_grids),
@@ -159,7 +174,6 @@ def _write(
                 number,
             )
         )
-    over = _over_settings(run_dir, known, siunitx)
     if over is not None:
         sections.append(over)
         written += [run_dir / unquote(path) for path in over.files]
@@ -237,19 +251,19 @@ AGREE = "Do settings agree, and how large is noise?"
 BESIDE = ("side-by-side", "differences")  # files of layers side by side begin so
 
 
-def _over_settings(run_dir: Path, known: Findings, siunitx: bool) -> html.Section | None:
+def _over_settings(run_dir: Path, known: Findings, siunitx: bool, drawn: Drawn) -> html.Section | None:
     """What is said of all settings together; None where there is nothing."""
     made = crossing.over_settings(known)
-    drawn = illustrations.over_settings(run_dir / "figures", known)
     sentences = comparison(known)
-    if not made and not drawn and not sentences:
+    if not made and not drawn.calls and not sentences:
         return None
     listed = [path for table in made for path in tables.write(run_dir / "tables", table, siunitx)]
-    files = [_link(path, run_dir) for path in [*listed, *(path for path, _ in drawn)]]
+    figures_ = drawn.pictures()
+    files = [_link(path, run_dir) for path in [*listed, *(path for path, _ in figures_)]]
     parts = [html.Part("How do settings compare, layer by layer?"), html.Part(AGREE, sentences)]
     for table in made:
         parts[not table.stem.startswith(BESIDE)].tables.append(table)
-    for picture in _shown(drawn, run_dir):
+    for picture in _shown(figures_, run_dir):
         parts[not picture.path.rpartition("/")[2].startswith(BESIDE)].figures.append(picture)
     parts = [part for part in parts if part.sentences or part.tables or part.figures]
     return html.Section("Settings compared", "over-settings", parts=parts, files=files)

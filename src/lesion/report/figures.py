@@ -6,13 +6,14 @@ apart by colour-blind readers; markers and line styles differ too, so that nothi
 
 from __future__ import annotations
 
+import io
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from lesion.processes import Call, Processes
 from lesion.report import fonts
 from lesion.report.text import clean, number, short_layer
 from lesion.store.files import atomically
@@ -137,6 +139,35 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         with atomically(paths[1]) as temporary, fonts.embedded_without_layout():
             FigureCanvasPdf(figure).print_pdf(temporary, metadata={"CreationDate": None})
     return paths
+
+
+@dataclass(frozen=True)
+class _State:
+    """What figures look like in this process: the user's choice, and matplotlib's settings."""
+
+    look: Look
+    settings: dict[str, Any]
+
+
+def drawing(processes: Processes, stem: Path, build: Callable[..., Figure | None], *arguments: Any) -> Call[list[Path]]:
+    """Have the figure that `build` makes of these arguments drawn and saved; its paths, none where it makes none."""
+    settings = {key: value for key, value in dict.items(matplotlib.rcParams) if not key.startswith("backend")}
+    return processes.call(partial(_drawn, _State(_look.get(), settings), stem, build, arguments))
+
+
+def _drawn(state: _State, stem: Path, build: Callable[..., Figure | None], arguments: Sequence[Any]) -> list[Path]:
+    with matplotlib.rc_context(), looking(state.look):
+        dict.update(matplotlib.rcParams, state.settings)  # they are checked already
+        figure = build(*arguments)
+        return [] if figure is None else save(figure, stem)
+
+
+def prepare() -> None:
+    """Do once what takes the first figure of a process its time: imports, fonts."""
+    figure = heat_map(pd.DataFrame({"a": [0.0, 1.0]}, index=["b", "c"]), "d", "e")
+    with styled(), fonts.embedded_without_layout():
+        FigureCanvasAgg(figure).print_png(io.BytesIO())
+        FigureCanvasPdf(figure).print_pdf(io.BytesIO())
 
 
 def clustered(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +15,46 @@ from lesion.analysis.cells import groups
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, layer_by_prompt
 from lesion.analysis.reading import reading_table
 from lesion.analysis.settings import Setting, slug
+from lesion.processes import Processes
 from lesion.report import beside, curves, figures
 from lesion.report.crossing import window_maps
 from lesion.report.findings import Findings
+from lesion.report.pictures import Drawn
 from lesion.report.profile import profile
 from lesion.report.tables import missing, telling
 from lesion.report.text import clean, number, short_names
 
-Drawn = list[tuple[Path, str]]  # and the text for those who cannot see it
 SETTINGS = 4  # with every figure, unless all are asked for; figures take most of the time of a report
+ALIKE = "; the same numbers are in the tables"
+_Figure = tuple[Callable[[], Figure], str, str]  # what draws it, stem of its files, text for those who cannot see it
 SCATTERS = 12  # figures that compare two replacements or models
 
 
-def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool = False, first: bool = False) -> Drawn:
+def of_setting(
+    folder: Path,
+    found: Findings,
+    setting: Setting,
+    processes: Processes,
+    clusters: bool = False,
+    first: bool = False,
+) -> Drawn:
     """Figures of one setting as .png and .pdf, each with a text alternative; `first`: only that of the layers."""
-    drawn: Drawn = []
+    drawn = Drawn([], 0)
     title, metric, table = clean(setting.label), found.metric, found.summary(setting)
 
-    def add(figure: Figure | None, stem: str, text: str) -> None:
-        if figure is not None:
-            full = f"{text}; the same numbers are in the tables"
-            drawn.extend((path, full) for path in figures.save(figure, folder / f"{stem}--{setting.slug}"))
+    def add(stem: str, text: str, build: Callable[..., Figure | None], *arguments: Any) -> None:
+        call = figures.drawing(processes, folder / f"{stem}--{setting.slug}", build, *arguments)
+        drawn.calls.append((call, f"{text}{ALIKE}"))
 
     if len(table):
-        figure = figures.layer_figure(table, title, metric, found.control(setting))
-        add(figure, "layers", "Importance and sufficiency by layer with 95 % intervals, in depth order")
+        text = "Importance and sufficiency by layer with 95 % intervals, in depth order"
+        add("layers", text, figures.layer_figure, table, title, metric, found.control(setting))
     if first:
         return drawn
     if len(table) and table["importance"].notna().any():
         meaning = f"importance: 1 - {metric}"
-        add(profile(table, "importance", meaning, title), "profile", "The UNet's layers coloured by importance")
+        text = "The UNet's layers coloured by importance"
+        add("profile", text, profile, table, "importance", meaning, title)
     for selection, name, meaning in (
         (LEAVE_ONE_OUT, "importance", f"importance: 1 - {metric}"),
         (ONLY_ONE, "sufficiency", f"sufficiency: {metric}"),
@@ -52,34 +64,36 @@ def of_setting(folder: Path, found: Findings, setting: Setting, clusters: bool =
             zero = selection == LEAVE_ONE_OUT
             texts = found.frame.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
             by_prompt = by_prompt.rename(columns=short_names({one: str(texts[one]) for one in by_prompt.columns}))
-            figure = figures.heat_map(by_prompt, meaning, title, zero)
-            add(figure, f"heatmap--{selection}", f"Heat map of layers by prompts, {name}")
+            text = f"Heat map of layers by prompts, {name}"
+            add(f"heatmap--{selection}", text, figures.heat_map, by_prompt, meaning, title, zero)
             if clusters:
-                figure = figures.heat_map(figures.clustered(by_prompt), meaning, title, zero)
-                add(figure, f"heatmap-clustered--{selection}", f"Heat map of layers by prompts in clusters, {name}")
+                text, table_ = f"Heat map of layers by prompts in clusters, {name}", figures.clustered(by_prompt)
+                add(f"heatmap-clustered--{selection}", text, figures.heat_map, table_, meaning, title, zero)
     aspects = found.of("aspects", setting)
     if len(aspects) and (aspects["measure"] == "importance").any():
         meaning, by_aspect = f"importance: 1 - {metric}", aspect_table(aspects)
-        add(figures.heat_map(by_aspect, meaning, title, columns="aspect"), "aspects", "Heat map of layers by aspects")
+        map_of = partial(figures.heat_map, meaning=meaning, title=title, columns="aspect")
+        add("aspects", "Heat map of layers by aspects", map_of, by_aspect)
         if clusters:
-            figure = figures.heat_map(figures.clustered(by_aspect), meaning, title, columns="aspect")
-            add(figure, "aspects-clustered", "Heat map of layers by aspects in clusters")
+            text = "Heat map of layers by aspects in clusters"
+            add("aspects-clustered", text, map_of, figures.clustered(by_aspect))
     for name, value, meaning, text in (
         ("reading", "drop", "share of images that its absence breaks", "what leaving a layer out breaks"),
         ("alone", "share", "share of images that show it", "what a layer alone brings through"),
     ):
         read = found.of(name, setting)
         if len(read) and read[value].notna().any():
-            figure = figures.heat_map(reading_table(read, value), meaning, title, columns="aspect, read from pixels")
-            add(figure, name, f"Heat map of {text}, by aspect read from pixels")
+            map_of = partial(figures.heat_map, meaning=meaning, title=title, columns="aspect, read from pixels")
+            add(name, f"Heat map of {text}, by aspect read from pixels", map_of, reading_table(read, value))
     if len(table) and (table["importance"].notna() & table["sufficiency"].notna()).sum() > 1:
         labels = (f"importance: 1 - {metric} (leave-one-out)", f"sufficiency: {metric} (only-one)")
         words = f"{title}\n{_agreed(found.of('agreement', setting), 'measure')}".strip()
-        figure = curves.scatter(table, table, ("importance", "sufficiency"), labels, words, False)
-        add(figure, "modes", "Importance against sufficiency by layer")
+        text, names = "Importance against sufficiency by layer", ("importance", "sufficiency")
+        add("modes", text, curves.scatter, table, table, names, labels, words, False)
     cumulative = found.of("cumulative", setting)
     if len(cumulative):
-        add(curves.orders(cumulative, title, metric), "cumulative", "Effect against the number of lesioned layers")
+        text = "Effect against the number of lesioned layers"
+        add("cumulative", text, curves.orders, cumulative, title, metric)
     return drawn
 
 
@@ -91,44 +105,44 @@ def _agreed(agreement: pd.DataFrame, between: str) -> str:
     return f"Spearman {number(float(one['spearman'].iloc[0]), 2)}, Kendall {number(float(one['kendall'].iloc[0]), 2)}"
 
 
-def over_settings(folder: Path, found: Findings) -> Drawn:
+def over_settings(folder: Path, found: Findings, processes: Processes) -> Drawn:
     """Figures over settings: two replacements or models against each other, strengths, windows."""
-    drawn: Drawn = []
-
-    def add(figure: Figure, stem: str, text: str) -> None:
-        full = f"{text}; the same numbers are in the tables"
-        drawn.extend((path, full) for path in figures.save(figure, folder / stem))
-
-    for figure, stem, text in [*_besides(found), *_scatters(found), *_doses(found), *_windows(found)]:
-        add(figure, stem, text)
-    return drawn
+    every = [*_besides(found), *_scatters(found), *_doses(found), *_windows(found)]
+    return Drawn(
+        [(figures.drawing(processes, folder / stem, build), f"{text}{ALIKE}") for build, stem, text in every],
+        len(every),
+    )
 
 
-def _besides(found: Findings) -> list[tuple[Figure, str, str]]:
+def _besides(found: Findings) -> list[_Figure]:
     """Layers by models, kinds and replacements; of more than a figure of points can hold, a heat map a measure."""
-    out = []
+    out: list[_Figure] = []
     every = beside.side_by_side(found)
     for number_, one in enumerate(every[:SETTINGS], 1):
         end = f"--{number_}" if len(every) > 1 else ""
         text = f"Layers by {' and '.join(one.differ)}"
         if len(one.names) <= len(figures.COLOURS):
-            out.append((curves.side_by_side(one, found.metric), f"side-by-side{end}", f"{text}, with 95 % intervals"))
+            build = partial(curves.side_by_side, one, found.metric)
+            out.append((build, f"side-by-side{end}", f"{text}, with 95 % intervals"))
             continue
         for measure in one.measures:
             table = one.table.set_index("layer")[[f"{measure} {name}" for name in one.names]].set_axis(
                 one.names, axis=1
             )
-            meaning = f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}"
-            figure = figures.heat_map(table, meaning, one.alike, measure == "importance", " and ".join(one.differ))
-            out.append((figure, f"side-by-side--{measure}{end}", f"{text}: heat map of {measure}"))
+            meaning, by = (
+                f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}",
+                " and ".join(one.differ),
+            )
+            build = partial(figures.heat_map, table, meaning, one.alike, measure == "importance", by)
+            out.append((build, f"side-by-side--{measure}{end}", f"{text}: heat map of {measure}"))
     return out
 
 
-def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:
+def _scatters(found: Findings) -> list[_Figure]:
     table = found.agreement
     if table.empty:
         return []
-    out: list[tuple[Figure, str, str]] = []
+    out: list[_Figure] = []
     table = table[table["between"].isin(("replacement", "model")) & (table["measure"] == "importance")]
     for record in table.head(SCATTERS).to_dict("records"):
         of = found.layers[found.layers["measure"] == "importance"]
@@ -143,12 +157,13 @@ def _scatters(found: Findings) -> list[tuple[Figure, str, str]]:
         words = f"{clean(title)}\n{_agreed(pd.DataFrame([record]), str(record['between']))}".strip()
         columns = {"mean": "importance", "low": "importance_low", "high": "importance_high"}
         one, other = (side.rename(columns=columns) for side in sides)
-        figure = curves.scatter(one, other, ("importance", "importance"), (labels[0], labels[1]), words, True)
+        names = ("importance", "importance")
+        build = partial(curves.scatter, one, other, names, (labels[0], labels[1]), words, True)
         places = [str(value) for value in shared.values() if not missing(value)]
         stem = "--".join([f"{slug(str(record['a']))}-vs-{slug(str(record['b']))}", *map(slug, places[:1])])
         if any(stem == name for _, name, _ in out):
             stem += f"--{len(out) + 1}"
-        out.append((figure, stem, f"Importance of layers by {record['between']}: {labels[0]} and {labels[1]}"))
+        out.append((build, stem, f"Importance of layers by {record['between']}: {labels[0]} and {labels[1]}"))
     return out
 
 
@@ -159,23 +174,23 @@ def _matching(table: pd.DataFrame, wanted: dict[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _doses(found: Findings) -> list[tuple[Figure, str, str]]:
+def _doses(found: Findings) -> list[_Figure]:
     if found.doses.empty:
         return []
-    out = []
+    out: list[_Figure] = []
     table = found.layers[found.layers["measure"] == "importance"]
     keys = [name for name in table.columns[: table.columns.get_loc("measure")] if name != "strength"]
     for number_, (names, part) in enumerate(groups(table, keys), 1):
         if part["strength"].nunique() > 1:
             _, alike = telling(pd.DataFrame([names]))
             label = f"effect: 1 - {found.metric}"
-            figure = curves.lines(part, "strength", "strength of the lesion", label, clean(alike), True)
-            out.append((figure, f"doses--{number_}", "Effect of each layer against the strength of the lesion"))
+            build = partial(curves.lines, part, "strength", "strength of the lesion", label, clean(alike), True)
+            out.append((build, f"doses--{number_}", "Effect of each layer against the strength of the lesion"))
     return out
 
 
-def _windows(found: Findings) -> list[tuple[Figure, str, str]]:
-    out = []
+def _windows(found: Findings) -> list[_Figure]:
+    out: list[_Figure] = []
     for measure, maps in window_maps(found):
         for number_, (names, wide) in enumerate(maps, 1):
             _, alike = telling(pd.DataFrame([names]))
@@ -183,14 +198,15 @@ def _windows(found: Findings) -> list[tuple[Figure, str, str]]:
             table = wide.iloc[:, place:].set_index("layer")
             meaning = f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}"
             stem = f"windows--{measure}--{number_}"
-            figure = figures.heat_map(table, meaning, clean(alike), measure == "importance", "window of denoising")
-            out.append((figure, stem, f"Heat map of layers by windows of denoising, {measure}"))
+            title, zero = clean(alike), measure == "importance"
+            build = partial(figures.heat_map, table, meaning, title, zero, "window of denoising")
+            out.append((build, stem, f"Heat map of layers by windows of denoising, {measure}"))
             part = _matching(found.layers[found.layers["measure"] == measure], names)
             part = part[(part["window_start"] != 0) | (part["window_end"] != 1)]
             part = part.assign(middle=(part["window_start"] + part["window_end"]) / 2)
             if part["middle"].nunique() > 1:
-                figure = curves.lines(
-                    part, "middle", "middle of the window (share of steps)", meaning, clean(alike), False
+                build = partial(
+                    curves.lines, part, "middle", "middle of the window (share of steps)", meaning, title, False
                 )
-                out.append((figure, f"window-curves--{measure}--{number_}", f"{measure.capitalize()} along denoising"))
+                out.append((build, f"window-curves--{measure}--{number_}", f"{measure.capitalize()} along denoising"))
     return out

@@ -1,4 +1,4 @@
-"""Every picture of a report: comparison pictures, layers x prompts, thumbnails, made in a few threads."""
+"""Every picture of a report: comparison pictures, layers x prompts, thumbnails, made in processes or threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pandas as pd
 from PIL import Image
 
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
-from lesion.analysis.settings import Setting, in_order, slug
+from lesion.analysis.settings import BASELINE, Setting, in_order, slug
+from lesion.processes import Call, Processes
 from lesion.report import grids
 from lesion.report.boxes import COLOURS, marks
 from lesion.report.canvas import load
@@ -32,10 +33,28 @@ _Out = TypeVar("_Out")
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures of one kind: those drawn, as (path, text for those who cannot see it), and how many there could be."""
+    """Pictures of one kind in the making, each call with a text for those who cannot see what it draws.
 
-    pictures: list[tuple[Path, str]]
+    possible: how many there could be.
+    """
+
+    calls: list[tuple[Call[list[Path]], str]]
     possible: int
+
+    def pictures(self) -> list[tuple[Path, str]]:
+        """Path and text of each, once all are drawn."""
+        return [(path, text) for call, text in self.calls for path in call.result()]
+
+
+@dataclass(frozen=True)
+class Pasted(Drawn):
+    """Pictures by Pillow, of which threads can draw several."""
+
+    def pictures(self) -> list[tuple[Path, str]]:
+        """Path and text of each, once all are drawn."""
+        if self.calls and self.calls[0][0].owner.alone:
+            in_threads(lambda one: one[0].result(), self.calls)
+        return super().pictures()
 
 
 def in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
@@ -57,23 +76,32 @@ def _save(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG", compress_level=COMPRESSION)
 
 
-def comparisons(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None) -> Drawn:
+def comparisons(
+    run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None, processes: Processes
+) -> Drawn:
     """One comparison picture a prompt and seed of one setting, the first `most` of them (None: all)."""
     scope = grids.Scope.of(part, setting)
     by_subject = part.groupby(["prompt_id", "seed"], sort=False)
     subjects = list(part[["prompt_id", "seed"]].drop_duplicates().itertuples(index=False, name=None))
 
-    def draw(subject: tuple[str, int]) -> tuple[Path, str]:
+    calls = []
+    for subject in subjects[:most]:
         prompt_id, seed = subject
-        name = f"comparison--{setting.slug}--{slug(str(prompt_id))}--seed{seed}.png"
-        here = by_subject.get_group(subject)
-        _save(grids.compare(here, scope, run_dir, prompt_id, seed, metric=metric), run_dir / "grids" / name)
-        return run_dir / "grids" / name, f"Comparison for prompt {clean(prompt_id, 100)}, seed {seed}"
+        path = run_dir / "grids" / f"comparison--{setting.slug}--{slug(str(prompt_id))}--seed{seed}.png"
+        draw = partial(grids.compare, by_subject.get_group(subject), scope, run_dir, prompt_id, seed, metric=metric)
+        text = f"Comparison for prompt {clean(prompt_id, 100)}, seed {seed}"
+        calls.append((processes.call(partial(_drawn, draw, path)), text))
+    return Pasted(calls, len(subjects))
 
-    return Drawn(in_threads(draw, subjects[:most]), len(subjects))
+
+def _drawn(draw: Callable[[], Image.Image], path: Path) -> list[Path]:
+    _save(draw(), path)
+    return [path]
 
 
-def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None) -> Drawn:
+def layer_grids(
+    run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str, most: int | None, processes: Processes
+) -> Drawn:
     """Layers x prompts, one picture a selection and seed, more where the prompts do not fit side by side."""
     room = grids.prompts_a_picture(part, run_dir)
     ids = in_order(part["prompt_id"])
@@ -86,15 +114,17 @@ def layer_grids(run_dir: Path, part: pd.DataFrame, setting: Setting, metric: str
         for name in present  # both kinds of one page before the next page: the first few then hold both
     ]
 
-    def draw(job: tuple[str, int, int]) -> tuple[Path, str]:
-        selection, seed, index = job
+    calls = []
+    for selection, seed, index in jobs[:most]:
         suffix = f"--page{index + 1}" if len(pages) > 1 else ""
-        name = f"layers-by-prompts--{selection}--{setting.slug}--seed{seed}{suffix}.png"
-        picture = grids.layer_grid(part, setting, run_dir, seed, selection, prompt_ids=pages[index], metric=metric)
-        _save(picture, run_dir / "grids" / name)
-        return run_dir / "grids" / name, f"Layers by prompts, {selection.replace('_', '-')}, seed {seed}"
-
-    return Drawn(in_threads(draw, jobs[:most]), len(jobs))
+        path = run_dir / "grids" / f"layers-by-prompts--{selection}--{setting.slug}--seed{seed}{suffix}.png"
+        shown = part[(part["seed"] == seed) & part["selection"].isin((BASELINE, selection))]
+        draw = partial(
+            grids.layer_grid, shown, setting, run_dir, seed, selection, prompt_ids=pages[index], metric=metric
+        )
+        text = f"Layers by prompts, {selection.replace('_', '-')}, seed {seed}"
+        calls.append((processes.call(partial(_drawn, draw, path)), text))
+    return Pasted(calls, len(jobs))
 
 
 def thumbnail_path(image: str) -> str:

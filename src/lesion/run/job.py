@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lesion import models, scoring, tasks
+from lesion import models, processes, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, counted, place_of, visible
 from lesion.models import components, layers, requirements
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
+from lesion.processes import Processes
 from lesion.run import attribution, environment
 from lesion.run.capture import attention_layers, bound, captured, in_store, maps_of, measured
 from lesion.run.folder import SEALED, asked, planned, prune, reserved
@@ -55,6 +56,7 @@ for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would dro
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 tqdm.set_lock(threading.RLock())  # its own starts a process, which complains when this one is killed
 sweep = Sweep()  # how far the multirun of this process is
+AHEAD = 60.0  # seconds before the last image, roughly, in which these import what they need
 UNFINISHED = "unfinished"  # folder of the store with what trackers keep of studies that have not finished
 PNG_BYTES_PER_PIXEL = 1.6  # typical of photographs; for the estimate of `dry_run`
 
@@ -371,12 +373,13 @@ def complete(
     stopped: Exception | None = None
     failures: dict[str, str] = {}
     making = environment.Making()
+    drawers = processes.drawers(counts.rows if report else 0)
     try:
         try:
-            failures |= _complete(work, counts, tracker, making)
+            failures |= _complete(work, counts, tracker, making, drawers)
             while _some_made(work.study, failures) and work.next_round():
                 log.info("round %d: %d images more", work.number, len(work.study))
-                failures |= _complete(work, work.tally(), tracker, making)
+                failures |= _complete(work, work.tally(), tracker, making, drawers)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -400,7 +403,7 @@ def complete(
         publish = partial(_publish, work.publisher, pictured)
         places = [work.publisher.place(cell) for cell in pictured]
         room.close()
-        written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report)
+        written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report, drawers)
         if certificate:
             written += attribution.write(context.folder, beside["attribution"], certificate)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
@@ -423,6 +426,7 @@ def complete(
         code = int(bool(trouble))
     finally:
         room.close()
+        drawers.close()
         tracker.close(code)
     return Outcome(frame, written, said, trouble, stopped, certificate)
 
@@ -502,7 +506,9 @@ def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
     ]
 
 
-def _complete(work: Work, counts: Tally, tracker: Tracker, making: environment.Making) -> dict[str, str]:
+def _complete(
+    work: Work, counts: Tally, tracker: Tracker, making: environment.Making, drawers: Processes
+) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     folder = _shown(work.store.folder)
     failures: dict[str, str] = {}
@@ -512,7 +518,7 @@ def _complete(work: Work, counts: Tally, tracker: Tracker, making: environment.M
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
             log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, folder)
-            failures |= _generate(work, missing, failures, tracker, making)
+            failures |= _generate(work, missing, failures, tracker, making, drawers)
         else:
             log.info("all %d images are in the store %s", counts.unique, folder)
         log.info("scoring: what has no score yet")
@@ -537,9 +543,17 @@ def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
 
 
 def _generate(
-    work: Work, missing: int, failures: Mapping[str, str], tracker: Tracker, making: environment.Making
+    work: Work,
+    missing: int,
+    failures: Mapping[str, str],
+    tracker: Tracker,
+    making: environment.Making,
+    drawers: Processes,
 ) -> dict[str, str]:
-    """Make what the store lacks, but for earlier failures. Returns the reason for each cell that could not be made."""
+    """Make what the store lacks, but for earlier failures; when little is left, start the processes that draw.
+
+    Returns the reason for each cell that could not be made.
+    """
     began, done = time.monotonic(), 0
     with (
         logging_redirect_tqdm(),
@@ -551,7 +565,10 @@ def _generate(
             done += more
             bar.leave = True  # one that ends before its first image is wiped
             bar.update(more)
-            tracker.progress(done, missing, done / (time.monotonic() - began))
+            rate = done / (time.monotonic() - began)
+            tracker.progress(done, missing, rate)
+            if missing - done <= rate * AHEAD:
+                drawers.start()
 
         model = None if len(work.request.devices) > 1 else loaded(work)  # else each worker loads it
         shown = _shown(work.publisher.folder or work.store.folder)
@@ -671,12 +688,14 @@ def _write(
     folder: Path,
     tracker: Tracker,
     report: bool,
+    drawers: Processes,
 ) -> tuple[list[Path], Findings | None, list[str]]:
     """Write results.parquet and the tables beside it, then pictures and report; tell the tracker.
 
     beside: by name.
     publish: puts the pictures in place.
     places: of the pictures, relative to the folder.
+    drawers: take part in drawing, where they are started.
 
     Returns the paths written, what the report says, and what could not be written with the reason. Raises StudyFailed
     where that is results.parquet.
@@ -703,7 +722,7 @@ def _write(
 
             log.info("report: tables, figures and the page")
             said = findings(frame, beside.get("floor"))
-            written += write_report(folder, frame, beside.get("floor"), known=said)
+            written += write_report(folder, frame, beside.get("floor"), known=said, processes=drawers)
     except OSError as error:
         unwritten.append(f"the report could not be written: {_why(error)}; `lesion-report {folder}` tries again")
     except Exception as error:  # the results are there
