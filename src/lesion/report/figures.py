@@ -151,13 +151,14 @@ class _State:
 
 def drawing(processes: Processes, stem: Path, build: Callable[..., Figure | None], *arguments: Any) -> Call[list[Path]]:
     """Have the figure that `build` makes of these arguments drawn and saved; its paths, none where it makes none."""
-    settings = {key: value for key, value in dict.items(matplotlib.rcParams) if not key.startswith("backend")}
+    now: dict[str, Any] = dict(dict.items(matplotlib.rcParams))  # type: ignore[arg-type]  # asked for, a backend is chosen
+    settings = {key: value for key, value in now.items() if not key.startswith("backend")}
     return processes.call(partial(_drawn, _State(_look.get(), settings), stem, build, arguments))
 
 
 def _drawn(state: _State, stem: Path, build: Callable[..., Figure | None], arguments: Sequence[Any]) -> list[Path]:
     with matplotlib.rc_context(), looking(state.look):
-        dict.update(matplotlib.rcParams, state.settings)  # they are checked already
+        dict.update(matplotlib.rcParams, state.settings)  # type: ignore[misc]  # they are checked already
         figure = build(*arguments)
         return [] if figure is None else save(figure, stem)
 
