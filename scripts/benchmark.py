@@ -36,6 +36,7 @@ PROVED, EMBEDDED, FLUX, DECODERS = (
     "Denoiser calls under lesions: FLUX-size, GPU",
     "Precision of the decode: SDXL's decoder, GPU",
 )
+OF_NO_MODEL = ("planning", "attribution-size")  # sections that name none in their title
 Part = Callable[[Setup, Options], tuple[str, list[Row]]]
 PARTS: dict[str, tuple[str, str, Part]] = {
     "speed": (
@@ -83,6 +84,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "memory of gradients, against that of ordinary images",
         attribution.room,
     ),
+    "attribution-size": (
+        "What gradients keep of an image, by size of model",
+        "counted on torch's meta device; measured where it is small",
+        attribution.sizes,
+    ),
     "attribution-time": (
         "Seconds of an attribution",
         "seconds of gradients, against those of ordinary images",
@@ -122,7 +128,7 @@ class Case:
     @property
     def title(self) -> str:
         where = "CPU" if self.kind == "cpu" else "GPU"
-        return f"{PARTS[self.part][0]}: {where if self.part == 'planning' else f'{MODELS[self.model]}, {where}'}"
+        return f"{PARTS[self.part][0]}: {where if self.part in OF_NO_MODEL else f'{MODELS[self.model]}, {where}'}"
 
 
 def cases(parts: list[str], kind: str, chosen: list[str]) -> list[Case]:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from bench import kept
 from bench.report import Row, alternate, ratios
-from bench.setup import Options, Setup, fillers, loaded, wait
+from bench.setup import MODELS, Options, Setup, fillers, loaded, wait
 from lesion.attribution import views
 from lesion.attribution.estimate import estimate
 from lesion.errors import counted
@@ -134,3 +135,33 @@ def seconds(this: Setup, options: Options) -> tuple[str, list[Row]]:
     ordinary = spent.pop("ordinary images")
     what = f"seconds / those of the images without gradients, {few} steps"
     return batch.note, [Row(name, what, ratios(values, ordinary), "x") for name, values in spent.items()]
+
+
+def sizes(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """What gradients keep of an image, counted for models that need not be built, and measured where they are small."""
+    small, rows = options.quick, []
+    counted_of = [kept.Size("embedded", 64), kept.Size("sd15", 64 if small else 128, small)]
+    larger = [] if small else [kept.Size("sd15", 512), kept.Size("sdxl", 1024)]
+    for size in [*counted_of, *larger]:
+        name = f"{MODELS[size.model]}, {size.side} px"
+        for what, found in zip(("a denoiser call", "the decoder"), kept.counted(size), strict=True):
+            rows.append(Row(name, f"counted: kept of {what}", [found / 2**20], " MiB"))
+        if size in counted_of:
+            unet = size.unet(this.device)
+            work = kept.denoiser_call(size, unet)
+
+            def graph(work: Callable[[], object] = work) -> None:
+                with torch.enable_grad():
+                    work()
+
+            graph()
+            found = most_memory(this.device, graph)
+            rows.append(Row(name, "measured: of a denoiser call", [] if found is None else [found], " MiB",
+                            text="does not fit" if found is None else ""))  # fmt: skip
+            del unet, work, graph
+    note = (
+        "What is kept for gradients of one image with guidance, in float32 (half in half precision): every tensor "
+        "that an operator saves, counted once, without running it (`scripts/bench/kept.py`), and the peak of one such "
+        "call that was run, which holds what is under way, too."
+    )
+    return note, rows

@@ -20,6 +20,12 @@ def test_the_mean_over_prompts_is_the_squared_mean_of_roots():
     np.testing.assert_allclose(found[0], [0.8, 7.2])
 
 
+def test_the_mean_over_prompts_may_be_the_geometric_one():
+    found = steadied(np.array([[1.0, 9.0], [0.0, 0.0], [0.0, 4.0]]), "geometric")
+    np.testing.assert_allclose(found.mean(axis=1), [3, 0, 0])
+    np.testing.assert_allclose(found[0], [0.6, 5.4])
+
+
 def test_ratios_by_hand():
     estimates = np.array([[2.0, 4.0], [1.0, 1.0], [3.0, 5.0]])
     real = np.array([[4.0, NAN], [0.5, NAN], [NAN, NAN]])

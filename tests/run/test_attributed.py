@@ -89,6 +89,8 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
     code, out, _ = cli(*ASKED, "attribution.candidates=4", "dry_run=true")
     assert "candidates lesioned to rank them: 4 on 1 prompt; at most 4 images more" in out
     monkeypatch.setattr(job, "loaded", refuse)
+    code, _, err = cli(*ASKED, "attribution.mean=geometric", "attribution.candidates=4", "dry_run=true")
+    assert code == 0, err  # another mean of the same estimates
     assert cli(*ASKED, "attribution.candidates=4")[0] == 0
     assert json.loads((cli.newest() / "certificate.json").read_text()) == told
 
@@ -101,6 +103,7 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
         ("candidates", 10, "must be 0, or more than attribution.top (10); got 10"),
         ("threshold", 3, "must be null or a number in (0, 2); got 3"),
         ("view", "pixels", "got 'pixels'; allowed: clip, latent"),
+        ("mean", "median", "got 'median'; allowed: root, geometric"),
         ("signed", [3], "must be null or names of metrics; got [3]"),
     ],
 )

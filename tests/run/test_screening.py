@@ -135,6 +135,13 @@ def test_lesions_chosen_by_real_ones_leave_a_fair_sample_of_the_rest():
     assert abs(np.mean(errors)) < 3 * np.std(errors) / np.sqrt(len(errors)) + 0.02
 
 
+def test_the_ranking_is_by_the_mean_that_is_asked_for():
+    effects = np.array([[1.0, 16.0], [5.0, 5.0], [0.1, 0.1], [0.2, 0.2]])  # squared mean of roots: 6.25 before 5
+    for mean, highest in (("root", [0, 1]), ("geometric", [1, 0])):  # geometric: 4 after 5
+        screening, _ = planted(effects, 0.0, 1, Attribution(top=2, sample=2, mean=mean))
+        assert screening.chosen[0] == highest
+
+
 def test_images_that_are_not_valid_leave_the_estimates():
     screening, _ = planted(effects_of(10, 4, 1), 0.5, 1, Attribution(top=2, sample=2, candidates=4))
     while screening.look(lambda cell, metric: float("nan")):

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import benchmark
-from bench import architectures, engine, report, scale, setup, speed
+from bench import architectures, engine, kept, report, scale, setup, speed
 from bench.report import NOT_MEASURED, Row
 
 # Parameters of the published weights.
@@ -100,6 +100,20 @@ def loud_again():
     level = log.level
     yield
     log.setLevel(level)
+
+
+def test_what_gradients_keep_is_counted_without_computing_it():
+    """By hand; and of a real call of the embedded model, which keeps what the count on no device says."""
+    given = torch.ones(3, 5, requires_grad=True)
+    linear = torch.nn.Linear(5, 7).requires_grad_(False)
+    gelu = torch.nn.GELU()
+    assert kept.kept(lambda: gelu(linear(given)), linear) == 3 * 7 * 4  # what goes into the GELU
+    assert kept.kept(lambda: linear(given), linear) == 0  # the weight alone
+    size = kept.Size("embedded", 64)
+    unet, (decoder, latents) = size.unet("cpu"), size.decoder("cpu")
+    real = kept.kept(kept.denoiser_call(size, unet), unet), kept.kept(lambda: decoder(latents), decoder)
+    assert kept.counted(size) == pytest.approx(real, rel=0.01)
+    assert kept.counted(kept.Size("sd15", 128, small=True))[0] > kept.counted(kept.Size("sd15", 64, small=True))[0] > 0
 
 
 @pytest.mark.slow

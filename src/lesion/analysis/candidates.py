@@ -12,15 +12,22 @@ Floats = NDArray[np.float64]
 PRIOR = 1.0  # prompts' worth of what all candidates show together
 
 
-def steadied(estimates: Floats) -> Floats:
-    """Estimates whose mean over prompts is the squared mean of their roots, (lesions, prompts).
+def steadied(estimates: Floats, mean: str = "root") -> Floats:
+    """Scale each lesion's estimates so that their mean over prompts is another mean of them, (lesions, prompts).
+
+    mean: `root`, the squared mean of their roots, or `geometric`.
 
     Estimates are squares, each with an error of its own that may be many times what it estimates; few prompts then
     decide their mean. Half the squared mean of |J| over prompts orders lesions better than the mean of half its square
-    (docs/attribution.md). Each lesion's are scaled by one factor.
+    (docs/attribution.md).
     """
     means = estimates.mean(axis=1, keepdims=True)
-    found: Floats = np.sqrt(estimates).mean(axis=1, keepdims=True) ** 2 / np.where(means > 0, means, 1.0) * estimates
+    if mean == "geometric":
+        with np.errstate(divide="ignore"):
+            wanted = np.exp(np.log(estimates).mean(axis=1, keepdims=True))  # 0 where one of them is
+    else:
+        wanted = np.sqrt(estimates).mean(axis=1, keepdims=True) ** 2
+    found: Floats = wanted / np.where(means > 0, means, 1.0) * estimates
     return found
 
 

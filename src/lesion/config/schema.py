@@ -140,6 +140,7 @@ class AttributionConf:
     signed: Any = None
     probes: Any = 4
     points: Any = 0.0
+    mean: str = "root"
     seed: Any = 0
     checkpointing: Truth = False
 

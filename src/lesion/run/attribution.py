@@ -87,7 +87,7 @@ class Screening:
 
     def __init__(self, found: Estimates):
         self.found = found
-        self.estimates = candidates.steadied(found.by_prompt(found.effects))
+        self.estimates = candidates.steadied(found.by_prompt(found.effects), found.asked.mean)
         self.real = np.full(self.estimates.shape, np.nan)
         self.number = 1
         self._looked = np.zeros(self.estimates.shape, bool)
@@ -368,7 +368,7 @@ def certified(
         ).as_data()
     return table, {**judged.as_data(), **_costs(screening), "signed": signed,
                    "identical_at_zero": {"yes": True, "no": False}.get(found.facts["identical"]),
-                   "estimator": found.asked.estimator}  # fmt: skip
+                   "estimator": {**found.asked.estimator, "mean": found.asked.mean}}  # fmt: skip
 
 
 def _named(lesion: Lesion) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lesion.study.lesions import Lesion, digest_of
 FORMAT = 3  # raise it when the same request would give other estimates
 NAMES = ("none", "gradients")
 VIEWS = ("clip", "latent")
+MEANS = ("root", "geometric")
 SELECTION = "leave_one_out"  # whose lesions are estimated
 
 
@@ -28,6 +29,7 @@ class Attribution:
     view: what effects are measured in, the scorer's CLIP embedding or the final latents.
     signed: metrics whose change is estimated, too, to first order and with its sign; None for all that have gradients.
     probes: random directions an image. points: strengths of all lesions whose gradients are averaged, ascending.
+    mean: of estimates over prompts (`analysis.candidates.steadied`).
     seed: of directions and sample. checkpointing: keep less of each denoiser call, and run it again.
     """
 
@@ -42,6 +44,7 @@ class Attribution:
     seed: int = 0
     checkpointing: bool = False
     signed: tuple[str, ...] | None = None
+    mean: str = MEANS[0]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Attribution | None:
@@ -80,12 +83,13 @@ class Attribution:
             config["seed"],
             bool(config["checkpointing"]),
             None if signed is None else tuple(dict.fromkeys(signed)),
+            one_of("attribution.mean", config["mean"], MEANS),
         )
 
     @property
     def estimator(self) -> dict[str, Any]:
         """What of it can change estimates, as JSON data; checkpointing only rounds."""
-        others = ("top", "sample", "candidates", "threshold", "checkpointing")
+        others = ("top", "sample", "candidates", "threshold", "checkpointing", "mean")
         return {"format": FORMAT, **{name: value for name, value in asdict(self).items() if name not in others}}
 
     def check(self, study: Study) -> None:
