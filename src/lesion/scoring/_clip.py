@@ -14,6 +14,7 @@ from PIL import Image
 from lesion.scoring._clip_weights import advice, identity, load, resolve
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit
 from lesion.scoring._metric import Metric, OptionError, ScorerError
+from lesion.scoring._resizing import of_transforms
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ class Embedder:
     def __init__(self, model: Any, preprocess: Any, tokenizer: Any, device: torch.device):
         self.model, self.preprocess, self.tokenizer = model, preprocess, tokenizer
         self.device = device
+        self._batches = of_transforms(getattr(preprocess, "transforms", ()), device)
         self.context_length: int = tokenizer.context_length
         self.images: Memory[NDArray[np.uint8]] = Memory(digest, self._embed_images)
         self.texts: Memory[str] = Memory(str, self._embed_texts)
@@ -66,7 +68,10 @@ class Embedder:
 
         from lesion.scoring._exact import exact
 
-        pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])  # (n, 3, size, size)
+        if self._batches:
+            pixels = self._batches(images)
+        else:
+            pixels = torch.stack([self.preprocess(Image.fromarray(image)) for image in images])
         with exact(self.device):
             return unit(self.model.encode_image(pixels.to(self.model.logit_scale)))
 

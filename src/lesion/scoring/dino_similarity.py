@@ -22,6 +22,7 @@ from PIL import Image
 
 from lesion.scoring import Metric, OptionError, ScorerError, Shot, _hub_models
 from lesion.scoring._embeddings import Memory, Vectors, digest, unit, with_baselines
+from lesion.scoring._resizing import Box, Preprocessing, every_byte
 from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
@@ -71,15 +72,23 @@ def preprocess(image: NDArray[np.uint8]) -> torch.Tensor:
 
     image: (height, width, 3), 0-255. Returns (3, 224, 224), float32.
     """
-    import torch
+    height, width, top, left = _box(*image.shape[:2])
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return _scaled(np.asarray(picture.crop((left, top, left + CROP, top + CROP))))
 
-    height, width = image.shape[:2]
+
+def _box(height: int, width: int) -> Box:
+    """Height and width that an image is resized to, top and left of its middle."""
     short = min(height, width)
     height, width = RESIZE * height // short, RESIZE * width // short
-    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - CROP) // 2, (height - CROP) // 2
-    pixels = np.asarray(picture.crop((left, top, left + CROP, top + CROP)), dtype=np.float32) / 255
-    scaled = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
+    return height, width, (height - CROP) // 2, (width - CROP) // 2
+
+
+def _scaled(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """(height, width, 3), 0-255 -> (3, height, width), float32, in ImageNet's scale."""
+    import torch
+
+    scaled = (torch.from_numpy(pixels.astype(np.float32) / 255) - torch.tensor(MEAN)) / torch.tensor(STD)
     return scaled.permute(2, 0, 1).contiguous()
 
 
@@ -88,17 +97,16 @@ class DinoEmbedder:
 
     def __init__(self, model: Any, device: torch.device):
         self.model, self.device = model, device
+        self._preprocess = Preprocessing(preprocess, CROP, _box, _scaled(every_byte())[:, 0], device)
         self.images: Memory[NDArray[np.uint8]] = Memory(digest, self._embed)
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> Vectors:
-        import torch
-
         from lesion.scoring._exact import exact
 
-        pixels = torch.stack([preprocess(image) for image in images])  # (n, 3, 224, 224)
+        pixels = self._preprocess(images)
         with exact(self.device):
             # The CLS token of the last layer behind the final LayerNorm: Dinov2Model's pooler_output.
-            return unit(self.model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0])
+            return unit(self.model(pixel_values=pixels).last_hidden_state[:, 0])
 
 
 def resolve(name: str) -> tuple[Path, Path]:
