@@ -266,7 +266,7 @@ def test_a_report_drawn_by_two_processes_has_the_same_files(tmp_path, monkeypatc
         made = []
         monkeypatch.setattr(Call, "_make", lambda self, make=Call._make: made.append(self) or make(self))
         listed["two"] = write_report(Path("two"), frame, floor, known=known, styles=["own.mplstyle"], processes=two)
-        assert len(calls) - len(made) > 3  # the other process drew some of them
+        assert len(calls) > len(made)  # the other process drew some of them
     names = [[path.relative_to(name) for path in paths] for name, paths in listed.items()]
     assert names[0] == names[1]
     assert len(names[0]) > 30
