@@ -11,6 +11,7 @@
   planted populations.
 - `claims`: how often a report, and a confirmatory study, claims anything (family-wise) where nothing is true.
 - `ratios`: importance divided by what another seed or prompt changes, of a dense and a sparse layer, and these floors.
+- `floors`: the floor of other prompts alone, in more data sets.
 - `shapley`: Shapley limits where orders are drawn anew, too.
 """
 
@@ -363,8 +364,20 @@ def ratios(times: int) -> Iterator[Row]:
             yield row | {"+-": error(times)}
 
 
+def floors(times: int) -> Iterator[Row]:
+    """The floor of other prompts alone, own noise: many data sets in little time."""
+    for prompts in (12, 24, 49):
+        rng, hits = np.random.default_rng([prompts, 4]), 0
+        for _ in range(times):
+            pairs = _pairs(rng, np.ones(prompts), np.zeros((prompts, 4)), np.zeros(4))
+            one = noise_floor(pairs[pairs["prompt_id_a"] != pairs["prompt_id_b"]]).set_index("floor")
+            hits += one.loc["other_prompts", "low"] <= 0.5 <= one.loc["other_prompts", "high"]
+        yield {"prompts": prompts, "floor of other prompts, %": percent(hits, times), "+-": error(times)}
+
+
 TABLES = {
     "ratios": ratios,
+    "floors": floors,
     "seeds": seeds,
     "sparse": sparse,
     "ranks": rank_intervals,

@@ -18,6 +18,7 @@ import simulate_inference
     [
         pytest.param(budget_saving, [], 10, marks=pytest.mark.slow),
         (simulate_inference, ["seeds"], 21),
+        (simulate_inference, ["floors"], 3),
         pytest.param(simulate_inference, ["shapley"], 4, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["sparse"], 28, marks=pytest.mark.slow),
         pytest.param(simulate_inference, ["ranks"], 12, marks=pytest.mark.slow),
