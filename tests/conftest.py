@@ -170,10 +170,13 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports of tables and a page: figures and grids take most of the time. For tests that look at neither."""
     from lesion.report.pictures import Drawn
 
-    for name in ("of_setting", "over_settings"):
-        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
-    for name in ("comparisons", "layer_grids"):
-        monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
+    for name in (
+        "illustrations.of_setting",
+        "illustrations.over_settings",
+        "pictures.comparisons",
+        "pictures.layer_grids",
+    ):
+        monkeypatch.setattr(f"lesion.report.{name}", lambda *args: Drawn([], 0))
 
 
 get_mode = Hydra.get_mode
