@@ -16,6 +16,7 @@ from torch import nn
 
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import State, States, _capture, _restore, first_step
+from lesion.models import memory, text_cache
 from lesion.models.schedulers import FLOW, SCHEDULERS, make
 from lesion.models.text_cache import TextMemory
 from lesion.replacements.mean import Mean
@@ -205,21 +206,42 @@ def test_text_is_encoded_again_when_anything_of_the_encoder_has_changed(tiny_mod
         assert encoded() and not encoded()
 
 
+class Encoder(nn.Module):
+    """Of three tokens: features of 3 x 4 float32 and their sum, 56 bytes."""
+
+    def forward(self, ids):
+        return (ids.float()[..., None].expand(-1, -1, 4), ids.sum(1, keepdim=True))
+
+
+class Pipe:
+    components: ClassVar = {"text_encoder": Encoder(), "unet": nn.Linear(1, 1)}
+
+
 def test_text_memory_forgets_the_oldest():
-    class Encoder(nn.Module):
-        def forward(self, ids):
-            return (ids.float()[..., None].expand(-1, -1, 4), ids.sum(1, keepdim=True))
-
-    class Pipe:
-        components: ClassVar = {"text_encoder": Encoder(), "unet": nn.Linear(1, 1)}
-
-    memory, encoder = TextMemory(limit=2 * (3 * 4 * 4 + 8)), Pipe.components["text_encoder"]
+    memory, encoder = TextMemory(limit=2 * 56), Pipe.components["text_encoder"]
     ids = torch.arange(9).reshape(3, 3)
     with memory.attached(Pipe):
         for rows in ([0, 1], [1, 0, 1], [2], [0, 1, 2]):
             features, total = encoder(ids[rows])
             assert torch.equal(features[..., 0], ids[rows].float()) and torch.equal(total[:, 0], ids[rows].sum(1))
             assert len(memory.kept) <= 2
+
+
+def test_text_features_stay_on_the_accelerator_until_its_memory_runs_out(monkeypatch):
+    monkeypatch.setattr(text_cache, "_apart", lambda device: True)  # as if main memory were another one
+    texts, encoder, copied = TextMemory(near=2 * 56), Pipe.components["text_encoder"], []
+    used = texts.kept.used
+    monkeypatch.setattr(texts.kept, "used", lambda key: copied.append(key) or used(key))
+    ids = torch.arange(9).reshape(3, 3)
+    with texts.attached(Pipe):
+        for rows, copies in (([0, 1], 2), ([1, 0], 2), ([2, 2], 3), ([0, 2], 3), ([1, 0], 4), ([0, 1, 2], 5)):
+            features, total = encoder(ids[rows])
+            assert torch.equal(features[..., 0], ids[rows].float()) and torch.equal(total[:, 0], ids[rows].sum(1))
+            assert len(copied) == copies and len(texts.near) == 2, rows
+            features.zero_()  # what a pipeline does with its features is no business of those that are kept
+        memory.release("cpu")
+        assert len(texts.near) == 0 and len(texts.kept) == 3
+        assert torch.equal(encoder(ids)[0][..., 0], ids.float()) and len(copied) == 8
 
 
 def test_keys_and_values_of_the_text_are_computed_once_a_call(tiny_model):

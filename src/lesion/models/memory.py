@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -86,11 +88,28 @@ def usable() -> bool:
     return torch.cuda.is_available()
 
 
+class Spare(Protocol):
+    """What only saves work, and can be made again."""
+
+    def clear(self) -> None: ...
+
+
+_spare: weakref.WeakSet[Spare] = weakref.WeakSet()
+
+
+def gives_back(spare: Spare) -> None:
+    """Have it cleared where memory runs out."""
+    _spare.add(spare)
+
+
 def release(device: str) -> None:
-    """Give back what nobody uses any more, after running out: objects in cycles, then what the allocator keeps.
+    """Give back what nobody uses any more, after running out: what only saves work, objects in cycles, then what the
+    allocator keeps.
 
     Not from within an `except`: there the error's traceback still holds the tensors of the call that failed.
     """
+    for spare in list(_spare):
+        spare.clear()
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lesion.denoising.wrapping import forward_replaced
+from lesion.models import memory
 from lesion.surgery.components import ComponentLesions
 
 _CAPTURING = "transformers.utils.output_capturing"  # puts hooks that only look on a model at its first call
 KEPT_BYTES = 2 << 30  # of text features in main memory, least recently used first out
+NEAR_BYTES = (
+    256 << 20
+)  # of these also on the accelerator, so that batches need no copy; given back where memory runs out
 
 
 def _rows(value: Any, pick: Callable[[Tensor], Any]) -> Any:
@@ -67,16 +71,18 @@ class TextMemory:
     Features are remembered by all that can change them: the arguments of the call, the state of the encoder
     (`state_of`) and the lesion under which a row is encoded.
     A single row is kept apart from rows of larger batches: its features differ in the last bits.
+
+    limit: bytes in main memory. near: bytes of copies on the accelerator.
     """
 
-    def __init__(self, limit: int = KEPT_BYTES):
-        self.limit, self.held = limit, 0
-        self.kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+    def __init__(self, limit: int = KEPT_BYTES, near: int = NEAR_BYTES):
+        self.kept, self.near = _Lately(limit), _Lately(near)
+        memory.gives_back(self.near)
 
     def clear(self) -> None:
         """Forget everything."""
         self.kept.clear()
-        self.held = 0
+        self.near.clear()
 
     @contextmanager
     def attached(self, pipe: Any, lesions: ComponentLesions | None = None) -> Iterator[None]:
@@ -119,22 +125,57 @@ class TextMemory:
                 with lesions.at_work(name, part, what):
                     found = forward(*(some[place] for place in range(len(args))), **{key: some[key] for key in kwargs})
                 for place, key in enumerate(new):
-                    self._keep(key, _row(found, place))
-            for key in names:
-                self.kept.move_to_end(key)
-            whole = _joined([self.kept[key] for key in names])
-            self._forget()
-            return _rows(whole, lambda tensor: tensor.to(ids.device))
+                    self.kept.add(key, _row(found, place))
+            whole = _joined([self._at(key, ids.device) for key in names])
+            self.kept.forget()
+            self.near.forget()
+            return whole
 
         return remembering
 
-    def _keep(self, key: tuple[Any, ...], value: Any) -> None:
-        self.kept[key] = value
+    def _at(self, key: tuple[Any, ...], device: torch.device) -> Any:
+        """The features of a key on a device."""
+        if not _apart(device):
+            return self.kept.used(key)
+        place = (key, device)
+        if place not in self.near:
+            self.near.add(place, _rows(self.kept.used(key), lambda tensor: tensor.to(device)))
+        return self.near.used(place)
+
+
+class _Lately:
+    """Values of at most `limit` bytes, by key; `forget` drops those that were not used for longest."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held = limit, 0
+        self._values: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, key: tuple[Any, ...], value: Any) -> None:
+        self._values[key] = value
         self.held += _size(value)
 
-    def _forget(self) -> None:
-        while self.held > self.limit and self.kept:
-            self.held -= _size(self.kept.popitem(last=False)[1])
+    def used(self, key: tuple[Any, ...]) -> Any:
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def forget(self) -> None:
+        while self.held > self.limit and self._values:
+            self.held -= _size(self._values.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        self._values.clear()
+        self.held = 0
+
+
+def _apart(device: torch.device) -> bool:
+    """Whether a device has a memory of its own."""
+    return device.type != "cpu"
 
 
 class Forgetful(TextMemory):
