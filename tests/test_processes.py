@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +145,20 @@ def test_ctrl_c_of_a_terminal_does_not_reach_them_and_they_end_with_this_process
         assert b"lesion.processes" in command_of(int(pid))
         parent.kill()
     wait(lambda: b"lesion.processes" not in command_of(int(pid)))
+
+
+def test_one_that_still_prepares_ends_with_this_process_too():
+    code = (
+        "import time; from lesion.processes import Processes\n"
+        "several = Processes(1, ['signal:pause']); several.start()\n"
+        "print(*(one.pid for one in several._running.values()), flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        wait(lambda: Path(f"/proc/{pid}/task").is_dir() and len(os.listdir(f"/proc/{pid}/task")) > 1)  # it prepares
+        parent.kill()
+    wait(lambda: b"lesion.processes" not in command_of(pid))
 
 
 def in_a_daemon() -> None:

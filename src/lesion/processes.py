@@ -203,9 +203,12 @@ def _serve(prepare: Sequence[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     back = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed must not come between
-    thread = threading.Thread(target=_prepare, args=(prepare,), daemon=True)
+    thread, parent = threading.Thread(target=_prepare, args=(prepare,), daemon=True), os.getppid()
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(0.5)
+        if os.getppid() != parent:  # it died, so that nobody will read an answer
+            os._exit(0)
     signal.signal(signal.SIGTERM, _leave)
     _send(back, None)
     while True:
