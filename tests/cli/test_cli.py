@@ -124,6 +124,24 @@ def test_dry_run_counts_and_makes_nothing(cli, monkeypatch):
     assert not (cli.folder / "store").exists()
 
 
+def test_dry_run_leaves_no_folder_of_its_own(cli):
+    (cli.folder / "mine" / "empty").mkdir(parents=True)
+    for arguments in (
+        ["hydra.run.dir=${now:%Y}/${now:%H-%M-%S}"],
+        ["hydra.run.dir=mine/new/deep"],
+        ["hydra.run.dir=new"],
+        ["-m", "replacement=zero,null_prompt", "hydra.sweep.dir=${now:%Y}/${now:%H-%M-%S}"],
+        ["-m", "replacement=zero,null_prompt", "hydra.sweep.dir=mine/swept"],
+    ):
+        assert cli("dry_run=true", *arguments)[0] == 0
+        assert sorted(cli.folder.rglob("*")) == [cli.folder / "mine", cli.folder / "mine" / "empty"], arguments
+    assert cli("dry_run=true", "hydra.run.dir=mine/empty")[0] == 0
+    assert (cli.folder / "mine" / "empty").is_dir()  # it was there before
+    (cli.folder / "mine" / "notes.txt").write_text("mine")
+    assert cli("dry_run=true", "hydra.run.dir=mine")[0] == 0
+    assert (cli.folder / "mine" / "notes.txt").read_text() == "mine"
+
+
 REFUSALS = [
     (["generation.step=3"], ["step", "steps"]),
     (["generation.steps=many"], ["generation.steps", "whole number"]),

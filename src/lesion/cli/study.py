@@ -130,8 +130,10 @@ def _job(config: DictConfig, details: Any) -> None:
         run(request, context, surveyed)
     except RequestError:  # found only while the model was loaded
         if not multirun:
-            folder.emptied(context.folder, f"{details.job.name}.log")
+            folder.emptied(context.folder, f"{details.job.name}.log", _new)
         raise
+    if request.dry_run:  # Hydra has written what was asked
+        folder.emptied(context.folder, f"{details.job.name}.log", _new)
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Checked:
 
 
 _checked: list[Checked] = []  # the job of this run, as `CheckFirst` found it right, so that it need not do so again
+_new: list[Path] = []  # folders that were not there before this run or sweep, the innermost first
 _started: list[Path] = []  # folders of the jobs of this process that began: from then on what is there is written
 
 
@@ -176,9 +179,11 @@ class CheckFirst(Callback):
                 finisher.begin(Path(config.hydra.sweep.dir), jobs, asked)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from lesion.run import folder
         from lesion.run.job import sweep
 
         sweep.end()
+        folder.emptied(Path(config.hydra.sweep.dir).absolute(), "multirun.yaml", _new)  # if all its jobs were dry runs
 
 
 class SweepReport(Callback):
@@ -354,6 +359,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
                 raise RequestError(
                     f"models.{name}", f"is for model={name}; the jobs' models: {', '.join(sorted(choices))}"
                 )
+    _new[:] = [one for one in (place, *place.parents) if not os.path.lexists(one)]
     if not timed:
         for own, asked in wanted.items():
             folder.claim(own, asked, key)
@@ -362,6 +368,7 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         place = folder.fresh(place)
     except OSError as error:
         raise RequestError(key, f"{str(place)!r} cannot be made: {error.strerror}") from None
+    _new[:] = [place, *(one for one in _new if one in place.parents)]
     with read_write(config), open_dict(config):
         config.hydra[mode].dir = str(place)
         if mode == "sweep":  # each job's config is composed from these anew
@@ -441,6 +448,7 @@ def _main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed with a traceback
     _started.clear()
     _checked.clear()
+    _new.clear()
     register(conf_dir())
     if "--version" in sys.argv[1:]:
         print(f"lesion {lesion.__version__}")

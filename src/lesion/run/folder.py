@@ -124,13 +124,18 @@ def claim(folder: Path, request: Mapping[str, Any], key: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def emptied(folder: Path, log: str) -> None:
-    """Remove a run folder that has nothing but what Hydra and `claim` write at the start; another is left alone."""
+def emptied(folder: Path, log: str, new: Collection[Path]) -> None:
+    """Remove a run folder that has nothing but what Hydra and `claim` write at the start; another is left alone.
+
+    new: folders that this run made, the innermost first; no folder that was there before is removed.
+    """
     with suppress(OSError):
-        if {path.name for path in folder.iterdir()} <= {RECORD.parts[0], log}:
+        made = any(folder.is_relative_to(one) for one in new)
+        if made and {path.name for path in folder.iterdir()} <= {RECORD.parts[0], log}:
             shutil.rmtree(folder)
-            for parent in folder.parents[:2]:  # outputs/DATE, if it was the first of all
-                parent.rmdir()
+            for parent in folder.parents:  # outputs/DATE, if it was the first of all
+                if parent in new:
+                    parent.rmdir()
 
 
 def planned(folder: Path, plan: Mapping[str, Any]) -> None:
