@@ -55,6 +55,8 @@ def job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     details = HydraConfig.get()
+    # submitit logs in its handlers of signals: while a line is written, that cannot be, and prints a traceback.
+    logging.raiseExceptions = False
     # Hydra keeps what a job raises for the process that launched it, and submitit then ends the job's own as a success.
     failed: list[Exception] = []
     if SUBMITIT in os.environ:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import std
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -54,7 +55,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 for _chatty in ("fontTools", "matplotlib", "PIL"):  # their INFO lines would drown ours
     logging.getLogger(_chatty).setLevel(logging.WARNING)
-tqdm.set_lock(threading.RLock())  # its own starts a process, which complains when this one is killed
+# Every bar's own lock starts a process, which complains when this one is killed.
+std.tqdm.set_lock(threading.RLock())
 sweep = Sweep()  # how far the multirun of this process is
 AHEAD = 60.0  # seconds before the last image, roughly, in which these import what they need
 UNFINISHED = "unfinished"  # folder of the store with what trackers keep of studies that have not finished
