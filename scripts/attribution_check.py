@@ -116,6 +116,12 @@ SIZE = 8  # of a batch
 CANDIDATES = {"16 layers": (8, 12), "64 heads x 4 windows": (15, 20, 30, 60)}  # of plain estimators
 
 
+class Values(Strengths):
+    """Lesions at their strengths, without gradients and what these would keep in memory."""
+
+    throughout = False
+
+
 @dataclass
 class Part:
     """One study of a grid. ordinary: CPU seconds of an image."""
@@ -166,7 +172,7 @@ class Part:
             shape = len(lesions), len(cells)
             chosen.append(drawn.choice([-1.0, 1.0], shape) if small else drawn.random(shape) < SUBSET)
             strengths = torch.tensor(chosen[-1] * (SMALL if small else 1.0) * bool(number), dtype=torch.float32)
-            client = Strengths(self.model.anatomy, lesions, strengths, interventions)
+            client = Values(self.model.anatomy, lesions, strengths, interventions)
             with torch.no_grad():
                 images = call(self.model, [c.prompt for c in cells], generators([c.noise_seed for c in cells]),
                               cells[0].settings, [client])  # fmt: skip
