@@ -366,7 +366,7 @@ def looked(tmp_path_factory) -> Path:
         with_maps(folder / name, study(folder / name, (prompt,), (0,), size=16))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("of_setting", "over_settings"):  # figures, which take most of the time
-            patch.setattr(report.illustrations, name, lambda *_: [])
+            patch.setattr(report.illustrations, name, lambda *_: pictures.Drawn([], 0))
         assert main([*(str(folder / name) for name in "0ab"), "--out", str(folder / "out")]) == 0
     for name in "0ab":
         shutil.rmtree(folder / name)
@@ -529,6 +529,7 @@ def opened(request, browser, tmp_path_factory) -> tuple[Browser, pd.DataFrame, P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "INLINE_ROWS", 10 if request.param == "beside" else 10_000)
         assert len(html.write(folder, frame, sections, page_data(frame, {}))) == (2 if request.param == "beside" else 1)
+    browser.open("about:blank")  # so that the page before asks for nothing more
     browser.complaints.clear()
     browser.requests.clear()
     browser.open((folder / "report.html").as_uri())

@@ -137,21 +137,21 @@ def test_figures_by_layer_by_depth_and_of_many_models():
     frame = pd.concat([one[one["replacement"] != "mean"].assign(model=f"m{n}") for n in range(6)], ignore_index=True)
     drawn = illustrations._besides(estimated(frame))
     assert [stem for _, stem, _ in drawn] == ["side-by-side--importance", "side-by-side--sufficiency"]
-    assert [tick.get_text() for tick in drawn[0][0].axes[0].get_xticklabels()] == [f"m{n}" for n in range(6)]
-    ((figure, stem, _),) = illustrations._besides(estimated(two_models()))
-    lines = {line.get_label(): line for line in figure.axes[0].containers}
+    assert [tick.get_text() for tick in drawn[0][0]().axes[0].get_xticklabels()] == [f"m{n}" for n in range(6)]
+    ((build, stem, _),) = illustrations._besides(estimated(two_models()))
+    lines = {line.get_label(): line for line in build().axes[0].containers}
     assert stem == "side-by-side" and list(lines) == ["tiny", "other"]  # along their depths
     apart = 0.6 / 5 / 2  # two sides share 0.6 of the room between layers
     assert lines["other"][0].get_xdata().tolist() == pytest.approx(np.array([0, 1 / 3, 2 / 3, 1]) + apart / 2)
     # Settings of one model lie at the same depths, and no point or bar over another.
     both = pd.concat([two_models(), two_models().assign(replacement="mean")], ignore_index=True)
-    ((figure, _, _),) = illustrations._besides(estimated(both))
-    drawn_lines = [line[0] for line in figure.axes[0].containers]
+    ((build, _, _),) = illustrations._besides(estimated(both))
+    drawn_lines = [line[0] for line in build().axes[0].containers]
     places = [place for line in drawn_lines for place in np.round(line.get_xdata().astype(float), 6)]
     assert len(drawn_lines) == 4 and len(set(places)) == len(places) == 18
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn_lines}) == 4
-    ((figure, _, _),) = illustrations._besides(estimated(one))
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == LAYERS  # a row a layer
+    ((build, _, _),) = illustrations._besides(estimated(one))
+    assert [tick.get_text() for tick in build().axes[0].get_yticklabels()] == LAYERS  # a row a layer
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_multirun_has_the_table_everywhere_and_the_audit_knows_it(tmp_path, mo
     for name in ("comparisons", "layer_grids"):
         monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
     for name in ("of_setting", "over_settings"):  # figures take most of the time
-        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: [])
+        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: Drawn([], 0))
     frame = two_models().assign(aspects="")
     for number, (_, part) in enumerate(frame.groupby("model", sort=False)):
         (tmp_path / str(number)).mkdir()

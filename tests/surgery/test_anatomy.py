@@ -135,7 +135,7 @@ def test_inspect_prints_a_local_folder(tiny_folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=nonesuch"], "model/nonesuch"),
+        (["model=nonesuch"], "model: there is no choice 'nonesuch'"),
         (["model=local", "model.id=/nonesuch"], "no folder '/nonesuch'"),
         (["component=hat"], "has no 'hat'; allowed: "),
         (["component=tokenizer"], "is no neural network"),
