@@ -18,7 +18,6 @@ import yaml
 from PIL import Image
 
 import lesion
-from lesion.report.pictures import Drawn
 from lesion.tracking import Guarded, JobInfo, Tracker, make_tracker, tracker_names
 from lesion.tracking import wandb as wandb_room
 from wandb_logs import merged, records
@@ -175,6 +174,8 @@ def test_an_offline_run_holds_everything(
 
 
 def test_a_steered_study_with_maps_is_logged_with_heat_maps_boxes_and_measures(cli, drawn, monkeypatch) -> None:
+    from lesion.report.pictures import Drawn  # not above: processes that import this file must not load matplotlib
+
     for name in ("of_setting", "over_settings"):  # figures take most of the time
         monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: Drawn([], 0))
     code, _, err = cli(
