@@ -17,7 +17,6 @@ from lesion.cli.report import report
 from lesion.errors import RequestError
 from lesion.report import beside, crossing, illustrations, tables
 from lesion.report.findings import Findings, findings
-from lesion.report.pictures import Drawn
 from planted import LAYERS, planted
 
 OWN = "up_blocks.7.attentions.3"  # a layer that only one model has
@@ -155,11 +154,7 @@ def test_figures_by_layer_by_depth_and_of_many_models():
 
 
 @pytest.mark.slow
-def test_a_multirun_has_the_table_everywhere_and_the_audit_knows_it(tmp_path, monkeypatch):
-    for name in ("comparisons", "layer_grids"):
-        monkeypatch.setattr(f"lesion.report.pictures.{name}", lambda *args: Drawn([], 0))
-    for name in ("of_setting", "over_settings"):  # figures take most of the time
-        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: Drawn([], 0))
+def test_a_multirun_has_the_table_everywhere_and_the_audit_knows_it(tmp_path, no_pictures):
     frame = two_models().assign(aspects="")
     for number, (_, part) in enumerate(frame.groupby("model", sort=False)):
         (tmp_path / str(number)).mkdir()

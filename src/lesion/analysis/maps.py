@@ -61,13 +61,18 @@ def speaking(maps: pd.DataFrame) -> pd.DataFrame:
     return words[speaks | ~speaks.groupby(words["prompt_id"]).transform("any")]
 
 
+def _by_aspect(maps: pd.DataFrame) -> pd.DataFrame:
+    """Rows of baselines' words of `speaking`: all of them as aspect `all`, then those with an aspect once more."""
+    part = speaking(maps[maps["selection"] == BASELINE])
+    return pd.concat([part.assign(aspect="all"), part[part["aspect"] != ""]])
+
+
 def layer_means(maps: pd.DataFrame) -> pd.DataFrame:
     """Means of baselines' maps by layer and aspect, over words and seeds, then prompts; in the order of the layers.
 
     maps: as in maps.parquet. Columns: map_layer, aspect (all: every word of `speaking`), n_prompts, and the measures.
     """
-    part = speaking(maps[maps["selection"] == BASELINE])
-    both = pd.concat([part.assign(aspect="all"), part[part["aspect"] != ""]])
+    both = _by_aspect(maps)
     keys = ["map_layer", "map_index", "aspect"]
     by_prompt = both.groupby([*keys, "prompt_id"], sort=False)[list(MEASURES)].mean().reset_index()
     found = by_prompt.groupby(keys, sort=False)
@@ -123,8 +128,7 @@ def maps_against_causes(
     Columns: aspect, measure, effect, correlation, low, high, n_prompts, n_layers.
     """
     effects = _effects(frame, metric, broken)
-    part = speaking(maps[maps["selection"] == BASELINE])
-    both = pd.concat([part.assign(aspect="all"), part[part["aspect"] != ""]])
+    both = _by_aspect(maps)
     dice = np.random.default_rng(seed)
     found = []
     for aspect, rows in both.groupby("aspect", sort=True):

@@ -201,16 +201,11 @@ class RunAudit:
             if not image:
                 continue
             check.looked += 1
-            path = self.store.path(str(key))
             if key in self.good:
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            path.symlink_to((self.folder / image).absolute())
             try:
-                self.good[str(key)] = self.store.get(str(key))
+                self.good[str(key)] = self._taken(str(key), self.folder / image)
             except Damaged as error:
-                path.unlink()
                 why = "it is not there" if not (self.folder / image).is_file() else str(error).partition(": ")[2]
                 check.differs.append(f"{image} (row {place}): {why}")
         for cell in self.study.cells() if self.study else ():
@@ -224,6 +219,17 @@ class RunAudit:
                 if name not in known and not path.is_dir():
                     check.differs.append(f"{name} is of no row of the results")
 
+    def _taken(self, key: str, picture: Path) -> Stored:
+        """Give this audit's store a picture; raise Damaged for one that is not as it was made."""
+        path = self.store.path(key)
+        path.unlink(missing_ok=True)
+        _link(path, picture)
+        try:
+            return self.store.get(key)
+        except Damaged:
+            path.unlink()
+            raise
+
     def _link_unsteered(self) -> list[str]:
         """Give this audit's store the unsteered pictures that the steered ones are compared with; their places."""
         found: list[str] = []
@@ -234,8 +240,7 @@ class RunAudit:
             place = places.place(cell)
             path, picture = self.store.path(cell.key), self.folder / place
             if picture.is_file() and not path.is_symlink():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.symlink_to(picture.absolute())
+                _link(path, picture)
             found.append(place)
         return found
 
@@ -320,14 +325,9 @@ class RunAudit:
             if WHOLE not in other or not set(other[WHOLE]) & set(frame[WHOLE]):
                 continue
             for key, image in other.loc[other["selection"] == BASELINE, ["cell", "image"]].itertuples(index=False):
-                path = self.store.path(str(key))
-                if image and not path.is_symlink():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.symlink_to((folder / image).absolute())
+                if image and not self.store.path(str(key)).is_symlink():
                     with suppress(Damaged):
-                        self.store.get(str(key))
-                        continue
-                    path.unlink()
+                        self._taken(str(key), folder / image)
 
     def _link_maps(self, request: Request, source: models.Source, frame: pd.DataFrame) -> None:
         """Give the images in this audit's store the attention maps that the run folder has of them."""
@@ -335,8 +335,7 @@ class RunAudit:
         for key, image in zip(frame["cell"], frame["image"]) if maps else ():
             path = self.folder / beside_image(str(image))
             if maps and image and path.is_file() and not (place := maps.path(str(key))).is_symlink():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(path.absolute())
+                _link(place, path)
 
     def _all_there(self) -> pd.Series:
         """Whether the picture of each row, and the baseline's, is as made."""
@@ -473,6 +472,11 @@ class RunAudit:
             "cuda",
         )
         return all(run.get(name) == here.get(name) for name in same)
+
+
+def _link(place: Path, target: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target.absolute())
 
 
 def _misread(path: Path, cell: Cell) -> str:

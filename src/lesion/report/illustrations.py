@@ -129,10 +129,8 @@ def _besides(found: Findings) -> list[_Figure]:
             table = one.table.set_index("layer")[[f"{measure} {name}" for name in one.names]].set_axis(
                 one.names, axis=1
             )
-            meaning, by = (
-                f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}",
-                " and ".join(one.differ),
-            )
+            meaning = f"{measure}: {'1 - ' if measure == 'importance' else ''}{found.metric}"
+            by = " and ".join(one.differ)
             build = partial(figures.heat_map, table, meaning, one.alike, measure == "importance", by)
             out.append((build, f"side-by-side--{measure}{end}", f"{text}: heat map of {measure}"))
     return out

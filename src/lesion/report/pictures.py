@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE
 from lesion.analysis.settings import BASELINE, Setting, in_order, slug
-from lesion.processes import Call, Processes
+from lesion.processes import MOST, Call, Processes, cores
 from lesion.report import grids
 from lesion.report.boxes import COLOURS, marks
 from lesion.report.canvas import load
@@ -60,7 +59,7 @@ class Pasted(Drawn):
 def in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
     """`work` of every item, in order. Pillow decodes, resizes and encodes without the interpreter's lock."""
     waiting = list(items)
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(MOST, cores())
     size = max(1, min(256, len(waiting) // (4 * threads)))  # handing over takes longer than looking for a small file
 
     def several(start: int) -> list[_Out]:

@@ -103,10 +103,8 @@ class Preprocessing:
         device: torch.device,
     ):
         self.one, self.side, self.box, self.table, self.device = one, side, box, table.to(device), device
-        self.in_batches = device.type not in (
-            "cpu",
-            "mps",
-        )  # Pillow is faster than a CPU's matrices; mps has no float64
+        # Pillow is faster than a CPU's matrices; mps has no float64.
+        self.in_batches = device.type not in ("cpu", "mps")
         self._orders: dict[tuple[int, ...], bool | None] = {}  # of the passes, by shape; None: neither is Pillow's
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
