@@ -37,6 +37,7 @@ from lesion.surgery.anatomy import Anatomy, Layer, Site, examine
 from lesion.surgery.hook_points import HookPoint
 from lesion.surgery.operation import replacement_key
 from lesion.surgery.tokens import Places, with_tokens
+from test_components import CALIBRATION
 
 ZERO = Replacement("zero")
 
@@ -149,18 +150,33 @@ def test_heads_of_a_unet_and_the_direction_of_the_mean(tiny_model, wide_open):
     np.testing.assert_allclose(found.effects, by_differences(model, lesions, interventions), rtol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["text_to_image", "block", "text_stream"])
-def test_joint_transformers(kind, joint_folder, wide_open):
+@pytest.mark.parametrize(
+    ("name", "kind", "replacement"),
+    [
+        ("sd3", "text_to_image", "zero"),
+        ("sd3", "block", "zero"),
+        ("sd3", "text_stream", "zero"),
+        ("sd3", "joint_attention", "mean"),
+        ("sd3", "block", "mean"),
+        ("flux", "text_to_image", "zero"),
+        ("flux", "block", "mean"),
+    ],
+)
+def test_joint_transformers(name, kind, replacement, folder_of, wide_open, tmp_path):
     loading.forget()
-    model = precise(models.load(models.resolve(tiny_spec(joint_folder)), "cpu"), kind=kind)
-    lesions = lesions_of(model, kind)[:2]
-    interventions = {replacement_key(lesions[0]): Zero()}
-    asked = {"scheduler": "FlowMatchEulerDiscreteScheduler"}
-    found = estimate(model, lesions, cells_of(model, **asked), interventions, view, 4)
+    model = precise(models.load(models.resolve(tiny_spec(folder_of(name))), "cpu"), kind=kind)
+    asked = {"scheduler": "FlowMatchEulerDiscreteScheduler", "embedded_guidance": True if name == "flux" else None}
+    cells = cells_of(model, **asked)
+    options = CALIBRATION if replacement == "mean" else {}
+    lesions = lesions_of(model, kind, replacement=replacements.describe(replacement, options))[:2]
+    bench = replacements.Bench(model, cells[0].settings, tmp_path, 2)
+    interventions = {replacement_key(lesions[0]): replacements.build(replacement, options, bench)}
+    found = estimate(model, lesions, cells, interventions, view, 4)
     expected = by_differences(model, lesions, interventions, **asked)
     rtol = 0.05 if kind == "text_stream" else 0.03  # the smallest of its effects is near what float32 rounds
     np.testing.assert_allclose(found.effects, expected, rtol=rtol, atol=1e-4 * expected.max())
-    plain = generate(model, cells_of(model, **asked), {})
+    assert (expected.max(axis=1) > 1e-9).all()
+    plain = generate(model, cells, {})
     assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
 
 

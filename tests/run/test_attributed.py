@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import pandas as pd
 import pytest
 from scipy import stats
 
+from lesion.cli import report
 from lesion.config.schema import AttributionConf
 from lesion.errors import RequestError
+from lesion.report.attribution import certificate_lines
 from lesion.study.attribution import Attribution
 from lesion.study.lesions import Lesion, Replacement
 
@@ -95,6 +98,39 @@ def test_a_study_of_six_lesions_makes_four_and_certifies_the_rest(cli, monkeypat
     assert json.loads((cli.newest() / "certificate.json").read_text()) == told
 
 
+def tokens(by):
+    return ["attribution=gradients", "attribution.top=2", "attribution.sample=2", f"layers.by={by}",
+            "layers.tokens=['re:^(red|stars)$',padding,end,begin,words]", "generation.steps=1"]  # fmt: skip
+
+
+def test_sets_of_tokens_are_estimated_and_certified(cli):
+    code, out, err = cli(*tokens("token"), "layers.include=null")
+    assert code == 0, err
+    folder = cli.newest()
+    table, told = pd.read_parquet(folder / "attribution.parquet"), json.loads((folder / "certificate.json").read_text())
+    names = ["re:^(red|stars)$", "padding", "end", "begin", "words"]
+    assert table["layer"].tolist() == [f"denoiser.tokens.{name}" for name in names]
+    assert (table["estimate"] > 0).all() and table["lesioned"].sum() == 4 and told["identical_at_zero"] is True
+    assert "attribution of 5 lesions by gradients, certified by 4 that were made" in out
+
+
+def test_the_page_of_an_attribution_says_what_it_is(cli, drawn):
+    code, out, err = cli(*tokens("attention_token"), "layers.include=[mid_block.*]")
+    assert code == 0, err
+    folder = cli.newest()
+    table, told = pd.read_parquet(folder / "attribution.parquet"), json.loads((folder / "certificate.json").read_text())
+    assert table["layer"].str.startswith("mid_block.attentions.0.tokens.").all() and len(table) == 5
+    first, *others = certificate_lines(told)
+    assert all(line in out for line in (first, *others))
+    markdown = (folder / "tables" / "attribution.md").read_text()
+    assert "mid_block.attentions.0.tokens.re:^(red\\|stars)$" in markdown
+    page = html.unescape((folder / "report.html").read_text())
+    assert all(line.strip()[1:] in page for line in (first, *others)) and "layers are ranked among these 4" in first
+    assert report.main([str(folder)]) == 0  # made again, it says the same, and keeps the table
+    assert html.unescape((folder / "report.html").read_text()) == page
+    assert (folder / "tables" / "attribution.md").read_text() == markdown
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -119,6 +155,7 @@ def test_values_that_are_refused(key, value, words):
     [
         (["attribution.top=6"], "attribution.top: the study has 6 lesions"),
         (["selection=[leave_one_out,only_one]"], "selection: attribution is for leave_one_out alone"),
+        (["layers.by=token", "replacement=mean"], "replacement: mean does not suit single tokens; allowed with"),
         (["replacement=null_prompt"], "replacement: null_prompt has no strength that gradients can be taken of"),
         (["strength=0.5"], "strength: attribution is of whole lesions"),
         (["capture=maps"], "capture: does not go with attribution=gradients; allowed with it: none"),

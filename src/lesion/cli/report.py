@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _WrongUsage as error:
         return _refuse(error)
     from lesion.report import ranking_lines  # with pandas and matplotlib, which --help does without
-    from lesion.report.merging import Refused, run_folders
+    from lesion.report.merging import Refused, certified, run_folders
 
     try:
         runs = run_folders(arguments.folders)
@@ -104,9 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     except Exception as error:
         return unforeseen("lesion-report", error, 2)
-    print(
-        "\n".join([*ranking_lines(known), "", f"runs: {len(runs)}, images: {len(known.frame)}, files: {len(written)}"])
-    )
+    told = [*ranking_lines(known), "", *map(visible, certified(runs))]
+    print("\n".join([*told, f"runs: {len(runs)}, images: {len(known.frame)}, files: {len(written)}"]))
     print(visible(str(written[-1])))
     return 0
 

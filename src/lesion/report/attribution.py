@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from matplotlib.figure import Figure
 
 from lesion.errors import counted
 from lesion.report import figures
-from lesion.report.text import number, short_layer
+from lesion.report.text import code, number, short_layer
 from lesion.store.files import atomically
 
 STEM = "attribution"
+CERTIFICATE = "certificate.json"
 
 
 def certificate_lines(data: Mapping[str, Any]) -> list[str]:
@@ -35,7 +38,7 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
     share, apart = data["share_of_grid"], data["held_out"]
     said = [
         f"attribution of {data['lesions']} lesions by gradients, certified by {made} that were made: the {top} ranked "
-        f"highest and {data['sampled']} of the others at random",
+        f"highest and {data['sampled']} of the others at random; layers are ranked among these {made}",
         f"  estimate and importance in the complete grid, as these show it: Spearman {of('spearman')}, "
         f"Kendall {of('kendall')}",
         f"  of the {top} ranked highest, {of('precision')} are among the {top} most important",
@@ -60,6 +63,23 @@ def certificate_lines(data: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def notes(data: Mapping[str, Any]) -> list[str]:
+    """The same as full sentences."""
+    lines = [line.strip() for line in certificate_lines(data)]
+    return [f"{line[0].upper()}{line[1:]}." for line in lines]
+
+
+def kept_notes(folder: Path) -> list[str]:
+    """Those of a run folder that has a certificate; none where it has none that can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return notes(json.loads((folder / CERTIFICATE).read_text(encoding="utf-8")))
+    return []
+
+
+def _value(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else number(value, 4)
+
+
 def drawn(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Path]:
     """Write the table and the figure into a run folder; the paths.
 
@@ -81,9 +101,9 @@ def _markdown(table: pd.DataFrame, data: Mapping[str, Any]) -> str:
     made = table[table["lesioned"]].sort_values("rank")
     signed = [f"{name}_{side}" for name in data["signed"] for side in ("estimate", "real")]
     rows = [
-        f"| {one.rank} | {one.layer} | {one.window_start:g} to {one.window_end:g} | {one.branch} | {one.chosen} "
-        f"| {one.screened} | {number(one.estimate, 4)} | {number(one.adjusted, 4)} | {number(one.real, 4)} |"
-        + "".join(f" {number(getattr(one, name), 4)} |" for name in signed)
+        f"| {one.rank} | {code(one.layer)} | {one.window_start:g} to {one.window_end:g} | {one.branch} | {one.chosen} "
+        f"| {one.screened} | {_value(one.estimate)} | {_value(one.adjusted)} | {_value(one.real)} |"
+        + "".join(f" {_value(getattr(one, name))} |" for name in signed)
         for one in made.itertuples()
     ]
     head = [
@@ -91,8 +111,7 @@ def _markdown(table: pd.DataFrame, data: Mapping[str, Any]) -> str:
         + "".join(f" {name.replace('_', ' ')} |" for name in signed),
         "| ---: | --- | --- | --- | --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(signed),
     ]
-    said = [line.strip() for line in certificate_lines(data)]
-    return "\n".join(["\n".join(f"{line[0].upper()}{line[1:]}." for line in said), "", *head, *rows, ""])
+    return "\n".join([*notes(data), "", *head, *rows, ""])
 
 
 def figure(table: pd.DataFrame, data: Mapping[str, Any]) -> Figure:

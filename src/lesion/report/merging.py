@@ -60,7 +60,7 @@ def put_together(
     runs: Sequence[Path], out: Path, mix: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None, list[str]]:
     """The results of these run folders in one frame, image paths relative to `out`; the noise floor; the measures of
-    attention maps; what was done.
+    attention maps; what was done, and what certificates of attributions say.
 
     mix: runs that cannot be compared stand side by side, never averaged together; else Refused.
     """
@@ -70,6 +70,7 @@ def put_together(
         found, notes = apart(found)
     else:
         check(found)
+    notes = [*certified(runs), *notes]
     frame, floor, maps = merge(found)
     if frame.empty:
         raise Refused(f"{', '.join(map(str, runs))}: no images in the results")
@@ -77,6 +78,16 @@ def put_together(
         given = frame["selection"].map(lambda name: "" if name == "none" else DENOISER)
         frame[COMPONENT] = frame[COMPONENT].fillna(given)
     return frame, floor, maps, notes
+
+
+def certified(runs: Sequence[Path]) -> list[str]:
+    """What the certificates of attributions among the runs say."""
+    with_one = [run for run in runs if (run / "certificate.json").is_file()]
+    if not with_one:
+        return []
+    from lesion.report.attribution import kept_notes
+
+    return [f"{run.name}: {line}" if len(runs) > 1 else line for run in with_one for line in kept_notes(run)]
 
 
 def run_folders(folders: Sequence[Path]) -> list[Path]:

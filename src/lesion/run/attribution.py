@@ -450,9 +450,9 @@ def _candidate_lines(asked: Attribution, study: Study) -> list[str]:
 
 def write(folder: Path, table: pd.DataFrame, data: Mapping[str, Any]) -> list[Path]:
     """Write certificate.json, the table for people and the figure into a run folder; the paths. Raises OSError."""
-    from lesion.report.attribution import drawn
+    from lesion.report.attribution import CERTIFICATE, drawn
 
-    path = folder / "certificate.json"
+    path = folder / CERTIFICATE
     with atomically(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
     return [path, *drawn(folder, table, data)]

@@ -405,7 +405,9 @@ def complete(
         publish = partial(_publish, work.publisher, pictured)
         places = [work.publisher.place(cell) for cell in pictured]
         room.close()
-        written, said, unwritten = _write(frame, beside, publish, places, context.folder, tracker, report, drawers)
+        written, said, unwritten = _write(
+            frame, beside, publish, places, context.folder, tracker, report, drawers, certificate
+        )
         if certificate:
             written += attribution.write(context.folder, beside["attribution"], certificate)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
@@ -691,6 +693,7 @@ def _write(
     tracker: Tracker,
     report: bool,
     drawers: Processes,
+    certificate: Mapping[str, Any] | None,
 ) -> tuple[list[Path], Findings | None, list[str]]:
     """Write results.parquet and the tables beside it, then pictures and report; tell the tracker.
 
@@ -698,6 +701,7 @@ def _write(
     publish: puts the pictures in place.
     places: of the pictures, relative to the folder.
     drawers: take part in drawing, where they are started.
+    certificate: of an attribution, which the page says.
 
     Returns the paths written, what the report says, and what could not be written with the reason. Raises StudyFailed
     where that is results.parquet.
@@ -721,10 +725,12 @@ def _write(
     try:
         if report:
             from lesion.report import findings, write_report
+            from lesion.report.attribution import notes
 
             log.info("report: tables, figures and the page")
             said = findings(frame, beside.get("floor"))
-            written += write_report(folder, frame, beside.get("floor"), known=said, processes=drawers)
+            told = notes(certificate) if certificate else ()
+            written += write_report(folder, frame, beside.get("floor"), notes=told, known=said, processes=drawers)
     except OSError as error:
         unwritten.append(f"the report could not be written: {_why(error)}; `lesion-report {folder}` tries again")
     except Exception as error:  # the results are there
