@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import UMT5Config, UMT5EncoderModel
 
 from conftest import settings, tiny_spec
@@ -26,8 +27,9 @@ from lesion.models import loading
 from lesion.models.words import words_of
 from lesion.report.merging import Refused, put_together, run_folders
 from lesion.run.job import examined
-from lesion.study.components import AFTER, check_axes
+from lesion.study.components import AFTER, check_axes, components_of
 from lesion.study.grid import Cell, Study
+from lesion.study.inits import with_inits
 from lesion.study.layers import Layers
 from lesion.study.lesions import Axes, Lesion, Replacement
 from lesion.study.plan import batches
@@ -62,8 +64,10 @@ def cells(model, *lesions, texts=TEXTS, seeds=SEEDS, **changes):
 
 def fillers_of(model, given, folder=None, options=None):
     fillers = {}
-    for lesion in {cell.lesion for cell in given if cell.lesion}:
-        bench = replacements.Bench(model, given[0].settings, folder, 2, tuple(model.components))
+    lesions = {cell.lesion for cell in given if cell.lesion}
+    studied = components_of(tuple(sorted({layer for lesion in lesions for layer in lesion.layers})))
+    for lesion in lesions:
+        bench = replacements.Bench(model, given[0].settings, folder, 2, studied)
         fillers[replacement_key(lesion)] = replacements.build(lesion.replacement.name, options or {}, bench)
     return fillers
 
@@ -471,21 +475,43 @@ def test_inspect_says_which_classes_it_knows_and_where_the_tokens_of_a_prompt_ar
         structure.report(["model=local", f"model.id={folder_of('qwen_image')}", "prompt=a"])
 
 
-def test_components_of_a_pipeline_whose_weights_wait_elsewhere(folder_of):
-    """As under `model.offload`, with accelerate's own hooks: every module of a component fetches its weights."""
+def sequentially(pipe, device):
+    """As diffusers does, whose own "cpu:0" accelerate takes for another device than "cpu"."""
+    pipe.remove_all_hooks()
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        accelerate.cpu_offload(part, execution_device=torch.device(device))
+
+
+@pytest.mark.parametrize(("way", "task"), [("model", "img2img"), ("sequential", "txt2img"), ("compile", "img2img")])
+def test_components_go_with_offloading_compiling_and_img2img(way, task, folder_of, tmp_path, monkeypatch):
+    """As where weights stay and nothing is compiled: each component by itself and all of them, zero and mean."""
+    init, calibration, changes = tmp_path / "init.png", CALIBRATION, {}
+    if task == "img2img":
+        drawn = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(drawn).save(init)
+        calibration, changes = {**CALIBRATION, "init": str(init)}, {"task": task, "steps": 4, "noising": 0.7}
+    monkeypatch.setattr(loading, "check_offload", lambda *_: None)  # which an accelerator is needed for
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_sequential_cpu_offload", sequentially)
+    monkeypatch.setattr(loading, "BACKEND", "eager")
     images = []
-    for waits in (False, True):
+    for asked_for in ({}, {"compile": True} if way == "compile" else {"offload": way}):
         loading.forget()
-        model = loaded(folder_of("sd"), ["text_encoder", "denoiser", "vae"])
-        if waits:
-            for part in (model.pipe.text_encoder, model.pipe.unet, model.pipe.vae):
-                accelerate.cpu_offload(part, execution_device=torch.device("cpu"))
+        source = models.resolve(tiny_spec(folder_of("sd"), **asked_for))
+        model = examined(models.load(source, "cpu"), source, asked(["text_encoder", "denoiser", "vae"]))
+        if way == "sequential" and asked_for:
             assert next(model.pipe.vae.parameters()).device.type == "meta"
-        lesions = [None, *(lesion_of(one.paths[0]) for one in (*model.components.values(), model.anatomy))]
-        images.append(made(model, cells(model, *lesions, texts=["a cat"] * 4, seeds=[7] * 4)))
+        assert bool(model.gates) == ("compile" in asked_for)
+        first = [one.paths[0] for one in (*model.components.values(), model.anatomy)]
+        lesions = [lesion_of(*layers) for layers in (*([path] for path in first), first)]
+        lesions += [dataclasses.replace(one, replacement=replacements.describe("mean", calibration)) for one in lesions]
+        given = cells(model, None, *lesions, texts=["a cat"] * 9, seeds=[7] * 9, **changes)
+        if task == "img2img":
+            prompts = with_inits([given[0].prompt], str(init), "generation.init")
+            given = [dataclasses.replace(cell, prompt=prompts[0]) for cell in given]
+        images.append(made(model, given, tmp_path / str(len(images)), calibration))
     loading.forget()
-    assert np.array_equal(*images)
-    assert len({image.tobytes() for image in images[0]}) == 4
+    assert np.array_equal(*images) if way != "compile" else np.abs(images[0] - images[1]).max() < 1e-5
+    assert len({image.tobytes() for image in images[0]}) == 9
 
 
 def test_layers_of_a_pipeline_of_ones_own(folder_of):

@@ -76,7 +76,7 @@ def kept_notes(folder: Path) -> list[str]:
     return []
 
 
-def _value(value: float) -> str:
+def _value(value: Any) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else number(value, 4)
 
 
