@@ -151,11 +151,11 @@ def lesion(*layers: str, replacement: str = "zero", options: Any = None, **chang
 
 
 def same(ours: Any, theirs: Any) -> tuple[bool, str]:
-    """Whether images agree to the bit, and how far they differ."""
+    """Whether images are exactly equal, and how far they differ."""
     fine = np.array_equal(ours, theirs, equal_nan=True)
     finite = bool(np.isfinite(ours).all())
     apart = float(np.nanmax(np.abs(np.asarray(ours, float) - theirs))) if finite else float("nan")
-    said = "to the bit" if fine else f"largest difference {apart:.2e}"
+    said = "exactly equal" if fine else f"largest difference {apart:.2e}"
     return fine and finite, said if finite else f"{said}; not finite"
 
 

@@ -55,8 +55,8 @@ def test_lesions_and_late_windows_are_checked_against_plain_hooks(check, monkeyp
         "zero, feed_forward, flux",
         "zero, every layer, sd",
     ]
-    assert "| lesions: donor_prompt | to the bit |  | passed |  |" in out.read_text()
-    assert "| window: sd float32 | to the bit" in out.read_text()  # of the run before
+    assert "| lesions: donor_prompt | exactly equal |  | passed |  |" in out.read_text()
+    assert "| window: sd float32 | exactly equal" in out.read_text()  # of the run before
 
 
 @pytest.mark.slow

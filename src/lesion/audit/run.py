@@ -384,7 +384,7 @@ class RunAudit:
         compare(check, self.folder, place, made, [self.record])
 
     def remade(self, check: Check) -> None:
-        """A share of the images, made anew: to the bit where that can be, else within the batch effect."""
+        """A share of the images, made anew: bit for bit where that can be, else within the batch effect."""
         request, source, study = self._asked()
         keys = sorted(key for key, stored in self.good.items() if not stored.reason)
         if not keys:
@@ -447,7 +447,7 @@ class RunAudit:
                 check.differs.append(f"{environment.RECORD}: {said}")
 
     def _batch_size(self, images: int, request: Request) -> tuple[int | None, str]:
-        """The size of batches the images were made in, and why pixels need not be equal to the bit; "" if they must."""
+        """The size of batches the images were made in, and why pixels need not be exactly equal; "" if they must."""
         runs = [run for run in (self.record or {}).get("runs", []) if run.get("images")]
         if self.record is None:
             return None, "it is not recorded where they were made"
