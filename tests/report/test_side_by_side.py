@@ -140,14 +140,19 @@ def test_figures_by_layer_by_depth_and_of_many_models():
     ((build, stem, _),) = illustrations._besides(estimated(two_models()))
     lines = {line.get_label(): line for line in build().axes[0].containers}
     assert stem == "side-by-side" and list(lines) == ["tiny", "other"]  # along their depths
-    apart = 0.6 / 5 / 2  # two sides share 0.6 of the room between layers
-    assert lines["other"][0].get_xdata().tolist() == pytest.approx(np.array([0, 1 / 3, 2 / 3, 1]) + apart / 2)
-    # Settings of one model lie at the same depths, and no point or bar over another.
+    assert lines["other"][0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    # Settings of one model lie at the same depths, and no point or bar over another on the paper.
     both = pd.concat([two_models(), two_models().assign(replacement="mean")], ignore_index=True)
     ((build, _, _),) = illustrations._besides(estimated(both))
-    drawn_lines = [line[0] for line in build().axes[0].containers]
-    places = [place for line in drawn_lines for place in np.round(line.get_xdata().astype(float), 6)]
+    figure = build()
+    figure.draw_without_rendering()
+    drawn_lines = [line[0] for line in figure.axes[0].containers]
+    held = [line.get_transform().transform(line.get_xydata())[:, 0] for line in drawn_lines]
+    places = [place for line in held for place in np.round(line * 72 / figure.dpi, 3)]
     assert len(drawn_lines) == 4 and len(set(places)) == len(places) == 18
+    first = sorted(line[0] for line in held)  # all four at depth 0
+    zero = figure.axes[0].transData.transform((0, 0))[0]
+    assert np.array(first) * 72 / figure.dpi - zero * 72 / figure.dpi == pytest.approx([-4.5, -1.5, 1.5, 4.5])
     assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn_lines}) == 4
     ((build, _, _),) = illustrations._besides(estimated(one))
     assert [tick.get_text() for tick in build().axes[0].get_yticklabels()] == LAYERS  # a row a layer

@@ -334,6 +334,30 @@ def test_ratios_to_a_tiny_floor_are_far_above():
     assert shown[0].value == "73.2"  # the page sorts by the number
 
 
+@pytest.mark.parametrize(
+    ("values", "texts", "bold"),
+    [
+        ([0.2, 0.0301, 0.0], ["0.200", "0.030", "0.000"], [True, False, False]),
+        ([0.2, 0.0003, 0.0], ["0.2000", "0.0003", "0.0000"], [True, False, False]),  # one number of decimals
+        ([0.0, 0.00002, -0.00004], ["0.000"] * 3, [False] * 3),  # rounding errors tell no largest
+        ([0.5001, 0.4999, 0.1], ["0.500", "0.500", "0.100"], [False] * 3),  # equal as shown
+        ([-0.3, -0.2], ["-0.300", "-0.200"], [False] * 2),
+        ([float("nan"), 0.1, 0.2], ["n/a", "0.100", "0.200"], [False, False, True]),
+    ],
+)
+def test_a_column_has_one_number_of_decimals_and_its_largest_value_in_bold(values, texts, bold):
+    cells = Column("v", "v", best=True).cells(pd.DataFrame({"v": values}))
+    assert [cell.text for cell in cells] == texts and [cell.bold for cell in cells] == bold
+
+
+def test_limits_have_the_decimals_of_their_column():
+    frame = pd.DataFrame({"v": [0.2, 0.1], "low": [0.1, 0.0002], "high": [0.3, 0.2]})
+    cells = Column("v", "v", "number", "low", "high").cells(frame)
+    assert [(cell.text, cell.interval) for cell in cells] == [
+        ("0.2000", "[0.1000, 0.3000]"), ("0.1000", "[0.0002, 0.2000]")
+    ]  # fmt: skip
+
+
 def test_the_compact_table_has_short_words_above_and_statistics_below(full):
     frame, found = full
     table = contents.compact(found, first(frame))

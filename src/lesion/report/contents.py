@@ -236,22 +236,16 @@ _LIMITS = ("low", "high", "n_prompts")
 
 def _by_aspect(values: dict[str, pd.DataFrame]) -> tuple[list[Column], list[list[Cell]]]:
     """Columns and rows of a table of layers by aspects: mean, low, high, n_prompts as such tables each."""
-    names = [str(name) for name in values["mean"].columns]
-    best = values["mean"].max(axis=0)
-    rows = []
-    for layer in values["mean"].index:
-        row = [Cell(clean(layer), code=True, value=clean(layer))]
-        for name in names:
-            mean, low, high = (values[key].loc[layer, name] for key in ("mean", "low", "high"))
-            if missing(mean):
-                row.append(Cell("n/a"))
-                continue
-            limits = "[n/a]" if missing(low) else f"[{number(float(low))}, {number(float(high))}]"
-            bold = mean == best[name] and mean > 0
-            row.append(Cell(number(float(mean)), limits, bold=bold, value=str(mean)))
-        rows.append(row)
     sizes = values["n_prompts"].max(axis=0).fillna(0).astype(int)
-    return [Column("layer", "layer", "code"), *(Column(name, f"{name} ({sizes[name]})") for name in names)], rows
+    wide = pd.DataFrame({"layer": values["mean"].index})
+    columns = [Column("layer", "layer", "code")]
+    for name in map(str, values["mean"].columns):
+        keys = [f"{key} {name}" for key in ("mean", "low", "high")]
+        for key, column in zip(("mean", "low", "high"), keys, strict=True):
+            wide[column] = values[key][name].to_numpy(dtype="float64", na_value=float("nan"))
+        mean, low, high = keys
+        columns.append(Column(mean, f"{name} ({sizes[name]})", "number", low, high, best=True))
+    return columns, [list(row) for row in zip(*(column.cells(wide) for column in columns), strict=True)]
 
 
 def fit_words(found: Findings, setting: Setting) -> list[str]:

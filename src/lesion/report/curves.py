@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from lesion.report.beside import Beside
 from lesion.report.figures import (
@@ -27,6 +28,7 @@ from lesion.report.text import clean
 
 KEY = 40  # layers that a scatter names
 MARK = 1.8  # half the side of a scatter's marker, points
+APART, MOST_APART = 3.0, 12.0  # points between the markers of two sides at one depth, and between the outermost
 LINES = 5  # layers that stand out among curves
 PLACES = (("down", "o", COLOURS[0]), ("mid", "s", COLOURS[1]), ("up", "^", COLOURS[2]), ("", "D", GREY))
 
@@ -205,10 +207,15 @@ def side_by_side(one: Beside, metric: str) -> Figure:
                         table["v"][held], place[held], xerr=reach, **style, label=clean(name, 48), elinewidth=0.8
                     )
                 else:
-                    # Sides of one model have the same depths: beside one another, or the last would cover the others.
-                    apart = 0.6 / max(1, len(rows) - 1) * ((number + 0.5) / n_sides - 0.5)
-                    depth = rows[f"depth {side[0]}"][held] + apart
-                    axes.errorbar(depth, table["v"][held], yerr=reach, **style, label=clean(name, 48), elinewidth=0.7)
+                    # Depths of several sides are equal, 0 and 1 always: markers stand beside one another on the paper,
+                    # or the last would cover the others, while the axis keeps its numbers.
+                    points = min(APART, MOST_APART / n_sides) * (number - (n_sides - 1) / 2)
+                    moved = axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+                    depth = rows[f"depth {side[0]}"][held]
+                    axes.errorbar(
+                        depth, table["v"][held], yerr=reach, **style, label=clean(name, 48), elinewidth=0.7,
+                        transform=moved,
+                    )  # fmt: skip
             axes.set(**{"xlabel" if across else "ylabel": labels[measure]})
             axes.grid(axis="both")
         if across:

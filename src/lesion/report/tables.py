@@ -62,8 +62,9 @@ class Column:
     kind: number | count | exact (a number as it was given) | p | ratio (a number; what is beyond FAR is "far above") |
     text | code. low, high: columns of the interval.
     marks: column of p-values that are shown as marks, daggers where the column `sign` is below 0. best: bold for the
-    largest value. spare: left out of LaTeX where it says the same in every row.
-    up: the page sorts it upwards first. over: a heading that stands over this column and its neighbours with the same.
+    largest value above 0, where it is larger than the others as shown. spare: left out of LaTeX where it says the same
+    in every row. up: the page sorts it upwards first. over: a heading that stands over this column and its neighbours
+    with the same.
     absent: what stands for a missing number.
     """
 
@@ -93,12 +94,26 @@ class Column:
     def cells(self, table: pd.DataFrame) -> list[Cell]:
         """One a row."""
         values = table[self.name].tolist() if self.name in table else [float("nan")] * len(table)
-        top = max((value for value in values if self.best and not missing(value)), default=None)
+        top = max((value for value in values if self.best and not missing(value) and value > 0), default=None)
         beside = [name for name in (self.low, self.high, self.marks, self.sign) if name and name in table]
         records = table[beside].to_dict("records") if beside else [{}] * len(table)
-        return [self._cell(value, record, top) for value, record in zip(values, records, strict=True)]
+        digits = self._digits([*values, *(record.get(name) for record in records for name in (self.low, self.high))])
+        cells = [self._cell(value, record, digits) for value, record in zip(values, records, strict=True)]
+        best = [place for place, cell in enumerate(cells) if top is not None and cell.text == self._shown(top, digits)]
+        if len(best) == 1 < len(cells):
+            cells[best[0]] = replace(cells[best[0]], bold=True)
+        return cells
 
-    def _cell(self, value: Any, record: Mapping[Any, Any], top: Any) -> Cell:
+    def _digits(self, values: Iterable[Any]) -> int:
+        """Decimals of the column: three, four where an effect beyond rounding (1e-4) would read as 0."""
+        if self.kind not in ("number", "ratio"):
+            return 3
+        return 4 if any(not missing(value) and NO_EFFECT <= abs(value) < 5e-4 for value in values) else 3
+
+    def _shown(self, value: Any, digits: int) -> str:
+        return str(int(value)) if self.kind == "count" else number(float(value), digits)
+
+    def _cell(self, value: Any, record: Mapping[Any, Any], digits: int) -> Cell:
         if self.left:
             value = "" if missing(value) else value
             return Cell(clean(value), code=self.kind == "code", value=clean(value))
@@ -107,25 +122,23 @@ class Column:
         if self.kind == "ratio" and abs(value) > FAR:  # the floor it is divided by is next to nothing
             return Cell("far above" if value > 0 else "far below", value=str(value))
         if self.kind == "p":
-            return Cell("< 0.001" if value < 0.001 else _number(value), value=str(value))
+            return Cell("< 0.001" if value < 0.001 else self._shown(value, digits), value=str(value))
         if self.kind == "exact":
             return Cell(f"{value:g}", value=str(value))
-        text = str(int(value)) if self.kind == "count" else _number(value)
         limits: list[Any] = [record.get(name) for name in (self.low, self.high) if name]
         interval = ""
         if limits:
-            shown = [self._limit(x) for x in limits if not missing(x)]
+            shown = [self._limit(x, digits) for x in limits if not missing(x)]
             interval = f"[{', '.join(shown)}]" if len(shown) == 2 else "[n/a]"
         p = record.get(self.marks) if self.marks else None
         marks = 0 if p is None or missing(p) else next((n for level, n in LEVELS if p <= level), 0)
         stars = marks * (BELOW if self.sign and record.get(self.sign, 0) < 0 else ABOVE)
-        best = top is not None and text == (str(int(top)) if self.kind == "count" else _number(top))
-        return Cell(text, interval, stars, best, value=str(value))
+        return Cell(self._shown(value, digits), interval, stars, value=str(value))
 
-    def _limit(self, value: Any) -> str:
+    def _limit(self, value: Any, digits: int) -> str:
         if self.kind == "ratio" and abs(value) > FAR:
             return f"{'>' if value > 0 else '<'} {FAR * (1 if value > 0 else -1):g}"
-        return str(int(value)) if self.kind == "count" else _number(value)
+        return self._shown(value, digits)
 
 
 @dataclass(frozen=True)
@@ -176,11 +189,6 @@ class Table:
             columns=[self.columns[place] for place in keep],
             cells=[[row[place] for place in keep] for row in self.cells],
         )
-
-
-def _number(value: Any) -> str:
-    """Three digits, four where an effect beyond rounding (1e-4) would read as 0."""
-    return number(float(value), 4 if NO_EFFECT <= abs(value) < 5e-4 else 3)
 
 
 def missing(value: Any) -> bool:
