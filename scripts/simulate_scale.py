@@ -1,10 +1,11 @@
-"""What claims, listings, score files and the merge of large studies cost, without a model or pixels (docs/scale.md).
+"""What prompts, claims, listings, score files and the merge of large studies cost, without a model (docs/scale.md).
 
     python scripts/simulate_scale.py merge --rows 1000000 --shards 256
     python scripts/simulate_scale.py open --rows 1000000
     python scripts/simulate_scale.py listing --rows 1000000
     python scripts/simulate_scale.py claims --rows 100000 --workers 16
     python scripts/simulate_scale.py parts --rows 1000000 --workers 256
+    python scripts/simulate_scale.py prompts --rows 200000 --images 100
 
 Each prints JSON: seconds on the clock, cpu (seconds of processor time, which other work changes less), peak
 (resident memory of the process that is measured, MiB), and what it counted. `--folder` keeps what was made up.
@@ -13,7 +14,9 @@ Each prints JSON: seconds on the clock, cpu (seconds of processor time, which ot
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +36,7 @@ from lesion.store.claims import Claims
 from lesion.store.images import Picture, Store
 from lesion.store.scores import Scores
 from lesion.study.grid import Cell, Study
+from lesion.study.prompts import parse_prompts
 from lesion.study.shards import Shard
 
 LAYERS = 12  # leave_one_out and only_one of these, and a baseline: 25 cells a subject
@@ -174,7 +178,42 @@ def parts(folder: Path, rows: int, count: int) -> dict[str, Any]:
             "files after": sum(1 for path in folder.rglob("*.parquet"))}  # fmt: skip
 
 
-TASKS = {"merge": merge, "open": reopened, "listing": listing, "claims": claims, "parts": parts}
+def prompts(folder: Path, rows: int, count: int) -> dict[str, Any]:
+    """Load so many prompts from a file of each form; then whole dry runs, without images and beside other studies'."""
+    texts = [f"a photo of {n} animals in front of a white house and a tree, number {n}" for n in range(rows)]
+    files = {
+        "csv": "id,prompt,category\n" + "".join(f'{n},"{text}",kind {n % 7}\n' for n, text in enumerate(texts)),
+        "jsonl": "".join(json.dumps({"prompt": text, "tag": f"kind {n % 7}"}) + "\n" for n, text in enumerate(texts)),
+        "txt": "\n".join(texts),
+    }
+    found: dict[str, Any] = {}
+    for form, text in files.items():
+        (folder / f"a.{form}").write_text(text, encoding="utf-8")
+        began = time.process_time()
+        loaded = parse_prompts({"path": str(folder / f"a.{form}")}).prompts
+        found[f"load {form}, cpu"] = time.process_time() - began
+        if len(loaded) != rows:
+            raise RuntimeError(f"{len(loaded)} of {rows} prompts are loaded")
+    found["dry run, cpu"] = _dry_run(folder, "a.csv")
+    other = made_up(count, 1, LAYERS)
+    for cell in itertools.islice(other.cells(), count):
+        Store(folder / "store").put(cell, np.zeros((64, 64, 3), np.uint8))
+    found[f"dry run beside {count} images of another study, cpu"] = _dry_run(folder, "a.csv")
+    return {"prompts": rows, **found}
+
+
+def _dry_run(folder: Path, name: str) -> float:
+    """Seconds of processor time of a whole process, from the interpreter's start to its end."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "lesion", f"prompts={name}", "dry_run=true", "tracker=none"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+TASKS = {"merge": merge, "open": reopened, "listing": listing, "claims": claims, "parts": parts, "prompts": prompts}
 INNER = {"report": _report, "reopened": _reopened}
 
 
@@ -182,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=[*TASKS, *INNER])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--shards", "--workers", type=int, default=256, dest="count")
+    parser.add_argument("--shards", "--workers", "--images", type=int, default=256, dest="count")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     if given.task in INNER:

@@ -23,15 +23,18 @@ import pytest
 from PIL import Image
 
 from conftest import settings
+from lesion.run.capture import in_store
 from lesion.store import claims as claims_module
 from lesion.store import scores as parts_module
 from lesion.store.claims import Claims
-from lesion.store.images import Damaged, Picture, Store, atomically, digest_of
+from lesion.store.images import Damaged, Known, Picture, Store, atomically, digest_of
 from lesion.store.scores import Scores
-from lesion.study.grid import Cell, ModelIdentity
+from lesion.study.grid import Cell, ModelIdentity, Study
+from lesion.study.lesions import Replacement
 from lesion.study.prompts import Prompt, slug
 
 MODEL = ModelIdentity("tiny", "f" * 32, "float32")
+LAYERS = tuple(f"down_blocks.0.attentions.{i}" for i in range(4))
 BLACK = np.zeros((8, 8, 3), np.uint8)
 
 
@@ -50,6 +53,22 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 # --- images
+
+
+def test_few_images_of_other_studies_are_not_looked_for_among_all_keys(tmp_path, monkeypatch):
+    prompts = tuple(Prompt(f"a {n}", id=str(n)) for n in range(4000))
+    study = Study(MODEL, settings(), prompts, (0, 1), LAYERS, {"leave_one_out": {}}, (Replacement("zero"),))
+    store, cells = Store(tmp_path), list(itertools.islice(study.in_plan_order(), 7000, 7001))
+    asked = []
+    lists = Known.lists
+    monkeypatch.setattr(Known, "lists", lambda self, key: asked.append(key) or lists(self, key))
+    for number, cell in enumerate([a_cell(), a_cell(1), *cells]):
+        store.put(cell, BLACK)
+        counts = in_store(study, store, None)
+        assert (counts.unique, counts.stored) == (len(study), max(0, number - 1))
+        assert len(asked) == (0 if number < 2 else 8000)  # the baselines, one of which is there
+    store.path(a_cell().key).write_bytes(b"torn")  # it may be of this study: its name alone tells
+    assert in_store(study, store, None).stored == 1 and len(asked) == 8000 + len(study)
 
 
 def test_store_keeps_pixels_and_says_what_they_are(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import settings
 from lesion.errors import RequestError
+from lesion.study.boxes import Box
 from lesion.study.columns import row
 from lesion.study.grid import Cell, ModelIdentity, Study
 from lesion.study.lesions import Lesion, Replacement, choices
@@ -369,6 +370,35 @@ def test_a_study_and_its_cells_are_counted_alike(changes):
     first = set(itertools.islice(whole.keys(), 3))
     assert tally(whole, first.__contains__, 3) == tally(whole, first.__contains__)
     assert tally(whole, pytest.fail, 0) == tally(whole, lambda key: False)
+
+
+LAYOUT = Layout(LAYERS, 30.0, 0.2, 5, 10, "noise_share", "covered")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"settings": settings(steering=LAYOUT), "model": replace(MODEL, device="cuda", switches=("tf32",))},
+        {"prompts": (Prompt("é", id="a", digest="d" * 64, boxes=(Box("a", (0.0, 0.1, 0.5, 1.0)),)),)},
+        {"strengths": (0.0, 0.3), "windows": ((0.1, 0.7),), "settings": settings(negative_prompt="x", noise="own")},
+    ],
+    ids=str,
+)
+def test_records_of_images_tell_whether_they_are_of_a_study(changes):
+    whole = study(**changes)
+    records = [json.loads(json.dumps(cell.identity())) for cell in whole.in_plan_order()]
+    assert all(map(whole.may_have, records))
+    others = (
+        study(**{**changes, "seeds": (3,)}),
+        study(**{**changes, "layers": LAYERS[:2]}),
+        study(model=replace(MODEL, dtype="x")),
+    )
+    for other in others:
+        held = {cell.key for cell in other.in_plan_order()}
+        assert [other.may_have(record) for record in records] == [cell.key in held for cell in whole.in_plan_order()]
+    assert whole.may_have({"cell": "of another version"})
+    assert not whole.may_have({**records[0], "seed": [0], "prompt": 5, "model": None})
 
 
 def test_rows_name_the_layer_and_its_depth():

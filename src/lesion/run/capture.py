@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lesion.store.maps import ImageMaps
 
+KEYS_PER_FILE = 1000  # are hashed while a file is opened and read, where a network is between
 FILE_BYTES = 8192  # of a file beside its numbers: names, shapes and provenance
 # Text tokens by the beginning of the pipeline's name; of others 77.
 _TEXTS = {
@@ -68,12 +69,15 @@ def maps_of(request: Request, source: Source) -> Maps | None:
 
 
 def in_store(study: Study, store: Store, maps: Maps | None) -> Tally:
-    """Count the images of a study, and those that a store lists with all that is asked of them, opening no file."""
+    """Count the images of a study, and those that a store lists with all that is asked of them, opening few files."""
     images = store.known()
+    # So few images of a large study are sooner asked for what they show than looked for among all its keys.
+    few = len(images) * KEYS_PER_FILE < len(study)
+    most = images.count(study.may_have) if few else len(images)
     if maps is None:
-        return tally(study, images.lists, len(images))
+        return tally(study, images.lists, most)
     listed = maps.listed
-    return tally(study, lambda key: key in listed and images.lists(key), min(len(images), len(listed)))
+    return tally(study, lambda key: key in listed and images.lists(key), min(most, len(listed)))
 
 
 def bound(study: Study, source: Source, capture: Capture) -> tuple[int, str]:

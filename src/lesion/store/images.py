@@ -20,10 +20,11 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +136,11 @@ class Known:
     def __len__(self) -> int:
         """Images listed, less those found torn."""
         return len(self._checked)
+
+    def count(self, may_be: Callable[[Mapping[str, Any]], bool]) -> int:
+        """How many of the listed images may be, by their records; those without a readable one may. Reads each file."""
+        records = (self._store.record(raw.hex()) for raw in self._checked)
+        return sum(record is None or may_be(record) for record in records)
 
     def _list(self, folder: Path) -> None:
         try:
@@ -277,6 +283,15 @@ class Store:
         except Exception as error:  # whatever a decoder can raise on broken bytes
             raise Damaged(f"{path.name}: {error}") from None
         return Stored(pixels, Picture(facts.st_size, facts.st_mtime_ns, found, reason, mass, _made(record)))
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """The record in an image's file, whose pixels are not read; None where there is none to read."""
+        try:
+            with opened(self.path(key)) as file, Image.open(file, formats=["PNG"]) as image:
+                record = json.loads(image.info["lesion"])
+        except Exception:  # whatever a decoder can raise on broken bytes
+            return None
+        return record if isinstance(record, dict) and record.get("cell") == key else None
 
     def discard(self, key: str) -> None:
         """Remove an image, or whatever else has its name. Raises OSError."""

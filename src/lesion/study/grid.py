@@ -17,6 +17,7 @@ from lesion.study.settings import Settings
 from lesion.study.shards import WHOLE, Shard
 
 FORMAT = 2  # raise it when the same cell would give other pixels or another key
+IDENTITY = frozenset(("format", "model", "prompt", "seed", "settings", "lesion"))  # keys of `Cell.identity`
 NO_LESION = digest_of(None)
 
 
@@ -125,9 +126,13 @@ def _asked(prompt: Prompt) -> Any:
 
 
 def _digest_of_prompt(prompt: Prompt) -> str:
-    if prompt.digest or prompt.boxes:
-        return digest_of(_asked(prompt))
-    return hashlib.sha256(prompt.text.encode("utf-8", "surrogatepass")).hexdigest()
+    return _digest_of_asked(_asked(prompt))
+
+
+def _digest_of_asked(asked: Any) -> str:
+    if isinstance(asked, str):
+        return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+    return digest_of(asked)
 
 
 def _made_of(prompt: Prompt) -> tuple[Any, ...]:
@@ -326,6 +331,25 @@ class Study:
         if lesion and baseline:
             cell.__dict__["_baseline"] = baseline
         return cell
+
+    def may_have(self, record: Mapping[str, Any]) -> bool:
+        """Whether an image may be one of the study, or of `unsteered`: its record of `Cell.identity` says no other."""
+        if not record.keys() >= IDENTITY:  # of another version
+            return True
+        contexts, prompts, lesions = self._parts
+        return (
+            _context({name: record[name] for name in IDENTITY}) in contexts
+            and record["seed"] in self.seeds
+            and digest_of(record["lesion"]) in lesions
+            and _digest_of_asked(record["prompt"]) in prompts
+        )
+
+    @cached_property
+    def _parts(self) -> tuple[set[str], set[str], set[str]]:
+        """What keys are made of, beside seeds: contexts, prompts' digests, lesions' digests."""
+        contexts = {self.context, *([self.unsteered.context] if self.unsteered else [])}
+        lesions = {NO_LESION, *(lesion.digest for lesion in self.lesions())}
+        return contexts, set(map(_digest_of_prompt, self.prompts)), lesions
 
     @property
     def protocol(self) -> Mapping[str, str]:
