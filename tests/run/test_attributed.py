@@ -134,7 +134,9 @@ def test_the_page_of_an_attribution_says_what_it_is(cli, drawn):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("probes", 0, "must be a whole number >= 1; got 0"),
+        ("probes", 0, "must be a whole number from 1 to 10000; got 0"),
+        ("probes", 10**12, "must be a whole number from 1 to 10000; got 1000000000000"),
+        ("points", [0.1] * 101, "has 101 numbers; allowed: up to 100"),
         ("points", [0, 2], "must be a number in [0, 1], or a list of such; got [0, 2]"),
         ("candidates", 10, "must be 0, or more than attribution.top (10); got 10"),
         ("threshold", 3, "must be null or a number in (0, 2); got 3"),

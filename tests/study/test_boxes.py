@@ -46,12 +46,29 @@ def test_boxes_are_shares_of_the_image_and_words_of_the_prompt():
         ("red circle", [0, 0, 1], "must be [x_min, y_min, x_max, y_max]"),
         ("red circle", [0, 0, 1, True], "must be [x_min, y_min, x_max, y_max]"),
         ("red circle", [0, 0, 1, float("nan")], "must be [x_min, y_min, x_max, y_max]"),
+        ("red circle", [0, 0, 1, float("inf")], "outside of the image"),
+        ("red circle", [0, 0, 1, 10**400], "outside of the image"),
     ],
 )
 def test_what_is_no_box_is_refused_by_name(words, box, told):
     with pytest.raises(RequestError, match=told.replace("[", r"\[").replace("]", r"\]")) as refused:
         parsed([{"words": words, "box": box}])
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "box", ["[0, 0, 1e999, 1]", f"[0, 0, {'9' * 400}, 1]", "[" * 50_000, "[true, 0, 9, 9]", "{}", "5"]
+)
+def test_what_is_no_box_in_a_table_is_one_line(box, tmp_path):
+    (tmp_path / "a.csv").write_text(f'prompt,obj1,bbox1\n{TEXT},red circle,"{box}"\n')
+    with pytest.raises(RequestError, match=r"must be .x_min, y_min, x_max, y_max|outside of the image") as refused:
+        parse_prompts({"path": str(tmp_path / "a.csv")})
+    assert len(str(refused.value)) < 400
+
+
+def test_a_number_of_columns_that_no_table_has_is_no_number(tmp_path):
+    (tmp_path / "a.csv").write_text(f"prompt,obj{'1' * 5000}\n{TEXT},red circle\n")
+    assert parse_prompts({"path": str(tmp_path / "a.csv")}).prompts[0].boxes == ()
 
 
 def test_a_word_has_one_box():

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lesion.errors import RequestError
-from lesion.study.checks import one_of
+from lesion.study.checks import one_of, shown
 from lesion.study.grid import Study
 from lesion.study.lesions import Lesion, digest_of
 
@@ -16,6 +16,15 @@ FORMAT = 3  # raise it when the same request would give other estimates
 NAMES = ("none", "gradients")
 VIEWS = ("clip", "latent")
 MEANS = ("root", "geometric")
+# Least and most of whole numbers: more than that no one can wait for.
+BOUNDS = {
+    "top": (2, 10**6),
+    "sample": (2, 10**6),
+    "candidates": (0, 10**6),
+    "probes": (1, 10**4),
+    "seed": (0, 2**63 - 1),
+}
+MOST_POINTS = 100
 SELECTION = "leave_one_out"  # whose lesions are estimated
 
 
@@ -51,10 +60,11 @@ class Attribution:
         """From the `attribution` group of a request; None for none. Raises RequestError naming the key."""
         if one_of("attribution", config["name"], NAMES) == "none":
             return None
-        for name, low in (("top", 2), ("sample", 2), ("candidates", 0), ("probes", 1), ("seed", 0)):
+        for name, (low, high) in BOUNDS.items():
             number = config[name]
-            if isinstance(number, bool) or not isinstance(number, int) or number < low:
-                raise RequestError(f"attribution.{name}", f"must be a whole number >= {low}; got {number!r}")
+            if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+                told = f"must be a whole number from {low} to {high}; got {shown(number)}"
+                raise RequestError(f"attribution.{name}", told)
         if 0 < config["candidates"] <= config["top"]:
             raise RequestError(
                 "attribution.candidates",
@@ -62,16 +72,20 @@ class Attribution:
             )
         limit = config["threshold"]
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 2):
-            raise RequestError("attribution.threshold", f"must be null or a number in (0, 2); got {limit!r}")
+            raise RequestError("attribution.threshold", f"must be null or a number in (0, 2); got {shown(limit)}")
         given = config["points"]
         points = given if isinstance(given, list) else [given]
         if not points or any(isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 for p in points):
-            raise RequestError("attribution.points", f"must be a number in [0, 1], or a list of such; got {given!r}")
+            raise RequestError(
+                "attribution.points", f"must be a number in [0, 1], or a list of such; got {shown(given)}"
+            )
+        if len(points) > MOST_POINTS:
+            raise RequestError("attribution.points", f"has {len(points)} numbers; allowed: up to {MOST_POINTS}")
         signed = config["signed"]
         if signed is not None:
             signed = signed if isinstance(signed, list) else [signed]
             if any(not isinstance(name, str) for name in signed):
-                raise RequestError("attribution.signed", f"must be null or names of metrics; got {signed!r}")
+                raise RequestError("attribution.signed", f"must be null or names of metrics; got {shown(signed)}")
         return cls(
             config["top"],
             config["sample"],

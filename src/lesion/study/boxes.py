@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lesion.errors import RequestError
+from lesion.study.checks import shown
 from lesion.study.words import named
 
 FIELDS = ("words", "box")
 SIDE = 512  # pixels: the side of the images in which published layout benchmarks give their boxes
-_NAMED, _PLACED = re.compile(r"obj(\d+)"), re.compile(r"bbox(\d+)")
+_NAMED, _PLACED = re.compile(r"obj(\d{1,9})"), re.compile(r"bbox(\d{1,9})")
 
 Corners = tuple[float, float, float, float]
 
@@ -40,16 +40,16 @@ def parse_boxes(given: Any, text: str, key: str) -> tuple[Box, ...]:
     if given in (None, "", [], ()):
         return ()
     if not isinstance(given, list | tuple):
-        raise RequestError(key, f"boxes of {text!r} are a list of {{words, box}}; got {given!r}")
+        raise RequestError(key, f"boxes of {text!r} are a list of {{words, box}}; got {shown(given)}")
     found: list[Box] = []
     for entry in given:
         if not isinstance(entry, Mapping) or sorted(map(str, entry)) != sorted(FIELDS):
             raise RequestError(
-                key, f"a box of {text!r} is {{words: …, box: [x_min, y_min, x_max, y_max]}}; got {entry!r}"
+                key, f"a box of {text!r} is {{words: …, box: [x_min, y_min, x_max, y_max]}}; got {shown(entry)}"
             )
         words = entry["words"]
         if not isinstance(words, str):
-            raise RequestError(key, f"the words of a box of {text!r} must be text; got {words!r}")
+            raise RequestError(key, f"the words of a box of {text!r} must be text; got {shown(words)}")
         try:
             own = named(text, words)
         except KeyError as error:
@@ -62,18 +62,18 @@ def parse_boxes(given: Any, text: str, key: str) -> tuple[Box, ...]:
 
 def _corners(given: Any, what: str, key: str) -> Corners:
     numbers = isinstance(given, list | tuple) and all(
-        isinstance(side, int | float) and not isinstance(side, bool) and math.isfinite(side) for side in given
+        isinstance(side, int | float) and not isinstance(side, bool) and side == side for side in given
     )
     if not numbers or len(given) != 4:
-        raise RequestError(key, f"{what} must be [x_min, y_min, x_max, y_max], numbers in [0, 1]; got {given!r}")
+        raise RequestError(key, f"{what} must be [x_min, y_min, x_max, y_max], numbers in [0, 1]; got {shown(given)}")
+    if not all(0 <= side <= 1 for side in given):  # before any becomes a float, which large whole numbers cannot
+        raise RequestError(key, f"{what} lies outside of the image; allowed: numbers in [0, 1]; got {shown(given)}")
     x_min, y_min, x_max, y_max = map(float, given)
-    if not all(0 <= side <= 1 for side in (x_min, y_min, x_max, y_max)):
-        raise RequestError(key, f"{what} lies outside of the image; allowed: numbers in [0, 1]; got {list(given)}")
     for low, high, axis in ((x_min, x_max, "x"), (y_min, y_max, "y")):
         if low == high:
-            raise RequestError(key, f"{what} is empty: {axis}_min = {axis}_max; got {list(given)}")
+            raise RequestError(key, f"{what} is empty: {axis}_min = {axis}_max; got {shown(given)}")
         if low > high:
-            raise RequestError(key, f"{what} is reversed: {axis}_min > {axis}_max; got {list(given)}")
+            raise RequestError(key, f"{what} is reversed: {axis}_min > {axis}_max; got {shown(given)}")
     return x_min, y_min, x_max, y_max
 
 
@@ -92,15 +92,15 @@ def boxes_of_row(row: Mapping[str, Any], text: str, key: str) -> list[dict[str, 
     found: list[dict[str, Any]] = []
     for number, entry in sorted(given.items()):
         if entry.keys() != set(FIELDS):
-            raise RequestError(key, f"obj{number} and bbox{number} of {text!r} belong together; got {entry!r}")
+            raise RequestError(key, f"obj{number} and bbox{number} of {text!r} belong together; got {shown(entry)}")
         words, box = str(entry["words"]).strip(), entry["box"]
         before = sum(one["words"].partition("#")[0].lower() == words.lower() for one in found)
         try:
             pixels = json.loads(box.replace("(", "[").replace(")", "]")) if isinstance(box, str) else box
-            shares = [side / SIDE for side in pixels]
-        except (TypeError, ValueError):
+            shares = [side / SIDE if type(side) is not bool else None for side in pixels]
+        except (TypeError, ValueError, OverflowError, RecursionError):
             raise RequestError(
-                key, f"bbox{number} of {text!r} must be [x_min, y_min, x_max, y_max] in pixels; got {box!r}"
+                key, f"bbox{number} of {text!r} must be [x_min, y_min, x_max, y_max] in pixels; got {shown(box)}"
             ) from None
         found.append({"words": f"{words}#{before + 1}" if before else words, "box": shares})
     return found or None

@@ -30,3 +30,11 @@ def distinct(key: str, value: Any) -> list[Any]:
     if twice := [item for item in values if values.count(item) > 1]:
         raise RequestError(key, f"names {twice[0]!r} twice; give each value once")
     return values
+
+
+def shown(value: Any) -> str:
+    """A value in a message: neither long nor too deep to be spelled."""
+    try:
+        return repr(value)[:80]
+    except (RecursionError, ValueError):  # a ValueError for a number of some thousand digits
+        return f"a deep {type(value).__name__}" if isinstance(value, list | dict) else f"a long {type(value).__name__}"

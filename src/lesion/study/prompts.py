@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lesion.errors import RequestError
 from lesion.study import prompt_columns, prompt_files
 from lesion.study.boxes import Box, parse_boxes
+from lesion.study.checks import shown
 
 FIELDS = ("text", "aspects", "id", "image", "boxes")
 _FIELDS = set(FIELDS)
@@ -130,7 +131,7 @@ def parse_prompts(given: Any, key: str = "prompts") -> PromptSet:
         raise RequestError(f"{key}.{asked[0]}", f"is for files ({key}.path); allowed here: null")
     items = given.get("items") or []
     if not isinstance(items, list | tuple):
-        raise RequestError(f"{key}.items", f"is a list of prompts; got {_shown(items)}")
+        raise RequestError(f"{key}.items", f"is a list of prompts; got {shown(items)}")
     if picks.where:
         items = prompt_columns.fulfil(items, picks.where, f"{key}.where")
     name = str(given.get("name") or "prompts")
@@ -188,14 +189,14 @@ def _names(value: Any, key: str) -> tuple[str, ...] | None:
     if isinstance(value, str):
         value = [value] if value else []
     if value is not None and not (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):
-        raise RequestError(key, f"must be null, a name, or a list of names; got {_shown(value)}")
+        raise RequestError(key, f"must be null, a name, or a list of names; got {shown(value)}")
     return None if value is None else tuple(value)
 
 
 def _text_or_none(given: Mapping[str, Any], name: str, key: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise RequestError(f"{key}.{name}", f"must be a text or null; got {_shown(value)}")
+        raise RequestError(f"{key}.{name}", f"must be a text or null; got {shown(value)}")
     return value
 
 
@@ -203,7 +204,7 @@ def _whole(given: Mapping[str, Any], name: str, key: str, low: int) -> int | Non
     value = given.get(name)
     if value is not None and (type(value) is not int or not low <= value < 2**63):
         raise RequestError(
-            f"{key}.{name}", f"must be null or a whole number from {low} to 2^63 - 1; got {_shown(value)}"
+            f"{key}.{name}", f"must be null or a whole number from {low} to 2^63 - 1; got {shown(value)}"
         )
     return value
 
@@ -236,36 +237,28 @@ def _sampled(prompts: Sequence[Prompt], number: int, seed: int) -> list[Prompt]:
     return [prompt for place, prompt in enumerate(prompts) if place in drawn]
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: neither long nor too deep to be spelled."""
-    try:
-        return repr(value)[:80]
-    except RecursionError:
-        return f"a deep {type(value).__name__}"
-
-
 def _prompt(entry: Any, key: str) -> Prompt:
     if isinstance(entry, str):
         entry = {"text": entry}
     if not isinstance(entry, dict | Mapping):
-        raise RequestError(key, f"a prompt is a text or a mapping of {', '.join(FIELDS)}; got {_shown(entry)}")
+        raise RequestError(key, f"a prompt is a text or a mapping of {', '.join(FIELDS)}; got {shown(entry)}")
     if not entry.keys() <= _FIELDS:
         unknown = [name for name in entry if name not in FIELDS]
         raise RequestError(key, f"unknown field {unknown[0]!r}; allowed: {', '.join(FIELDS)}")
     text = entry.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(key, f"a prompt needs a non-empty text; got {_shown(text)}")
+        raise RequestError(key, f"a prompt needs a non-empty text; got {shown(text)}")
     _check_text(text, "prompt", key)
     aspects = entry.get("aspects") or ()
     if isinstance(aspects, str):
         aspects = prompt_columns.split_tags(aspects)
     if not isinstance(aspects, list | tuple) or not all(isinstance(tag, str) for tag in aspects):
-        raise RequestError(key, f"aspects are a list of tags, or one text with ; between them; got {_shown(aspects)}")
+        raise RequestError(key, f"aspects are a list of tags, or one text with ; between them; got {shown(aspects)}")
     for tag in aspects:
         _check_text(tag, "aspect", key)
     image = entry.get("image") or ""
     if image and not isinstance(image, str):
-        raise RequestError(key, f"image is the path of an init image; got {_shown(image)}")
+        raise RequestError(key, f"image is the path of an init image; got {shown(image)}")
     if image:
         _check_text(image, "image", key)
     boxes = parse_boxes(entry.get("boxes"), text, key)
@@ -276,7 +269,7 @@ def _id(given: Any, text: str, key: str) -> str:
     if given is None or given == "":
         return slug(text)
     if not isinstance(given, str | int | float):
-        raise RequestError(key, f"a prompt id is a text or a number; got {_shown(given)}")
+        raise RequestError(key, f"a prompt id is a text or a number; got {shown(given)}")
     name = str(given)
     if _PLAIN_ID.fullmatch(name):
         return name
