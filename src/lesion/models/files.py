@@ -155,7 +155,18 @@ def _check_bounds(path: Path, name: str, value: Any, key: str) -> None:
 def check_weights(place: Path, library: str, variant: str | None, key: str) -> str | None:
     """The variant of the weights that are used, None for the plain ones.
 
-    Raises RequestError unless a folder has a config and the weights of a model, of diffusers or of transformers.
+    Raises RequestError unless a folder has a config and whole weights of a model, of diffusers or of transformers.
+    """
+    found, used = weights(place, library, variant, key)
+    for path in found:
+        check_safetensors(path, key)
+    return used
+
+
+def weights(place: Path, library: str, variant: str | None, key: str) -> tuple[list[Path], str | None]:
+    """The files of a component's weights, and which variant they are, None for the plain ones.
+
+    Raises RequestError where there are none, or the folder has no config.
     """
     if not (place / "config.json").is_file():
         raise RequestError(key, f"{str(place)!r} has no config.json")
@@ -167,12 +178,9 @@ def check_weights(place: Path, library: str, variant: str | None, key: str) -> s
             whole = place / f"{stem}{f'.{name}' if name else ''}.safetensors"
             index = place / f"{stem}.safetensors.index{f'.{name}' if name else ''}.json"
             if index.is_file():
-                for shard in _shards(index, key):
-                    check_safetensors(shard, key)
-                return name
+                return _shards(index, key), name
             if whole.is_file():
-                check_safetensors(whole, key)
-                return name
+                return [whole], name
     usual = f"{stems[0]}.safetensors"
     names = sorted(path.name for path in place.iterdir() if path.is_file())
     pattern = rf"(?:{'|'.join(stems)})(?:\.safetensors\.index)?\.([^.]+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)"

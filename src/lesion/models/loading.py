@@ -17,7 +17,7 @@ import transformers
 
 from lesion import tasks
 from lesion.errors import RequestError
-from lesion.models import loras, memory, schedulers
+from lesion.models import hub, loras, memory, schedulers, shapes
 from lesion.models.source import (
     ModelSpec,
     Source,
@@ -86,6 +86,7 @@ def load(source: Source, device: str) -> Model:
     """
     wanted = (source.spec, source.fingerprint, device)
     if wanted not in _kept:
+        shapes.check(source)
         forget()
         _kept[wanted] = _load(source, device)
     return _kept[wanted]
@@ -224,11 +225,16 @@ def _reported() -> Iterator[_Told]:
 
 _RAISED_TOO = "An error occurred while trying to fetch"  # of weights that are not there
 _LIBRARIES = ("diffusers.", "transformers.")
-_OLD = ("The following part of your input was truncated", "Token indices sequence length is longer than")
+# Said again with every prompt: what `generate.say_unseen` tells once a study, and how FLUX.2's pipeline calls Pixtral.
+_OLD = (
+    "The following part of your input was truncated",
+    "Token indices sequence length is longer than",
+    "Kwargs passed to `processor.__call__` have to be in",
+)
 
 
 def _news(record: logging.LogRecord) -> bool:
-    """Whether what a library says is not said by `generate.say_unseen` already, once a study."""
+    """Whether what a library says is of use to who runs a study."""
     return not str(record.msg).startswith(_OLD)
 
 
@@ -248,8 +254,11 @@ def _loaded(source: Source, dtype: torch.dtype) -> Any:
         pipe = pipeline_class(source.pipeline).from_single_file(str(source.file), config=str(source.folder), **kwargs)
     else:
         cls = pipeline_class(spec.pipeline) if spec.pipeline else diffusers.DiffusionPipeline
-        place, revision = (spec.id, source.commit) if source.commit else (str(source.folder), None)
-        pipe = cls.from_pretrained(place, revision=revision, variant=spec.variant, **kwargs)
+        if source.commit:
+            place, kwargs["revision"], kwargs["local_files_only"] = spec.id, source.commit, not hub.answers()
+        else:
+            place = str(source.folder)
+        pipe = cls.from_pretrained(place, variant=spec.variant, **kwargs)
     if getattr(pipe, "safety_checker", None) is not None:
         log.info("safety checker taken off: it would blank images, and a blank image has no similarity")
         pipe.safety_checker = None

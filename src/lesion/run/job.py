@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, processes, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, counted, place_of, visible
-from lesion.models import components, layers, requirements
+from lesion.models import components, layers, requirements, shapes
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.processes import Processes
@@ -84,6 +84,7 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     models.check_files(source)
     if settings.steering:
         settings = replace(settings, steering=settings.steering.on(attention_layers(source, "steering")))
+    scoring.check(request.scorer)  # before a denoiser that is not known is built to list its layers
     paths = components.asked_paths(source, request.layers)
     _check_switches(source)
     study = Study(
@@ -101,7 +102,6 @@ def survey(request: Request) -> tuple[models.Source, Study]:
     if request.attribution:
         request.attribution.check(study)
     rounds = _rounds(study, request.budget)
-    scoring.check(request.scorer)
     captured(request, source)
     _check_store(request, source, rounds.part if rounds else study)
     return source, study
@@ -360,6 +360,8 @@ def complete(
     work = Work.of(request, surveyed, context.folder)
     work.attribute(whole)
     counts = work.tally()
+    if counts.missing:
+        shapes.check(source)  # what does not fit together is refused before anything is written
     if request.confirm:
         planned(context.folder, request.confirm.written([prompt.id for prompt in request.prompts]))
         log.info("confirmatory study: confirmation.json, plan %s", request.confirm.sha256)

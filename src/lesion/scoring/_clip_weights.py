@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from huggingface_hub import constants as hub
 
 from lesion import models
 from lesion.models import facts
+from lesion.models.hub import answers as hub_answers
 from lesion.store.digests import digest_of
 
 if TYPE_CHECKING:
@@ -85,21 +84,6 @@ def identity(model: str, pretrained: str | None) -> str:
     if pretrained and Path(pretrained).is_file():
         return f"{model} {digest_of([Path(pretrained)])}"
     return f"{model} {pretrained}" if pretrained else model
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached at all; without it each file would be retried for 20 seconds, cached ones too."""
-    if hub.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a welcoming one
-    except urllib.error.URLError as error:
-        return "CERTIFICATE" in str(error.reason)  # somebody is there; the hub's client may trust them
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 
 from lesion.models import files
-from lesion.scoring._clip_weights import hub_answers
+from lesion.models.hub import answers as hub_answers
 from lesion.store.digests import digest_of
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
