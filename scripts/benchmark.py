@@ -94,6 +94,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
         "seconds of gradients, against those of ordinary images",
         attribution.seconds,
     ),
+    "report": (
+        "A job with its report against one without",
+        "tables, figures, comparison pictures and the page, drawn while the last images are made",
+        speed.report,
+    ),
     "planning": ("Planning a large study", "time and memory to lay out and count a million cells", scale.planning),
     "reopening": ("Re-opening a finished study", "from 10,000 finished cells to their table", scale.reopening),
     "start": ("Starts", "processes that make no image, against importing torch and diffusers", start.start),

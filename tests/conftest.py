@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,13 @@ __all__ = ["byte_tokenizer", "small_pipeline", "small_unet", "text_encoder"]  # 
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Layer lists are remembered in a folder of this session, not in the user's."""
     os.environ["LESION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_hear_ctrl_c() -> None:
+    """Also where a shell started the tests in the background, whose processes ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,6 +32,7 @@ AT_MOST = {
     "planning": 10.0,
     "reopening": 5.0,
     "memory": 1.05,
+    "report": 1.06,
 }
 UNITS = {"share": "%", "planning": " s", "reopening": " s"}  # of what has a target; the others are ratios
 

@@ -22,6 +22,7 @@ from bench import architectures
 from lesion import models, replacements
 from lesion.config.parsing import Request, parse
 from lesion.config.schema import conf_dir, register
+from lesion.errors import StudyFailed
 from lesion.generation.generate import generate, make_deterministic
 from lesion.models import EMBEDDED, Model, precision
 from lesion.models.source import resolve_dtype
@@ -149,8 +150,11 @@ def request(overrides: Sequence[str]) -> Request:
         return parse(compose("lesion", ["experiment=demo", "tracker=none", *overrides]))
 
 
-def job(store: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, pd.DataFrame]:
-    """Seconds and results of one whole job: generate, store, score, results, report. Its models are loaded before."""
+def job(store: Path, folder: Path, overrides: Sequence[str], report: bool = True) -> tuple[float, pd.DataFrame]:
+    """Seconds and results of one whole job: generate, store, score, results, report. Its models are loaded before.
+
+    Raises StudyFailed where not all images are well.
+    """
     asked = request([*overrides, f"store.dir={store}"])
     source, _ = runner.survey(asked)
     models.load(source, asked.device)
@@ -159,7 +163,10 @@ def job(store: Path, folder: Path, overrides: Sequence[str]) -> tuple[float, pd.
     folder.mkdir(parents=True)
     began = time.perf_counter()
     with redirect_stdout(io.StringIO()):
-        runner.run(asked, runner.JobContext(folder, folder.name, None, {}), runner.survey(asked))
+        context = runner.JobContext(folder, folder.name, None, {})
+        outcome = runner.complete(asked, context, runner.survey(asked), report=report)
+    if outcome.trouble:
+        raise StudyFailed(outcome.trouble) from outcome.stopped
     return time.perf_counter() - began, pd.read_parquet(folder / "results.parquet")
 
 

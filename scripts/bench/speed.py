@@ -128,6 +128,24 @@ def capture(this: Setup, options: Options) -> tuple[str, list[Row]]:
     return note, rows
 
 
+def report(this: Setup, options: Options) -> tuple[str, list[Row]]:
+    """What a job's report adds to the time in which its images are made, stored and scored."""
+    made: list[int] = []
+
+    def whole_job(reported: bool) -> float:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as fresh:
+            seconds, frame = job(Path(fresh) / "store", Path(fresh) / "run", this.overrides(this.subjects), reported)
+        made.append(len(frame))
+        return seconds
+
+    found = alternate(options.repeats, {"with": lambda: whole_job(True), "without": lambda: whole_job(False)})
+    rows = [Row(f"job {name}", "seconds", values, " s") for name, values in found.items()]
+    what = "job with its report / job without, seconds"
+    rows.append(aimed("report", this.model, "report", what, ratios(found["with"], found["without"])))
+    note = f"A whole job of {made[0]} images (generate, store, score, results) with and without report. {this.said()}."
+    return note, rows
+
+
 def overhead(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """The same batch of un-ablated images through `generate` and through the pipeline alone."""
     _, study, model = loaded([*this.overrides(this.batch), "selection=none"])

@@ -116,6 +116,15 @@ def test_what_gradients_keep_is_counted_without_computing_it():
     assert kept.counted(kept.Size("sd15", 128, small=True))[0] > kept.counted(kept.Size("sd15", 64, small=True))[0] > 0
 
 
+@pytest.mark.parametrize("side", [64, 65, 1024])
+def test_large_images_are_not_read_by_the_toy_worlds_reader(side):
+    """It takes minutes for one of 1024 px."""
+    this = setup.Setup("embedded", setup.EMBEDDED, "cpu", "float32", 2, 1.0, side, 4, 2, 2)
+    metrics = setup.request(this.overrides(2)).scorer.metrics
+    assert any(name.startswith("read_") for name in metrics) is (side == 64)
+    assert {"clip_similarity", "clip_text", "ssim", "psnr"} <= {*metrics}
+
+
 @pytest.mark.slow
 def test_every_part_runs_on_a_cpu(tmp_path, capfd, no_report):
     out = tmp_path / "benchmarks.md"

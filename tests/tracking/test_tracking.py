@@ -99,7 +99,7 @@ def track(folder: Path, frame: pd.DataFrame, **options: object) -> None:
     tracker.start(a_job(folder))
     for done in (1, 2, 4):
         tracker.progress(done, 4, 2.5)
-    tracker.finish(frame, folder, SUMMARY)
+    tracker.finish(frame, folder, lambda: SUMMARY)
     tracker.close(0)
 
 
@@ -398,7 +398,7 @@ def live_through(tracker: Tracker, folder: Path) -> None:
     tracker.start(a_job(folder))
     tracker.progress(1, 2, 1.0)
     tracker.progress(2, 2, 1.0)
-    tracker.finish(pd.DataFrame(), folder, {})
+    tracker.finish(pd.DataFrame(), folder, dict)
     tracker.close(0)
 
 
@@ -486,7 +486,7 @@ def test_a_stopped_service_ends_in_one_line_and_nothing_waits_for_it_at_exit(
         "stop = lambda: os.kill(process(), getattr(signal, how));"
         "tracker = t.make_tracker('wandb', {'mode': 'offline', 'progress_every': 0, 'service_timeout': 15});"
         "tracker.start(t.a_job(folder)); when == 'progress' and stop();"
-        "[tracker.progress(done, 3, 1.0) for done in (1, 2, 3)]; tracker.finish(frame, folder, t.SUMMARY);"
+        "[tracker.progress(done, 3, 1.0) for done in (1, 2, 3)]; tracker.finish(frame, folder, lambda: t.SUMMARY);"
         "when == 'close' and stop(); tracker.close(0);"
         "t.track(folder / 'again', t.a_run_folder(folder / 'again'), mode='offline')"
     )

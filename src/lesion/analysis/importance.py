@@ -15,6 +15,7 @@ import pandas as pd
 
 from lesion.analysis.settings import in_order, layers_in_order, only_setting, rows, settings
 from lesion.scoring import Metric, known_metrics, metric_class
+from lesion.study.columns import GENERATION, LESION
 
 LEAVE_ONE_OUT = "leave_one_out"
 ONLY_ONE = "only_one"
@@ -22,6 +23,7 @@ NO_EFFECT = 1e-4  # similarities this close to 1 are float32 and batch-size nois
 IMPORTANCE_METRIC = "importance_metric"  # the column that names a study's choice
 DEFAULT_METRIC = "clip_similarity"
 STATUSES = ("ok", "invalid", "failed")
+_READ = ("prompt_id", "selection", "layer", "layer_index", "status")
 Values = TypeVar("Values", float, pd.Series)
 
 
@@ -64,6 +66,12 @@ def similarity(frame: pd.DataFrame, metric: str | None = None) -> pd.Series:
     return values.where((frame["status"] == "ok") & np.isfinite(values))
 
 
+def _with_similarity(frame: pd.DataFrame, metric: str | None) -> pd.DataFrame:
+    """What the tables below read, and _similarity: of a million rows every further column takes long to take apart."""
+    keep = ("model", *LESION, *GENERATION, *_READ)
+    return frame[[name for name in keep if name in frame]].assign(_similarity=similarity(frame, metric))
+
+
 def _over_prompts(part: pd.DataFrame) -> tuple[float, float]:
     """Mean over seeds, then mean and sample standard deviation over prompts; NaN where there is nothing to say."""
     by_prompt = part.groupby("prompt_id")["_similarity"].mean().dropna()
@@ -104,7 +112,7 @@ def layer_table(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     metric), rank (1 = most important, ties share, <NA> without leave-one-out), effect ("yes", "none" when every
     leave-one-out similarity is within 1e-4 of 1, "n/a" without data).
     """
-    frame = frame.assign(_similarity=similarity(frame, metric))
+    frame = _with_similarity(frame, metric)
     frame = frame[frame["selection"].isin(("none", LEAVE_ONE_OUT, ONLY_ONE, "all"))]
     tables = []
     for setting in settings(frame):
@@ -155,7 +163,7 @@ def layer_by_prompt(
 
     A cell without a valid image is NaN. ValueError when the rows mix settings (models, windows...): filter them first.
     """
-    part = frame.assign(_similarity=similarity(frame, metric))
+    part = _with_similarity(frame, metric)
     part = part[part["selection"] == selection]
     if replacement is not None:
         part = part[part["replacement"] == replacement]
@@ -183,7 +191,7 @@ def status_counts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def controls(frame: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """The text-blind control (selection "all"), one row a setting: mean similarity, its sd over prompts, the counts."""
-    frame = frame.assign(_similarity=similarity(frame, metric))
+    frame = _with_similarity(frame, metric)
     records = []
     for setting in settings(frame):
         part = rows(frame, setting)

@@ -86,13 +86,13 @@ def settings(frame: pd.DataFrame) -> list[Setting]:
     varying = _varying(frame)
     generation = ["model", *varying]
     lesion = [name for name in LESION if name in frame]
-    lesioned = frame[frame["selection"] != BASELINE]
+    lesioned = frame[[*generation, *lesion]][frame["selection"] != BASELINE]
     found = [
         Setting(
             generation=tuple((name, record[name]) for name in varying),
             **{name: record[name] for name in ("model", *lesion)},
         )
-        for record in lesioned[[*generation, *lesion]].drop_duplicates().to_dict("records")
+        for record in lesioned.drop_duplicates().to_dict("records")
     ]
     seen = {(one.model, one.generation) for one in found}
     for record in frame[generation].drop_duplicates().to_dict("records"):
@@ -131,7 +131,7 @@ def only_setting(frame: pd.DataFrame, **wanted: Any) -> Setting:
 
 def layers_in_order(frame: pd.DataFrame) -> list[str]:
     """The layers named in the frame, by component, forward depth in it (`layer_index`), then name."""
-    named = frame[frame["layer"].fillna("") != ""]
+    named = frame[["layer", "layer_index"]][frame["layer"].fillna("") != ""]
     if named.empty:
         return []
     depth = named.groupby("layer", sort=False)["layer_index"].min()

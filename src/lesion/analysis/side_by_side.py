@@ -88,8 +88,8 @@ def relative_depth(frame: pd.DataFrame) -> pd.DataFrame:
 
     Columns: model, kind, layer, depth; layers in the order of the forward pass.
     """
-    named = frame[frame["layer"].fillna("") != ""]
-    named = named if "kind" in named else named.assign(kind=Lesion.kind)
+    frame = frame if "kind" in frame else frame.assign(kind=Lesion.kind)
+    named = frame[["model", "kind", "layer", "layer_index"]][frame["layer"].fillna("") != ""]
     records = []
     for sides, part in groups(named, ["model", "kind"]):
         layers = layers_in_order(part)

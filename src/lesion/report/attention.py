@@ -64,9 +64,9 @@ def pictures(run_dir: Path, frame: pd.DataFrame, metric: str, most: int | None =
     Under each layer stands what its lesion does to this image: 1 - metric, where the run has it. Images of
     leave_one_out that have maps are drawn too: of the first setting, where there are several.
     """
-    there = frame[(frame["selection"] == BASELINE) & (frame["status"] == "ok")]
-    with_maps = [row for row in there.to_dict("records") if kept_file(run_dir, row)]
-    few = with_maps if most is None else with_maps[:most]
+    images = frame["image"][(frame["selection"] == BASELINE) & (frame["status"] == "ok")]
+    with_maps = [place for place, image in images.items() if kept_file(run_dir, {"image": image})]
+    few = frame.loc[with_maps[:most]].to_dict("records")
 
     def draw(row: dict[Any, Any]) -> list[WordPicture]:
         maps, picture = kept(run_dir, row), load(run_dir / str(row["image"]))

@@ -60,7 +60,7 @@ class Scope:
     @classmethod
     def of(cls, part: pd.DataFrame, setting: Setting) -> Scope:
         """`part` holds the rows of the setting."""
-        layers = layers_in_order(part[part["selection"].isin((LEAVE_ONE_OUT, ONLY_ONE))])
+        layers = layers_in_order(part[["layer", "layer_index"]][part["selection"].isin((LEAVE_ONE_OUT, ONLY_ONE))])
         return cls(setting, layers, _selections(part))
 
 
@@ -253,6 +253,6 @@ def layer_grid(
 
 def prompts_a_picture(frame: pd.DataFrame, run_dir: Path, max_width: int = MAX_WIDTH) -> int:
     """How many prompt columns fit side by side in `layers_by_prompts`."""
-    shown = frame[(frame["status"] == "ok") & (frame["image"].fillna("") != "")]
-    picture = load(run_dir / str(shown["image"].iloc[0])) if len(shown) else None
+    shown = frame["image"][(frame["status"] == "ok") & (frame["image"].fillna("") != "")]
+    picture = load(run_dir / str(shown.iloc[0])) if len(shown) else None
     return max(1, (max_width - 206) // (tile_size([picture] if picture else [])[0] + GAP))

@@ -391,9 +391,8 @@ def _floors(runs: Sequence[Run], frame: pd.DataFrame) -> pd.DataFrame | None:
 
 def alike(frame: pd.DataFrame) -> int:
     """Rows that differ from another only in what results do not show (weights, calibration, precision)."""
-    lesioned = frame[frame["selection"].isin(("leave_one_out", "only_one", "all"))]
     key = ["model", "prompt_id", "seed", "selection", "layer", *LESION, *(name for name in GENERATION if name in frame)]
-    return int(lesioned.duplicated(key).sum())
+    return int(frame[key][frame["selection"].isin(("leave_one_out", "only_one", "all"))].duplicated().sum())
 
 
 def gather(frame: pd.DataFrame, out: Path) -> pd.DataFrame:

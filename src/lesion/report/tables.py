@@ -203,7 +203,7 @@ def caption(part: pd.DataFrame, setting: Setting, what: str, metric: str) -> str
 
 def sizes(part: pd.DataFrame) -> str:
     """How many prompts and seeds have a valid lesioned image."""
-    valid = part[(part["status"] == "ok") & (part["selection"] != "none")]
+    valid = part[["prompt_id", "seed"]][(part["status"] == "ok") & (part["selection"] != "none")]
     prompts, seeds = valid["prompt_id"].nunique(), valid["seed"].nunique()
     return f"n = {prompts} {'prompt' if prompts == 1 else 'prompts'}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
@@ -304,8 +304,8 @@ def _cell_width(cell: Cell, siunitx: bool) -> float:
 def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
     heads, layout = [], ""
     spans: list[tuple[str, int]] = []
-    for place, column in enumerate(table.columns):
-        between = any(row[place].interval for row in table.cells)
+    with_intervals = [any(row[place].interval for row in table.cells) for place in range(len(table.columns))]
+    for place, (column, between) in enumerate(zip(table.columns, with_intervals, strict=True)):
         spans.append((column.over, 2 if siunitx and not column.left and between else 1))
         if siunitx and not column.left:
             heads += [f"{{{latex(column.head, HEAD)}}}", *([r"{95\,\%}"] if between else [])]
@@ -318,11 +318,7 @@ def _environment(table: Table, words: str, label: str, siunitx: bool) -> str:
         _row(
             piece
             for place, cell in enumerate(row)
-            for piece in _latex_cell(
-                cell,
-                siunitx and not table.columns[place].left,
-                any(other[place].interval for other in table.cells),
-            )
+            for piece in _latex_cell(cell, siunitx and not table.columns[place].left, with_intervals[place])
         )
         for row in table.cells
     ]

@@ -11,15 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    **{character: "\\" + character for character in "&%$#_{}"},
-}
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        **{character: "\\" + character for character in "&%$#_{}"},
+    }
+)
 _UNKNOWN = frozenset("ĦħĸĿŀŉŦŧſ")  # among Latin letters, those that T1 lacks
 _KNOWN = frozenset("–—‘’“”…†‡•€")  # beyond Latin letters, what pdflatex can set without further packages
 _REORDER = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would also turn what follows
@@ -31,7 +33,8 @@ def clean(text: object, limit: int = 400) -> str:
     Control characters are dropped, among them those that override the direction of the text around them.
     """
     line = str(text)[: 4 * limit]  # a bound on the work for very long prompts
-    line = "".join(" " if c.isspace() else "" if _dropped(c) else c for c in line)
+    if not line.isprintable():  # what is has no other white space than spaces, and nothing to drop
+        line = "".join(" " if c.isspace() else "" if _dropped(c) else c for c in line)
     line = re.sub(" +", " ", line).strip()
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
@@ -45,7 +48,7 @@ def latex(text: object, limit: int = 400) -> str:
 
     Characters that pdfLaTeX with T1 fonts cannot set (`beyond_t1`) stay: LuaLaTeX and XeLaTeX can.
     """
-    return "".join(_LATEX.get(c, c) for c in clean(text, limit))
+    return clean(text, limit).translate(_LATEX)
 
 
 def beyond_t1(text: str) -> list[str]:

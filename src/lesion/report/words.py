@@ -345,7 +345,7 @@ def _touched(one: Any) -> str:
 def _seeds(found: Findings, setting: Setting) -> list[str]:
     """What shared noise means for the intervals; nothing where every prompt has its own."""
     part = found.rows(setting)
-    part = part[part["selection"] != BASELINE]
+    part = part[[name for name in ("seed", "noise") if name in part]][part["selection"] != BASELINE]
     if not len(part) or not shared_noise(part):
         return []
     if part["seed"].nunique() == 1:

@@ -742,7 +742,7 @@ def _write(
         ) from error
     if not unwritten:
         prune(folder, [*written, *(folder / place for image in places for place in (image, beside_image(image)))])
-    tracker.finish(frame, folder, summary(frame))
+    tracker.finish(frame, folder, lambda: summary(frame))
     return written, said, unwritten
 
 
@@ -780,7 +780,7 @@ def track_report(
     }
     follower = make_tracker(tracker["name"], dict(tracker))
     follower.start(JobInfo(f"report over {len(runs)} jobs", folder.as_posix(), "lesion-report", folder, config))
-    follower.finish(frame, folder, summary(frame))
+    follower.finish(frame, folder, lambda: summary(frame))
     follower.close(0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -43,8 +43,11 @@ class Tracker(Protocol):
     def progress(self, done: int, total: int, images_per_second: float) -> None:
         """Note that `done` of `total` images are made. May be called once an image: trackers throttle themselves."""
 
-    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
-        """Log the results frame (one row per image), the pictures under `run_dir` and `summary` (name -> value)."""
+    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: Callable[[], Mapping[str, float]]) -> None:
+        """Log the results frame (one row per image), the pictures under `run_dir` and the summary (name -> value).
+
+        summary: works it out; a tracker that shows none does not call it.
+        """
 
     def close(self, exit_code: int) -> None:
         """Close the job; `exit_code` 0 means all cells fine. Safe to call after a failure, or without a start."""
@@ -64,7 +67,7 @@ class Guarded:
     def progress(self, done: int, total: int, images_per_second: float) -> None:
         self._call(lambda: self.inner.progress(done, total, images_per_second))
 
-    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
+    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: Callable[[], Mapping[str, float]]) -> None:
         self._call(lambda: self.inner.finish(frame, run_dir, summary))
 
     def close(self, exit_code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ class NoTracker:
     def progress(self, done: int, total: int, images_per_second: float) -> None:
         pass
 
-    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
+    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: Callable[[], Mapping[str, float]]) -> None:
         pass
 
     def close(self, exit_code: int) -> None:

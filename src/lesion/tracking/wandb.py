@@ -133,7 +133,7 @@ class WandbTracker:
         self._shown.update(found)
         return {"made": picture}
 
-    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: dict[str, float]) -> None:
+    def finish(self, frame: pd.DataFrame, run_dir: Path, summary: Callable[[], Mapping[str, float]]) -> None:
         """Log the summary, all pictures, the report and its tables, a bar chart, the results table and an artifact."""
         if self.run is None:
             return
@@ -142,7 +142,8 @@ class WandbTracker:
         with self._closing_on_error() as run, _environment(WANDB_DATA_DIR=str(self.folder / "wandb" / "data")):
             # WANDB_DATA_DIR is where wandb stages the files of artifacts and the pictures of tables.
             # A dot in a key of the summary is a level to W&B, and layers have dots.
-            totals = {text(key).replace(".", "_"): float(value) for key, value in summary.items()}
+            values = summary()
+            totals = {text(key).replace(".", "_"): float(value) for key, value in values.items()}
             self._within(lambda: run.summary.update(totals))
             if pictures := _picture_lists(run_dir / "grids", "grids") | _named_pictures(run_dir / "figures", "figures"):
                 self._within(lambda: run.log(pictures))
@@ -150,7 +151,7 @@ class WandbTracker:
                 self._within(lambda: run.log(tables))
             table = _results_table(frame, run_dir, self.options.max_table_images)
             self._within(lambda: run.log({"results": table}))
-            if bars := _bars(summary):
+            if bars := _bars(values):
                 self._within(lambda: run.log(bars))
             page = self._page(run_dir / "report.html")
             if page.is_file():
