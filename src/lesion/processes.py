@@ -189,7 +189,7 @@ class Processes:
 
 def drawers(images: int) -> Processes:
     """Processes that draw parts of a report of so many images; none for few, since they take seconds to start."""
-    return Processes(None if images >= MANY else 0, ["lesion.report.figures:prepare"])
+    return Processes(None if images >= MANY else 0, ["lesion.report.figures:prepare", "lesion.report.findings:prepare"])
 
 
 def _send(pipe: IO[bytes], what: object) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import zlib
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.colors
@@ -22,7 +23,7 @@ from PIL import Image
 from lesion.analysis.settings import settings
 from lesion.processes import Call, Processes
 from lesion.report import curves, figures, illustrations, write_report
-from lesion.report.findings import findings
+from lesion.report.findings import Findings, findings
 from lesion.report.profile import levels, profile
 from lesion.report.text import clean, short_names
 from lesion.study.prompts import slug
@@ -245,7 +246,7 @@ def test_prompts_get_short_names_that_tell_them_apart():
     }  # ids of one's own
 
 
-def test_a_report_drawn_by_two_processes_has_the_same_files(tmp_path, monkeypatch):
+def test_a_report_made_by_two_processes_has_the_same_files(tmp_path, monkeypatch):
     """Byte for byte, under settings of matplotlib and a style of this process. Slow: the other imports."""
     frame, floor = planted(prompts=2, seeds=1)
     frame = frame[frame["replacement"] != "mean"]
@@ -254,7 +255,7 @@ def test_a_report_drawn_by_two_processes_has_the_same_files(tmp_path, monkeypatc
     known = findings(frame, floor)
     monkeypatch.chdir(tmp_path)  # paths may be relative
     listed = {}
-    with Processes(1, ["lesion.report.figures:prepare"]) as two:
+    with Processes(1, ["lesion.report.figures:prepare", "lesion.report.findings:prepare"]) as two:
         two.start()
         calls = []
         monkeypatch.setattr(two, "call", lambda work: calls.append(Processes.call(two, work)) or calls[-1])
@@ -265,8 +266,17 @@ def test_a_report_drawn_by_two_processes_has_the_same_files(tmp_path, monkeypatc
         assert first.result() != os.getpid()
         made = []
         monkeypatch.setattr(Call, "_make", lambda self, make=Call._make: made.append(self) or make(self))
-        listed["two"] = write_report(Path("two"), frame, floor, known=known, styles=["own.mplstyle"], processes=two)
-        assert len(calls) > len(made)  # the other process drew some of them
+        together = findings(frame, floor, processes=two)
+        assert len(calls) > len(made) > 0  # the other process worked out some of them
+        for one in fields(Findings):
+            alone, shared = getattr(known, one.name), getattr(together, one.name)
+            if isinstance(alone, pd.DataFrame):
+                pd.testing.assert_frame_equal(alone, shared)
+            elif not one.name.startswith("_"):
+                assert alone == shared
+        calls.clear(), made.clear()
+        listed["two"] = write_report(Path("two"), frame, floor, known=together, styles=["own.mplstyle"], processes=two)
+        assert len(calls) > len(made) > 0  # and drew some
     names = [[path.relative_to(name) for path in paths] for name, paths in listed.items()]
     assert names[0] == names[1]
     assert len(names[0]) > 30

@@ -43,7 +43,7 @@ def report(runs: Sequence[Path], out: Path, mix: bool = False, **options: Any) -
     with drawers(len(frame)) as others:
         others.start()
         frame = gather(frame, out).reset_index(drop=True)
-        known = findings(frame, floor, options.get("interval", METHODS[0]))
+        known = findings(frame, floor, options.get("interval", METHODS[0]), others)
         return known, write_report(out, frame, floor, maps, notes=notes, known=known, processes=others, **options)
 
 

@@ -224,7 +224,8 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
                 shade = 1.0 if not np.isfinite(value) else float(scale(value))
                 text = brief(float(value))
                 colour = "black" if shade > 0.5 else "white"
-                axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
+                cell = axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
+                cell.set_in_layout(False)  # it lies inside the map, whose place does not depend on it
     return figure
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,10 +41,12 @@ from lesion.analysis.settings import Setting, rows, settings
 from lesion.analysis.shapley import shapley_values
 from lesion.analysis.side_by_side import paired_differences
 from lesion.analysis.variance import variance_components
+from lesion.processes import Call, Processes
 from lesion.scoring import known_metrics, metric_class
 from lesion.study.columns import GENERATION, LESION
 
 CERTAIN = 0.05  # p-values up to this count as a difference
+SENT = 20_000  # rows up to which it takes less to send them to another process than to work there
 NO_FLOOR = "there are no pairs of baselines to take the noise floor from"
 _RANK = (*RANKS, "top_1", "top_3")
 
@@ -182,11 +186,19 @@ def _take(table: pd.DataFrame, source: pd.DataFrame, names: dict[str, str]) -> N
 
 
 @worked_out_once()
-def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: str = METHODS[0]) -> Findings:
+def findings(
+    frame: pd.DataFrame,
+    floor: pd.DataFrame | None = None,
+    interval: str = METHODS[0],
+    processes: Processes | None = None,
+) -> Findings:
     """Work out everything; what the analysis refuses for some rows is left out and named in `troubles`.
 
+    floor: similarities between baselines (`lesion.analysis.floor`).
     interval: of means, one of `bootstrap.METHODS`; `bootstrap-t` by default because of its coverage (see there).
-    ValueError for another.
+    processes: that work out tables too, where they are started and the rows are few enough to be sent to them.
+
+    Raises ValueError for an unknown interval.
     """
     if interval not in METHODS:
         raise ValueError(f"unknown interval {interval!r}; allowed: {', '.join(METHODS)}")
@@ -195,21 +207,21 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
     if frame.empty:
         return found
     how = {"method": interval}
+    several = processes if processes and len(frame) <= SENT else Processes(0)
+    calls: dict[str, Call[tuple[pd.DataFrame, str]]] = {}
+
+    def begin(name: str, what: Callable[..., pd.DataFrame], *arguments: Any, **options: Any) -> None:
+        calls[name] = several.call(partial(_tried, what, arguments, options))
+
     if reading_columns(frame):
-        found.reading = reading_drops(frame, **how)
-        found.alone = reading_shares(frame, **how)
+        begin("reading", reading_drops, frame, **how)
+        begin("alone", reading_shares, frame, **how)
     if fits := adherence_columns(frame):
-        found.adherence = adherence_lost(with_right(frame), metrics=fits, **how)
+        begin("adherence", adherence_lost, with_right(frame), metrics=fits, **how)
     frame = slim(frame, metric)
     pairs = _plain_texts(found.pairs)
     has = frame["selection"].value_counts()
-
-    def work(name: str, what: Callable[..., pd.DataFrame], *arguments: Any, **options: Any) -> None:
-        try:
-            setattr(found, name, what(*arguments, metric=metric, **options))
-        except ValueError as error:
-            found.troubles.append(f"{name}: {error}")
-
+    work = partial(begin, metric=metric)
     work("layers", bounded_estimates, frame, **how)
     work("affected", affected_prompts, frame)
     work("variance", variance_components, frame)
@@ -224,7 +236,6 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         work("floors", _floors, frame, pairs, **how)
     if "aspects" in frame and (frame["aspects"].fillna("") != "").any():
         work("aspects", aspect_estimates, frame, **how)
-        found.aspects = _bounded(found.aspects, metric)
         work("interaction", aspect_interaction, frame)
     work("agreement", _agreement, frame)
     work("differences", paired_differences, frame, **how)
@@ -239,9 +250,37 @@ def findings(frame: pd.DataFrame, floor: pd.DataFrame | None = None, interval: s
         work("doses", dose_response, frame, **how)
     if has.get("coalitions", 0):
         work("shapley", shapley_values, frame, **how)
+    _gather(found, calls)
+    found.aspects = _bounded(found.aspects, metric)
     _correct(found)
+    calls.clear()
     work("ranks", ranks, frame, compared=found.comparisons, won=found.wins)
+    _gather(found, calls)
     return found
+
+
+def _tried(
+    what: Callable[..., pd.DataFrame], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[pd.DataFrame, str]:
+    """The table, or an empty one and why it is refused."""
+    try:
+        return what(*arguments, **options), ""
+    except ValueError as error:
+        return _none(), str(error)
+
+
+def _gather(found: Findings, calls: Mapping[str, Call[tuple[pd.DataFrame, str]]]) -> None:
+    for name, call in calls.items():
+        table, trouble = call.result()
+        setattr(found, name, table)
+        if trouble:
+            found.troubles.append(f"{name}: {trouble}")
+
+
+def prepare() -> None:
+    """Import what the first findings of a process would."""
+    importlib.import_module("scipy.optimize")
+    importlib.import_module("scipy.stats")
 
 
 CLAIMS = (

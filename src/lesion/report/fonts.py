@@ -34,12 +34,12 @@ def regular(bold: bool = False) -> Path:
 
 @contextmanager
 def embedded_without_layout() -> Iterator[None]:
-    """Within it a PDF embeds fonts without their tables for shaping text.
+    """Within it a PDF embeds fonts without their tables for shaping text and formulas.
 
     Readers of PDF use none of them, and to cut them to a figure's letters takes half of the time of writing it.
     """
     default = Options._drop_tables_default
-    Options._drop_tables_default = [*default, "GSUB", "GPOS", "GDEF"]
+    Options._drop_tables_default = [*default, "GSUB", "GPOS", "GDEF", "MATH"]
     try:
         yield
     finally:

@@ -730,7 +730,7 @@ def _write(
             from lesion.report.attribution import notes
 
             log.info("report: tables, figures and the page")
-            said = findings(frame, beside.get("floor"))
+            said = findings(frame, beside.get("floor"), processes=drawers)
             told = notes(certificate) if certificate else ()
             written += write_report(folder, frame, beside.get("floor"), notes=told, known=said, processes=drawers)
     except OSError as error:
