@@ -150,7 +150,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     import lesion.report
 
     monkeypatch.setattr(lesion.report, "write_report", lambda *args, **options: [])
-    monkeypatch.setattr(lesion.report, "findings", lambda *args: None)
+    monkeypatch.setattr(lesion.report, "findings", lambda *_, **__: None)
 
 
 @pytest.fixture

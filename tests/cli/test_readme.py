@@ -76,7 +76,7 @@ def test_the_worked_multirun_and_its_report(run, drawn, monkeypatch, tmp_path):
     swept, reported = (command for command in COMMANDS if " -m " in command or command.startswith("lesion-report"))
     with monkeypatch.context() as patch:  # its jobs draw what every other study draws
         patch.setattr(lesion.report, "write_report", lambda *args, **options: [])
-        patch.setattr(lesion.report, "findings", lambda *args: None)
+        patch.setattr(lesion.report, "findings", lambda *_, **__: None)
         run(swept)
     run(reported)
     assert len(list(tmp_path.glob("multirun/*/*/*/results.parquet"))) == 4

@@ -48,7 +48,7 @@ def test_a_multirun_is_a_group_of_its_jobs_and_their_report(cli, monkeypatch):
         return [folder / "report.html"]
 
     monkeypatch.setattr(lesion.report, "write_report", report)
-    monkeypatch.setattr(lesion.report, "findings", lambda frame, *args: SimpleNamespace(frame=frame))
+    monkeypatch.setattr(lesion.report, "findings", lambda frame, *_, **__: SimpleNamespace(frame=frame))
     monkeypatch.setattr(lesion.report, "ranking_lines", lambda known: [])
     code, out, err = cli("-m", "replacement=zero,null_prompt", *TRACKED, "hydra.sweep.dir=both", "tracker.tags=[demo]")
     assert code == 0 and "report over all jobs" in out, err
