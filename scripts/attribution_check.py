@@ -12,6 +12,10 @@ by `run.attribution.Screening`, as in a study; their images come from the comple
 process, after a batch of 2 steps; an ordinary image's are those of the fastest of three batches, by its share of the
 steps where its window begins late.
 
+The first rows estimate nothing: real lesions on a quarter and on half of the prompts, against those on all, and real
+lesions on as many other prompts, which say how far importance is of the lesions at all and not of the prompts. They are
+means over random draws of prompts, but for the other prompts of each half.
+
 Estimators: gradients at some strengths of all lesions, in some directions, of images from the study's noise or also
 from other noise; and two without gradients, from images in which many lesions are together. `subsets`: each lesion is
 whole in a random tenth of a prompt's images, and their dissimilarity to the baseline is regressed on which are in an
@@ -101,18 +105,18 @@ class Estimator:
 
 SMALL, SUBSET = 0.05, 0.1  # strength, and share of the lesions, of the estimators without gradients
 ESTIMATORS = [
-    Estimator(probes=1),
-    Estimator(probes=2),
-    Estimator(probes=8),
-    Estimator("latent", probes=2),
+    *(Estimator(probes=probes, seed=seed) for seed in (0, 1, 2, 3) for probes in (1, 2)),
     Estimator(points=(0.1,), probes=1),
     Estimator(points=(0.0, 0.2), probes=1),
-    Estimator(noises=2),
     Estimator(without="small strengths", images=4),
     Estimator(without="subsets", images=4),
-    *(Estimator(probes=probes, seed=seed) for seed in (1, 2, 3) for probes in (1, 2)),
+    Estimator("latent", probes=2),
+    Estimator(noises=2),
+    Estimator(probes=8),
 ]
 SIZE = 8  # of a batch
+SHARES = {"a quarter": 0.25, "half": 0.5}  # of the prompts, whose real lesions are a row each
+DRAWS = 400  # of prompts
 CANDIDATES = {"16 layers": (8, 12), "64 heads x 4 windows": (15, 20, 30, 60)}  # of plain estimators
 
 
@@ -256,19 +260,55 @@ class Some:
             pass
         return screening.adjusted.mean(axis=1), float(screening.prompts @ self.shares)
 
-    def agreement(self, scores: NDArray[np.float64], most: int) -> str:
-        real = self.real.mean(axis=1)
-        best = {*np.argsort(-real)[:most]} & {*np.argsort(-scores)[:most]}
-        some = real >= EFFECT
-        order = [stats.spearmanr(scores[kept], real[kept]).statistic for kept in (real > -1, some)]
-        with_effect = f", {order[1]:.2f} ({some.sum()})" if some.sum() > 2 else ""
-        return f"{order[0]:.2f}{with_effect}, {len(best)}/{most}"
+
+def agreement(scores: NDArray[np.float64], real: NDArray[np.float64], most: int) -> NDArray[np.float64]:
+    """Of the scores of lesions with their importance: Spearman over all; over those with effect, NaN for fewer than
+    three; how many these are; and how many of the `most` highest are among as many most important.
+    """
+    best = {*np.argsort(-real)[:most]} & {*np.argsort(-scores)[:most]}
+    some = real >= EFFECT
+    among = stats.spearmanr(scores[some], real[some]).statistic if some.sum() > 2 else np.nan
+    return np.array([stats.spearmanr(scores, real).statistic, among, some.sum(), len(best)])
+
+
+def said(found: NDArray[np.float64], most: int, share: float) -> str:
+    """A cell of the table. found: of `agreement`, or of several. share: of what the complete grid takes."""
+    all_of_them, number, best = (found.reshape(-1, 4)[:, place].mean() for place in (0, 2, 3))
+    among = found.reshape(-1, 4)[:, 1]
+    with_effect = f", {among.mean():.2f} ({number:.0f})" if np.isfinite(among).all() else ""
+    return f"{all_of_them:.2f}{with_effect}, {round(best, 1):g}/{most}, {100 * share:.1f} %"
+
+
+def lesioned(real: NDArray[np.float64], halves: Sequence[slice], most: int) -> Iterator[tuple[str, list[str]]]:
+    """Rows of real lesions on some of the prompts, and on others. real: (lesions, prompts). halves: the first prompts,
+    the others, and all.
+    """
+    drawn = np.random.default_rng(0)
+    for name, share in SHARES.items():
+        cells = []
+        for some in halves:
+            part = real[:, some]
+            number = max(1, round(share * part.shape[1]))
+            draws = [part[:, drawn.permutation(part.shape[1])[:number]].mean(axis=1) for _ in range(DRAWS)]
+            found = np.array([agreement(one, part.mean(axis=1), most) for one in draws])
+            cells.append(said(found, most, number / part.shape[1]))
+        yield f"real lesions, {name} of the prompts", cells
+    first, others = (real[:, some].mean(axis=1) for some in halves[:2])
+    orders = [drawn.permutation(real.shape[1]) for _ in range(DRAWS)]
+    half = real.shape[1] // 2
+    split = [
+        agreement(real[:, one[:half]].mean(axis=1), real[:, one[half : 2 * half]].mean(axis=1), most) for one in orders
+    ]
+    found = [agreement(others, first, most), agreement(first, others, most), np.array(split)]
+    yield "real lesions, as many other prompts (of all: half and half)", [said(one, most, 1.0) for one in found]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True, help="folder of images, made where it lacks some")
     parser.add_argument("--grid", choices=GRIDS, action="append", help="only this one; repeatable")
+    parser.add_argument("--without", metavar="WORDS", action="append", default=[],
+                        help="leave out estimators whose name has these words; repeatable")  # fmt: skip
     parser.add_argument("--prompts", type=int, nargs=2, metavar=("FIRST", "OTHERS"), help="how many, of prompts=demo")
     arguments = parser.parse_args()
     store = arguments.store.absolute()
@@ -285,19 +325,24 @@ def main() -> None:
         real, whole = np.concatenate([one.real for one in parts]), Together.of([one.study for one in parts])
         steps = whole.settings.steps
         shares = np.array([1 - first_step(one.window, steps) / steps for one in whole.lesions()])
+        halves = [slice(0, first), slice(first, first + others), slice(0, first + others)]
+        for lesions, cells in lesioned(real, halves, most):
+            print(f"| {name} | {lesions} | | 0 | {' | '.join(cells)} |", flush=True)
         for asked in ESTIMATORS:
+            if any(words in str(asked) for words in arguments.without):
+                continue
             found = [one.effects(asked, store / "estimates") for one in parts]
             effects, took = np.concatenate([one for one, _ in found]), sum(took for _, took in found)
             ranked = [(mean, 0) for mean in (MEANS if not asked.seed else MEANS[:1])]
             for mean, candidates in [*ranked, *((MEANS[0], one) for one in CANDIDATES[name] if asked.plain)]:
                 told = []
-                for some in (slice(0, first), slice(first, first + others), slice(0, first + others)):
+                for some in halves:
                     study = replace(whole, prompts=whole.prompts[some])
                     one = Some(study, real[:, some], effects[:, some], shares)
                     scores, images = one.ranked(candidates, most, mean)
                     prompts = len(study.prompts)
                     share = (took * prompts / (first + others) + images) / (prompts * (1 + shares.sum()))
-                    told.append(f"{one.agreement(scores, most)}, {100 * share:.1f} %")
+                    told.append(said(agreement(scores, one.real.mean(axis=1), most), most, share))
                 print(f"| {name} | {asked} | {mean} | {candidates} | {' | '.join(told)} |", flush=True)
 
 

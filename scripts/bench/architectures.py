@@ -50,6 +50,44 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+# Their texts and images attend jointly: class and published config.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+        },
+    ),
+}
+SMALL_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "sd3": {"num_layers": 3, "num_attention_heads": 4, "caption_projection_dim": 256, "joint_attention_dim": 256},
+    "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 256},
+}
+JOINT_VAE = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 32},

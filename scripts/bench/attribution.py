@@ -137,31 +137,61 @@ def seconds(this: Setup, options: Options) -> tuple[str, list[Row]]:
     return batch.note, [Row(name, what, ratios(values, ordinary), "x") for name, values in spent.items()]
 
 
+NAMES = {**MODELS, "sd3": "SD 3-size", "flux": "FLUX.1-size"}
+
+
 def sizes(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """What gradients keep of an image, counted for models that need not be built, and measured where they are small."""
     small, rows = options.quick, []
-    counted_of = [kept.Size("embedded", 64), kept.Size("sd15", 64 if small else 128, small)]
-    larger = [] if small else [kept.Size("sd15", 512), kept.Size("sdxl", 1024)]
-    for size in [*counted_of, *larger]:
-        name = f"{MODELS[size.model]}, {size.side} px"
+    run = [kept.Size("embedded", 64), kept.Size("sd15", 64 if small else 128, small)]
+    run += [kept.Size(model, 64 if small else 512, small=True) for model in ("sd3", "flux")]
+    larger = [] if small else [("sd15", 512), ("sdxl", 1024), ("sd3", 1024), ("flux", 1024)]
+    for size in [*run, *(kept.Size(*one) for one in larger)]:
+        name = f"{NAMES[size.model]}{', shrunk' if size.small else ''}, {size.side} px"
         for what, found in zip(("a denoiser call", "the decoder"), kept.counted(size), strict=True):
             rows.append(Row(name, f"counted: kept of {what}", [found / 2**20], " MiB"))
-        if size in counted_of:
-            unet = size.unet(this.device)
-            work = kept.denoiser_call(size, unet)
-
-            def graph(work: Callable[[], object] = work) -> None:
-                with torch.enable_grad():
-                    work()
-
-            graph()
-            found = most_memory(this.device, graph)
-            rows.append(Row(name, "measured: of a denoiser call", [] if found is None else [found], " MiB",
-                            text="does not fit" if found is None else ""))  # fmt: skip
-            del unet, work, graph
+        if size in run:
+            rows += _run(name, kept.Call(size, size.denoiser(this.device)), this.device)
     note = (
         "What is kept for gradients of one image with guidance, in float32 (half in half precision): every tensor "
         "that an operator saves, counted once, without running it (`scripts/bench/kept.py`), and the peak of one such "
-        "call that was run, which holds what is under way, too."
+        "call that was run, which holds what is under way, too. Seconds are CPU seconds of the process, the least of "
+        f"{TIMES}: a call with the gradient of its output in one direction, and each further direction, against a call "
+        "without. Shrunk models have few and narrow layers."
     )
     return note, rows
+
+
+TIMES = 3
+
+
+def _run(name: str, call: kept.Call, device: str) -> list[Row]:
+    """Memory and seconds of a denoiser call with gradients, on a CPU."""
+
+    def graph() -> None:
+        with torch.enable_grad():
+            call()
+
+    graph()
+    peak = most_memory(device, graph)
+    plain, first, further = [], [], []
+    for _ in range(TIMES):
+        start = time.process_time()
+        with torch.inference_mode():
+            call.plain()
+        plain.append(time.process_time() - start)
+        start = time.process_time()
+        with torch.enable_grad():
+            output = call()
+        direction = torch.ones_like(output)
+        for spent in (first, further):
+            torch.autograd.grad(output, call.strengths, direction, retain_graph=True)
+            spent.append(time.process_time() - start)
+            start = time.process_time()
+        del output
+    return [
+        Row(name, "measured: of a denoiser call", [] if peak is None else [peak], " MiB",
+            text="does not fit" if peak is None else ""),
+        Row(name, "seconds, gradient in one direction / call", [min(first) / min(plain)], "x"),
+        Row(name, "seconds, each further direction / call", [min(further) / min(plain)], "x"),
+    ]  # fmt: skip

@@ -26,37 +26,55 @@ from lesion.study.lesions import Lesion, Replacement
 from lesion.surgery.anatomy import examine
 from lesion.surgery.operation import replacement_key
 
-TOKENS = 77  # of a text
+TOKENS = {"sd3": 77 + 256, "flux": 512}  # of a text; CLIP's alone elsewhere
+CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and a size of image. small: widths and depths shrunk, for trying the code."""
+    """A model and a size of image. small: widths and depths shrunk, for trying the code and for what is run."""
 
     model: str
     side: int
     small: bool = False
 
-    def configs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Of the UNet and of the autoencoder."""
-        if self.model == "embedded":
-            unet, vae = diffusers.UNet2DConditionModel, diffusers.AutoencoderKL
-            return unet.load_config(EMBEDDED / "unet"), vae.load_config(EMBEDDED / "vae")
-        config = architectures.UNETS[self.model]
-        if self.small:
-            config = {**config, **architectures.SMALL_UNETS[self.model]}
-        return config, architectures.VAE
+    @property
+    def joint(self) -> bool:
+        """Whether its texts and images attend jointly."""
+        return self.model in architectures.TRANSFORMERS
 
-    def unet(self, device: str) -> Any:
+    def denoiser(self, device: str) -> Any:
+        name, config = "UNet2DConditionModel", {}
+        if self.joint:
+            name, config = architectures.TRANSFORMERS[self.model]
+            config = {**config, **(architectures.SMALL_TRANSFORMERS[self.model] if self.small else {})}
+        elif self.model == "embedded":
+            config = diffusers.UNet2DConditionModel.load_config(EMBEDDED / "unet")
+        else:
+            config = {
+                **architectures.UNETS[self.model],
+                **(architectures.SMALL_UNETS[self.model] if self.small else {}),
+            }
         with torch.device(device):
-            return diffusers.UNet2DConditionModel.from_config(self.configs()[0]).eval().requires_grad_(False)
+            return getattr(diffusers, name).from_config(config).eval().requires_grad_(False)
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        """The autoencoder's config."""
+        if self.model == "embedded":
+            return dict(diffusers.AutoencoderKL.load_config(EMBEDDED / "vae"))
+        return architectures.JOINT_VAE if self.joint else architectures.VAE
+
+    @property
+    def latents(self) -> int:
+        """The side of an image's latents."""
+        return self.side // 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     def decoder(self, device: str) -> tuple[Any, Tensor]:
         """The decoder with the latents of one image."""
         with torch.device(device):
-            vae = diffusers.AutoencoderKL.from_config(self.configs()[1]).eval().requires_grad_(False)
-            side = self.side // 2 ** (len(vae.config.block_out_channels) - 1)
-            latents = torch.zeros(1, vae.config.latent_channels, side, side, requires_grad=True)
+            vae = diffusers.AutoencoderKL.from_config(self.vae).eval().requires_grad_(False)
+            latents = torch.zeros(1, vae.config.latent_channels, self.latents, self.latents, requires_grad=True)
         return nn.Sequential(vae.post_quant_conv or nn.Identity(), vae.decoder), latents
 
 
@@ -97,34 +115,62 @@ def kept(work: Callable[[], Any], *parts: nn.Module) -> int:
     return sum(one.untyped_storage().nbytes() for place, one in storages.items() if place not in weights)
 
 
-def denoiser_call(size: Size, unet: Any) -> Callable[[], Any]:
-    """One denoiser call with both branches of guidance of one image, in which all cross-attention has strengths."""
-    anatomy = examine(unet)
-    lesions = [Lesion("leave_one_out", path, (path,), Replacement("zero")) for path in anatomy.paths]
-    client = Strengths(anatomy, lesions, torch.zeros(len(lesions), 1), {replacement_key(lesions[0]): Zero()})
-    device = next(unet.parameters()).device
-    client.strengths = torch.zeros(len(lesions), 1, device=device, requires_grad=True)
-    sides = len(size.configs()[1]["block_out_channels"]) - 1
-    with torch.device(device):
-        latents = torch.zeros(2, unet.config.in_channels, *[size.side // 2**sides] * 2, requires_grad=True)
-        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(2, TOKENS, unet.config.cross_attention_dim)}
-        if unet.config.addition_embed_type == "text_time":
-            times = unet.config.addition_time_embed_dim
-            pooled = unet.config.projection_class_embeddings_input_dim - 6 * times
-            given["added_cond_kwargs"] = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
-        step = torch.zeros((), dtype=torch.long)
+class Call:
+    """One denoiser call with both branches of guidance of one image (FLUX has one), in which all attention to the text
+    has strengths.
+    """
 
-    def work() -> Any:
+    def __init__(self, size: Size, denoiser: Any):
+        self.denoiser = denoiser
+        self.given = _given(size, denoiser)
+        kind = "text_to_image" if size.joint else "cross_attention"
+        anatomy = examine(denoiser, kind=kind)
+        lesions = [Lesion("leave_one_out", path, (path,), Replacement("zero"), kind=kind) for path in anatomy.paths]
+        self.strengths = torch.zeros(len(lesions), 1)
+        self.client = Strengths(anatomy, lesions, self.strengths, {replacement_key(lesions[0]): Zero()})
+        device = next(denoiser.parameters()).device
+        self.strengths = self.client.strengths = self.strengths.to(device).requires_grad_()
+
+    def plain(self) -> Tensor:
+        """What it puts out, without strengths."""
+        found: Tensor = self.denoiser(**self.given).sample
+        return found
+
+    def __call__(self) -> Tensor:
         pipe = SimpleNamespace(_num_timesteps=1, scheduler=SimpleNamespace(step=None))
-        with Denoising(pipe, unet, 1, [client]).running():
-            return unet(latents, step, **given).sample
+        with Denoising(pipe, self.denoiser, 1, [self.client]).running():
+            return self.plain()
 
-    return work
+
+def _given(size: Size, denoiser: Any) -> dict[str, Any]:
+    """Arguments of the denoiser's call, on its device."""
+    config, side = denoiser.config, size.latents
+    rows = 1 if size.model == "flux" else 2
+    with torch.device(next(denoiser.parameters()).device):
+        width = config.joint_attention_dim if size.joint else config.cross_attention_dim
+        given: dict[str, Any] = {"encoder_hidden_states": torch.zeros(rows, TOKENS.get(size.model, CLIP_TOKENS), width)}
+        if size.joint:
+            given |= {"pooled_projections": torch.zeros(rows, config.pooled_projection_dim)}
+            given |= {"timestep": torch.ones(rows)}
+        if size.model == "flux":  # its latents come in patches of 2 x 2
+            places = [torch.arange(side // 2)] * 2
+            given |= {"hidden_states": torch.zeros(rows, (side // 2) ** 2, config.in_channels, requires_grad=True)}
+            given |= {"guidance": torch.ones(rows), "txt_ids": torch.zeros(TOKENS["flux"], 3)}
+            given |= {"img_ids": torch.cat([torch.zeros((side // 2) ** 2, 1), torch.cartesian_prod(*places)], dim=1)}
+            return given
+        latents = torch.zeros(rows, config.in_channels, side, side, requires_grad=True)
+        if size.joint:
+            return {**given, "hidden_states": latents}
+        given |= {"sample": latents, "timestep": torch.zeros((), dtype=torch.long)}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            given |= {"added_cond_kwargs": {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}}
+        return given
 
 
 def counted(size: Size) -> tuple[int, int]:
     """Bytes of one denoiser call and of the decoder, an image in float32; half of that in half precision."""
-    unet = size.unet("meta")
+    denoiser = size.denoiser("meta")
     decoder, latents = size.decoder("meta")
     with _fused():
-        return kept(denoiser_call(size, unet), unet), kept(lambda: decoder(latents), decoder)
+        return kept(Call(size, denoiser), denoiser), kept(lambda: decoder(latents), decoder)

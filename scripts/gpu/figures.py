@@ -15,7 +15,7 @@ from scipy import stats
 import benchmark
 import lesion.report as lesion_report
 from bench import setup as benches
-from bench.architectures import VAE
+from bench.architectures import TRANSFORMERS, VAE
 from bench.report import Row
 from gpu.common import Context, lesion
 from lesion.denoising.run import Client, Denoising
@@ -29,10 +29,6 @@ from lesion.surgery.operation import Lesions, replacement_key
 if TYPE_CHECKING:
     from gpu.parts import Section
 
-FLUX: dict[str, Any] = {  # the published config
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-}  # fmt: skip
 SAID = {"": "float32", STOCK: "as torch does: convolutions in TF32 (default)", "tf32": "TF32 throughout"}
 SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 32}
 
@@ -124,7 +120,7 @@ def flux(context: Context) -> Section:
     from gpu.parts import Section
 
     dtype = torch.float32 if context.tiny else torch.bfloat16
-    config = {**FLUX, **(SMALL if context.tiny else {})}
+    config = {**TRANSFORMERS["flux"][1], **(SMALL if context.tiny else {})}
     images, side, text = (2, 4, 5) if context.tiny else (4, 64, 512)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

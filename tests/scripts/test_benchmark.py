@@ -103,16 +103,20 @@ def loud_again():
 
 
 def test_what_gradients_keep_is_counted_without_computing_it():
-    """By hand; and of a real call of the embedded model, which keeps what the count on no device says."""
+    """By hand; and of real calls, which keep what the count on no device says."""
     given = torch.ones(3, 5, requires_grad=True)
     linear = torch.nn.Linear(5, 7).requires_grad_(False)
     gelu = torch.nn.GELU()
     assert kept.kept(lambda: gelu(linear(given)), linear) == 3 * 7 * 4  # what goes into the GELU
     assert kept.kept(lambda: linear(given), linear) == 0  # the weight alone
-    size = kept.Size("embedded", 64)
-    unet, (decoder, latents) = size.unet("cpu"), size.decoder("cpu")
-    real = kept.kept(kept.denoiser_call(size, unet), unet), kept.kept(lambda: decoder(latents), decoder)
-    assert kept.counted(size) == pytest.approx(real, rel=0.01)
+    for size in (kept.Size("embedded", 64), kept.Size("sd3", 128, small=True), kept.Size("flux", 128, small=True)):
+        denoiser = size.denoiser("cpu")
+        real = kept.kept(kept.Call(size, denoiser), denoiser)
+        assert kept.counted(size)[0] == pytest.approx(real, rel=0.01), size
+    embedded = kept.Size("embedded", 64)
+    decoder, latents = embedded.decoder("cpu")
+    real = kept.kept(lambda: decoder(latents), decoder)
+    assert kept.counted(embedded)[1] == pytest.approx(real, rel=0.01)
     assert kept.counted(kept.Size("sd15", 128, small=True))[0] > kept.counted(kept.Size("sd15", 64, small=True))[0] > 0
 
 
