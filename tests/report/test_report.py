@@ -20,7 +20,7 @@ from lesion.analysis.importance import layer_table
 from lesion.analysis.settings import settings
 from lesion.cli.report import main
 from lesion.cli.study import SweepReport, report_sweep
-from lesion.report import figures, fonts, ranking_lines, write_report
+from lesion.report import contents, figures, fonts, ranking_lines, tables, write_report
 from lesion.report.canvas import font, line_height, wrap, write
 from lesion.report.findings import findings
 from lesion.report.grids import comparison, layers_by_prompts
@@ -252,6 +252,13 @@ def test_tables(tmp_path, no_pictures):
     write_report(tmp_path / "many", many)
     split = (tmp_path / "many" / "tables" / "prompts--leave_one_out--embedded--zero.tex").read_text()
     assert split.count(r"\begin{table}") == 1 and "n = 8 prompts" in split
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contents, "WIDEST", 7)
+        wide, _ = contents.prompts(findings(many), settings(many)[0])
+    assert [path.suffix for path in tables.write(tmp_path / "wide", wide)] == [".csv"]
+    assert (tmp_path / "wide" / f"{wide.stem}.csv").read_text() == Path(
+        tmp_path / "many" / "tables" / f"{wide.stem}.csv"
+    ).read_text()
     lines = (tmp_path / "tables" / "layers--embedded--zero.md").read_text().splitlines()
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 

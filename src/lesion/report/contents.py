@@ -17,6 +17,7 @@ from lesion.report.findings import NO_FLOOR, Findings
 from lesion.report.tables import Cell, Column, Table, caption, missing
 from lesion.report.text import clean, number
 
+WIDEST = 200  # prompts side by side: LaTeX would split further ones over hundreds of pages
 CORRECTED = "Holm-corrected over all tests of this report"
 STARS = "* p < 0.05, ** p < 0.01, *** p < 0.001"
 NO_EFFECT_TEXT = {"none": "no effect", "yes": "yes", "n/a": "n/a"}
@@ -156,7 +157,7 @@ def _mean(table: pd.DataFrame, name: str) -> str:
 
 
 def prompts(found: Findings, setting: Setting) -> list[Table]:
-    """Layers by prompts, one table a selection."""
+    """Layers by prompts, one table a selection; of more than WIDEST prompts for machines alone."""
     out = []
     for selection, what in ((LEAVE_ONE_OUT, "Importance (leave-one-out)"), (ONLY_ONE, "Sufficiency (only-one)")):
         part = found.rows(setting)
@@ -169,7 +170,9 @@ def prompts(found: Findings, setting: Setting) -> list[Table]:
         heads = list(raw.columns)
         columns = [Column(heads[0], "layer", "code"), *(Column(name, name) for name in heads[1:])]
         title = f"Layers by prompts, {selection.replace('_', '-')}"
-        out.append(Table.of(f"prompts--{selection}--{setting.slug}", title, words, columns, raw))
+        stem = f"prompts--{selection}--{setting.slug}"
+        wide = len(names) > WIDEST
+        out.append(Table(stem, words, columns, raw) if wide else Table.of(stem, title, words, columns, raw))
     return out
 
 

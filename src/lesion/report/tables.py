@@ -403,13 +403,11 @@ def _inert(value: Any) -> Any:
 
 
 def write(folder: Path, table: Table, siunitx: bool = False) -> list[Path]:
-    """stem.csv, .md and .tex."""
+    """stem.csv, and .md and .tex where there are cells for people. Returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "csv": table.raw.map(_inert).to_csv(index=False, lineterminator="\n"),
-        "md": to_markdown(table),
-        "tex": to_latex(table, siunitx),
-    }
+    texts = {"csv": table.raw.map(_inert).to_csv(index=False, lineterminator="\n")}
+    if table.cells or table.raw.empty:
+        texts |= {"md": to_markdown(table), "tex": to_latex(table, siunitx)}
     for ending, text in texts.items():
         with atomically(folder / f"{table.stem}.{ending}") as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n", errors="replace")
