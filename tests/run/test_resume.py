@@ -196,8 +196,8 @@ def test_under_tf32_on_a_gpu_images_are_scored_after_they_are_made(device, tf32,
     cell, making = SimpleNamespace(key="c0ffee", settings="asked"), SimpleNamespace(images=0)
     study = SimpleNamespace(settings="asked")
     publisher = SimpleNamespace(publish=published.append)
-    work = SimpleNamespace(request=request, study=study, scores=results, publisher=publisher)
-    made = runner._when_made(work, making)
+    work = SimpleNamespace(request=request, study=study, scores=results, publisher=publisher, making=making)
+    made = runner._when_made(work)
     made(cell, None, "its picture")
     assert told == ["scored" if meanwhile else ("c0ffee", "its picture")]
     assert published == [cell] and making.images == 1

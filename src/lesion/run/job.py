@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +233,8 @@ class Work:
 
     study: of a study in rounds the part of this round, of an attribution the lesions that are made, else all of it.
     screening: of an attribution, once its estimates are there.
+    making: what was made so far.
+    drawers: take part in making the report, where they are started.
     """
 
     request: Request
@@ -244,6 +246,8 @@ class Work:
     scores: ScoreQueue
     publisher: Publisher
     screening: attribution.Screening | None = None
+    making: environment.Making = field(default_factory=environment.Making)
+    drawers: Processes = field(default_factory=lambda: Processes(0))
 
     @classmethod
     def of(cls, request: Request, surveyed: tuple[models.Source, Study], folder: Path | None) -> Work:
@@ -376,14 +380,13 @@ def complete(
     code = 1
     stopped: Exception | None = None
     failures: dict[str, str] = {}
-    making = environment.Making()
-    drawers = processes.drawers(counts.rows if report else 0)
+    work.drawers = processes.drawers(counts.rows if report else 0)
     try:
         try:
-            failures |= _complete(work, counts, tracker, making, drawers)
+            failures |= _complete(work, counts, tracker)
             while _some_made(work.study, failures) and work.next_round():
                 log.info("round %d: %d images more", work.number, len(work.study))
-                failures |= _complete(work, work.tally(), tracker, making, drawers)
+                failures |= _complete(work, work.tally(), tracker)
         except RequestError:
             raise
         except Exception as error:  # whatever it is, the results of what is there are written
@@ -408,12 +411,12 @@ def complete(
         places = [work.publisher.place(cell) for cell in pictured]
         room.close()
         written, said, unwritten = _write(
-            frame, beside, publish, places, context.folder, tracker, report, drawers, certificate
+            frame, beside, publish, places, context.folder, tracker, report, work.drawers, certificate
         )
         if certificate:
             written += attribution.write(context.folder, beside["attribution"], certificate)
         with suppress(OSError):  # what is not recorded cannot be audited, but the results are there
-            written.append(environment.record(context.folder, context.config, request.device, making))
+            written.append(environment.record(context.folder, context.config, request.device, work.making))
             noted(context.folder, SEALED)
         bad, where = frame[frame["status"] != "ok"], context.folder / "results.parquet"
         trouble = ""
@@ -432,7 +435,7 @@ def complete(
         code = int(bool(trouble))
     finally:
         room.close()
-        drawers.close()
+        work.drawers.close()
         tracker.close(code)
     return Outcome(frame, written, said, trouble, stopped, certificate)
 
@@ -512,9 +515,7 @@ def _budget_lines(study: Study, budget: Budget | None) -> list[str]:
     ]
 
 
-def _complete(
-    work: Work, counts: Tally, tracker: Tracker, making: environment.Making, drawers: Processes
-) -> dict[str, str]:
+def _complete(work: Work, counts: Tally, tracker: Tracker) -> dict[str, str]:
     """Make and score all that is missing; what turns out damaged is made again. Returns the reasons for failures."""
     folder = _shown(work.store.folder)
     failures: dict[str, str] = {}
@@ -524,7 +525,7 @@ def _complete(
         if counts.missing or damaged:
             missing = len(damaged) or counts.missing
             log.info("%d images to make, %d already in the store %s", missing, counts.unique - missing, folder)
-            failures |= _generate(work, missing, failures, tracker, making, drawers)
+            failures |= _generate(work, missing, failures, tracker)
         else:
             log.info("all %d images are in the store %s", counts.unique, folder)
         log.info("scoring: what has no score yet")
@@ -548,14 +549,7 @@ def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
     return any(cell.key not in failures for cell in study.cells())
 
 
-def _generate(
-    work: Work,
-    missing: int,
-    failures: Mapping[str, str],
-    tracker: Tracker,
-    making: environment.Making,
-    drawers: Processes,
-) -> dict[str, str]:
+def _generate(work: Work, missing: int, failures: Mapping[str, str], tracker: Tracker) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures; when little is left, start the processes that draw.
 
     Returns the reason for each cell that could not be made.
@@ -574,17 +568,17 @@ def _generate(
             rate = done / (time.monotonic() - began)
             tracker.progress(done, missing, rate)
             if missing - done <= rate * AHEAD:
-                drawers.start()
+                work.drawers.start()
 
         model = None if len(work.request.devices) > 1 else loaded(work)  # else each worker loads it
         shown = _shown(work.publisher.folder or work.store.folder)
         log.info("generating: %d images; they appear in %s as they are made", missing, shown)
         if model:
-            found = make(work, model, failures, progress, making)
+            found = make(work, model, failures, progress)
         else:
             from lesion.run import workers
 
-            found = workers.generate(work, failures, progress, making)
+            found = workers.generate(work, failures, progress)
     work.scores.refresh()
     return found
 
@@ -627,32 +621,30 @@ def make(
     model: models.Model,
     failures: Mapping[str, str],
     progress: Callable[[int], None],
-    making: environment.Making,
     each: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
     """Make in this process what the store lacks and no other process makes, but for earlier failures.
 
     model: from `loaded`.
     progress: `Maker.run` has it.
-    making: gets what is made here.
     each: called after each image that is made here.
 
     Returns the reason for each cell that could not be made.
     """
     from lesion.run.maker import Maker
 
-    maker = Maker(work.request, model, work.study, work.store, _when_made(work, making, each), work.maps)
+    maker = Maker(work.request, model, work.study, work.store, _when_made(work, each), work.maps)
     maker.failures.update(failures)
     try:
         maker.run(progress)
         work.scores.flush()
     finally:
         work.scores.close()
-    making.used(maker.sizes)
+    work.making.used(maker.sizes)
     return maker.failures
 
 
-def _when_made(work: Work, making: environment.Making, each: Callable[[], None] = lambda: None) -> Made:
+def _when_made(work: Work, each: Callable[[], None] = lambda: None) -> Made:
     """What is done with each image as it is stored: it gets its place in the run folder, and what has a row is scored.
 
     Under tf32 on a GPU it is noted, and scored only after: a scorer sets full float32 for the whole process, so pixels
@@ -662,7 +654,7 @@ def _when_made(work: Work, making: environment.Making, each: Callable[[], None] 
     later = model.tf32 and work.request.device.startswith("cuda")
 
     def made(cell: Cell, pixels: NDArray[np.uint8], picture: Picture) -> None:
-        making.images += 1
+        work.making.images += 1
         with suppress(OSError):  # at the end all are put in place, and what cannot be is said
             work.publisher.publish(cell)
         if later or cell.settings != study.settings:

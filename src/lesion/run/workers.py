@@ -54,12 +54,10 @@ class _Done:
     error: Exception | None = None
 
 
-def generate(
-    work: Work, failures: Mapping[str, str], progress: Callable[[int], None], making: Making
-) -> dict[str, str]:
+def generate(work: Work, failures: Mapping[str, str], progress: Callable[[int], None]) -> dict[str, str]:
     """Make what the store lacks, but for earlier failures, in one process for each of the request's devices.
 
-    progress: called with the number of further images. making: gets what the workers made.
+    progress: called with the number of further images.
 
     Returns the reason for each cell that could not be made. A worker that dies is told of, and the others make its
     part. Raises what stopped the first worker where none came to its end.
@@ -107,8 +105,8 @@ def generate(
             process.join(PATIENCE)
             process.kill()
     for one in ended:
-        making.images += one.making.images
-        making.used(one.making.batch_sizes)
+        work.making.images += one.making.images
+        work.making.used(one.making.batch_sizes)
     if all(one.error for one in ended):
         raise next((one.error for one in ended if one.error), RuntimeError("all workers died"))
     found = {key: reason for one in ended for key, reason in one.failures.items()}
@@ -151,7 +149,8 @@ def _make(share: _Share, done: _Done, each: Callable[[], None]) -> None:
     if share.request.device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // share.workers))
     work = Work.of(share.request, (share.source, share.study), share.folder)
-    done.failures = make(work, loaded(work), share.failures, lambda more: None, done.making, each)
+    done.making = work.making
+    done.failures = make(work, loaded(work), share.failures, lambda more: None, each)
 
 
 class _Telling(QueueHandler):
