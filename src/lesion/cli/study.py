@@ -335,7 +335,8 @@ def _take(jobs: Iterable[DictConfig], config: DictConfig, mode: str) -> int:
         checked = _surveyed(given, alone=mode == "run")
         request = checked.request
         own = place / given.hydra.sweep.subdir if mode == "sweep" else place
-        asked = folder.asked(plain(checked.config), checked.surveyed[1])
+        nowhere = request.dry_run and timed and mode == "run"  # no other job or study has its folder
+        asked = {} if nowhere else folder.asked(plain(checked.config), checked.surveyed[1])
         if wanted.setdefault(own, asked) != asked:
             raise RequestError("hydra.sweep.subdir", f"several jobs would write to {str(own)!r}; give each its own")
         if not timed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,11 @@ def _corners(given: Any, what: str, key: str) -> Corners:
         if low > high:
             raise RequestError(key, f"{what} is reversed: {axis}_min > {axis}_max; got {shown(given)}")
     return x_min, y_min, x_max, y_max
+
+
+def has_boxes(names: Iterable[str]) -> bool:
+    """Whether a table has columns of `boxes_of_row`."""
+    return any(_NAMED.fullmatch(name) or _PLACED.fullmatch(name) for name in names)
 
 
 def boxes_of_row(row: Mapping[str, Any], text: str, key: str) -> list[dict[str, Any]] | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from lesion.errors import RequestError
@@ -149,8 +149,8 @@ def _key(subject: str, seed: int, lesion: Lesion | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _keys(subjects: Iterable[tuple[Prompt, str, Iterable[int]]], lesion: Lesion | None) -> Iterator[str]:
-    for _, subject, seeds in subjects:
+def _keys(subjects: Callable[[], Iterable[tuple[Prompt, str, Iterable[int]]]], lesion: Lesion | None) -> Iterator[str]:
+    for _, subject, seeds in subjects():
         for seed in seeds:
             yield _key(subject, seed, lesion)
 
@@ -259,13 +259,18 @@ class Study:
 
     def counted(self) -> Iterator[tuple[Lesion | None, int, Iterator[str]]]:
         """Each lesion of `keys()`, with the number of its different images and their keys; without `unsteered`."""
-        subjects = list(self._different())
-        number = sum(len(seeds) for _, _, seeds in subjects)
+        prompts = list(self._different())
+        number = sum(len(seeds) for _, seeds in prompts)
+
+        @cache
+        def subjects() -> list[tuple[Prompt, str, tuple[int, ...]]]:
+            return self._hashed(prompts)  # where any key is asked for
+
         for lesion in self._each_lesion():
             yield lesion, number, _keys(subjects, lesion)
 
     def _planned(self) -> Iterator[tuple[Prompt, int, Lesion | None, str]]:
-        subjects = list(self._different())
+        subjects = self._hashed(self._different())
         for lesion in self._each_lesion():
             for prompt, subject, seeds in subjects:
                 for seed in seeds:
@@ -274,13 +279,17 @@ class Study:
     # Two cells of a study have one key if prompts' identities, seeds and lesions' digests are equal: to make these
     # unique takes far less memory than to remember every key.
 
-    def _different(self) -> Iterator[tuple[Prompt, str, tuple[int, ...]]]:
-        """Each prompt that makes images of its own, with its part of a key and its seeds."""
+    def _hashed(self, prompts: Iterable[tuple[Prompt, tuple[int, ...]]]) -> list[tuple[Prompt, str, tuple[int, ...]]]:
+        """With their parts of keys."""
+        return [(prompt, _subject(self.context, prompt), seeds) for prompt, seeds in prompts]
+
+    def _different(self) -> Iterator[tuple[Prompt, tuple[int, ...]]]:
+        """Each prompt that makes images of its own, with its seeds."""
         prompts: dict[Any, Prompt] = {}
         for prompt in self.prompts:
             prompts.setdefault(_made_of(prompt), prompt)
         for prompt in prompts.values():
-            yield prompt, _subject(self.context, prompt), tuple(dict.fromkeys(self.seeds_of(prompt)))
+            yield prompt, tuple(dict.fromkeys(self.seeds_of(prompt)))
 
     def _each_lesion(self) -> Iterator[Lesion | None]:
         """No lesion, then each whose images no earlier one makes."""

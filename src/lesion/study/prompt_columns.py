@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lesion.errors import RequestError
-from lesion.study.boxes import boxes_of_row
+from lesion.study.boxes import boxes_of_row, has_boxes
 from lesion.study.prompt_files import Row
 
 TEXTS = ("text", "prompt", "prompts", "texts", "caption", "captions", "sentence")
@@ -47,6 +48,7 @@ CALLS = (
 class Columns:
     """Names of the columns that mean something; several are alternatives, but of aspects all count.
 
+    boxed: whether there are some of `boxes_of_row`.
     guessed: which were taken without being asked for, in words; "" if all of them have the names of our own format.
     """
 
@@ -55,6 +57,7 @@ class Columns:
     aspects: tuple[str, ...]
     image: tuple[str, ...]
     guessed: str
+    boxed: bool = False
 
 
 def find(
@@ -107,7 +110,7 @@ def find(
         for what, (names, asked) in taken.items()
         if asked is None and not OWN.issuperset(names)
     ]
-    return Columns(texts, ids, tags, images, "; ".join(guessed))
+    return Columns(texts, ids, tags, images, "; ".join(guessed), has_boxes(map(str, there)))
 
 
 def entries(rows: Iterable[Row], columns: Columns, key: str, folder: Path) -> Iterator[Any]:
@@ -129,7 +132,10 @@ def entries(rows: Iterable[Row], columns: Columns, key: str, folder: Path) -> It
             entry["aspects"] = _aspects(row, columns.aspects)
         if (image := entry.get("image")) and isinstance(image, str):
             entry["image"] = str(folder / Path(image).expanduser())
-        if boxes := row.get("boxes") or boxes_of_row(row, str(entry.get("text")), f"{key}.path"):
+        boxes = row.get("boxes")
+        if not boxes and columns.boxed:
+            boxes = boxes_of_row(row, str(entry.get("text")), f"{key}.path")
+        if boxes:
             entry["boxes"] = boxes
         yield entry
 
@@ -157,9 +163,10 @@ def _aspects(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return [tag for number, tag in enumerate(tags) if tag not in tags[:number]]
 
 
-def split_tags(text: str) -> list[str]:
+@lru_cache(maxsize=1024)  # rows share them
+def split_tags(text: str) -> tuple[str, ...]:
     """Tags of one text with commas, semicolons or bars between them."""
-    return [tag.strip() for tag in re.split(r"[,;|]", text) if tag.strip()]
+    return tuple(tag.strip() for tag in re.split(r"[,;|]", text) if tag.strip())
 
 
 def fulfil(rows: Sequence[Row], where: str, key: str) -> list[Row]:

@@ -258,7 +258,7 @@ def _unquoted(field: str, where: str, key: str) -> str:
 
 def _json(text: str, where: str, key: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         several = " (an object a line is .jsonl)" if "Extra data" in str(error) else ""
         raise RequestError(key, f"{where} is no valid JSON: {error}{several}") from None
@@ -271,6 +271,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:80]!r} is given twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
 
 
 def _parquet(data: bytes, name: str, key: str) -> Iterator[Row]:

@@ -23,6 +23,7 @@ PICKS = ("where", "sample", "sample_seed", "limit")  # which of a set's prompts 
 LONGEST_ID = 80, 255  # characters, and bytes in UTF-8: the id names a folder
 LONGEST_TEXT = 10_000  # characters; encoders see some hundred tokens, and tokenizers of very long lines abort
 _PLAIN_ID = re.compile("[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+_ASCII_WORDS = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -45,7 +46,7 @@ class Prompt:
 def slug(text: str) -> str:
     """A file-name-safe name for any text, the same wherever it is computed: words in any script, then 16 hex digits."""
     if text.isascii():
-        words = re.sub("[^a-z0-9]+", "-", text.lower())
+        words = "-".join(text.translate(_ASCII_WORDS).split())
     else:
         spelled = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
         words = re.sub("-+", "-", spelled.translate(_WORDS))
@@ -286,7 +287,7 @@ def _check_text(text: str, what: str, key: str) -> None:
     """Refuse what no file can hold as text: results could not be written once all images are made."""
     if len(text) > LONGEST_TEXT:
         raise RequestError(key, f"{what} {text[:40]!r}… has {len(text)} characters; allowed: up to {LONGEST_TEXT}")
-    if not _NO_TEXT.search(text):
+    if (text.isascii() and "\0" not in text) or not _NO_TEXT.search(text):
         return
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise RequestError(key, f"{what} {text[:40]!r} has a lone surrogate, which is no text")
