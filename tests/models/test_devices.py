@@ -92,8 +92,9 @@ def test_devices_that_there_are_not_are_refused(monkeypatch) -> None:
     with pytest.raises(RequestError, match=r"^device: 'cuda:3' is not here: this machine has 3; allowed: auto, cpu$"):
         devices.resolve_device("cuda:3")
     for place in (devices.HERE, devices.ELSEWHERE):
-        with pytest.raises(RequestError, match=r"allowed: auto, cpu, cuda, cuda:N, all$"):
-            devices.resolve_device("cuda:x", place)
+        for odd in ("cuda:x", "cuda:²", "cuda:" + "1" * 5000):
+            with pytest.raises(RequestError, match=r"allowed: auto, cpu, cuda, cuda:N, all$"):
+                devices.resolve_device(odd, place)
 
 
 def test_auto_does_not_fall_back_silently_where_gpus_are_hidden(monkeypatch, tmp_path, caplog) -> None:

@@ -29,7 +29,7 @@ from lesion.config.schema import conf_dir, register
 from lesion.errors import RequestError, visible
 from lesion.models import components
 from lesion.study import tokens
-from lesion.study.checks import one_of
+from lesion.study.checks import digits, one_of
 from lesion.study.components import DENOISER
 from lesion.study.components import GRANULARITIES as GRANULARITIES_OF
 from lesion.study.components import KINDS as KINDS_OF
@@ -195,8 +195,8 @@ def report(arguments: list[str]) -> list[str]:
             overrides.append(argument)
         else:
             raise RequestError(key, f"unknown; allowed: model, model.*, {', '.join(wanted)}")
-    if not wanted["depth"].isdigit():
-        raise RequestError("depth", f"must be a whole number >= 0; got {wanted['depth']!r}")
+    if digits(wanted["depth"]) is None:
+        raise RequestError("depth", f"must be a whole number >= 0; got {wanted['depth'][:80]!r}")
     if wanted["processors"] not in ("true", "false"):
         raise RequestError("processors", f"got {wanted['processors']!r}; allowed: true, false")
     for key, allowed in {"by": GRANULARITIES, "kind": ("", *KINDS)}.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesion.errors import RequestError
+from lesion.study.checks import digits
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ def resolve_device(asked: str, place: Place = HERE) -> str:
     for a device that there is not, and for `auto` in a launcher's job from which the GPUs of its machine are hidden.
     """
     kind, _, number = asked.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in asked and (kind != "cuda" or not number.isdigit())):
-        raise RequestError("device", f"got {asked!r}; allowed: auto, cpu, cuda, cuda:N, all")
+    if kind not in ("auto", "cpu", "cuda") or (":" in asked and (kind != "cuda" or digits(number) is None)):
+        raise RequestError("device", f"got {asked[:80]!r}; allowed: auto, cpu, cuda, cuda:N, all")
     if kind == "cpu" or not place.here:
         return asked
     there = cuda_devices()

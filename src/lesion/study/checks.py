@@ -32,6 +32,11 @@ def distinct(key: str, value: Any) -> list[Any]:
     return values
 
 
+def digits(text: str) -> int | None:
+    """A whole number in up to 18 of the digits 0 to 9; None for any other text, such as ² or some thousand digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
 def shown(value: Any) -> str:
     """A value in a message: neither long nor too deep to be spelled."""
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lesion.errors import RequestError
 from lesion.study import layer_patterns
-from lesion.study.checks import distinct
+from lesion.study.checks import digits, distinct
 from lesion.study.words import words_in
 
 EVERYWHERE, EACH = "token", "attention_token"
@@ -26,7 +26,7 @@ WORD, ASPECT, REGEX, POSITION = "word:", "aspect:", layer_patterns.REGEX, "posit
 ASPECTS = ("colour", "shape", "size", "count", "relation", "background")
 ALLOWED = f"{', '.join(GROUPS)}, word:PHRASE, word:WORD/PIECE, aspect:{'|'.join(ASPECTS)}, re:REGEX, position:NUMBER"
 MARK = ".tokens."  # between a layer and a set
-_PIECE = re.compile(r"(?P<phrase>[^/]+)(?:/(?P<piece>\d+))?")
+_PIECE = re.compile(r"(?P<phrase>[^/]+)(?:/(?P<piece>[0-9]{1,18}))?")
 
 
 def parse_tokens(value: Any) -> tuple[str, ...]:
@@ -44,8 +44,8 @@ def _name(given: Any) -> str:
         return name
     if name.startswith(ASPECT) and name.removeprefix(ASPECT) in ASPECTS:
         return name
-    if name.startswith(POSITION) and name.removeprefix(POSITION).isdecimal():
-        return f"{POSITION}{int(name.removeprefix(POSITION))}"
+    if name.startswith(POSITION) and (place := digits(name.removeprefix(POSITION))) is not None:
+        return f"{POSITION}{place}"
     if name.startswith(WORD):
         phrase, piece = word_and_piece(name.lower())
         words = words_in(phrase.partition("#")[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lesion.study.checks import digits
+
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
 
 
@@ -52,7 +54,7 @@ def named(text: str, phrase: str) -> tuple[str, ...]:
         for start in range(len(there) - len(wanted) + 1)
         if wanted and [word.plain for word in there[start : start + len(wanted)]] == wanted
     ]
-    which = int(number) if number.isdecimal() else 1 if not number else 0
-    if not 1 <= which <= len(starts):
+    which = digits(number) if number else 1
+    if which is None or not 1 <= which <= len(starts):
         raise KeyError(f"{phrase!r} is not in {text!r}; its words: {', '.join(word.name for word in there)}")
     return tuple(word.name for word in there[starts[which - 1] :][: len(wanted)])
