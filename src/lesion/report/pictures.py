@@ -19,13 +19,13 @@ from lesion.report import grids
 from lesion.report.boxes import COLOURS, marks
 from lesion.report.canvas import load
 from lesion.report.data import inside
+from lesion.report.figures import COMPRESSION
 from lesion.report.text import clean
 from lesion.store.files import atomically
 
 COMPARISONS, SHEETS = 64, 12  # pictures of each kind a report holds unless all are asked for
 READ = 2000  # images in which a page shows what the pixel reader sees
 THUMB = 256  # px, longest side; smaller images are their own thumbnail
-COMPRESSION = 3  # of 9: half the time of Pillow's default for files a few per cent larger
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
