@@ -175,3 +175,12 @@ def test_true_and_false_are_no_numbers_wherever_they_come_from():
     for wrong in (5, -1, 0.5, "perhaps", None, []):
         with pytest.raises(RequestError, match=r"^performance\.compile: must be true or false; got "):
             read(wrong)
+
+
+def test_a_name_that_no_file_can_have_stays_a_name():
+    """Of keys that may name a folder or a model on the hub; whoever opens it says what is wrong."""
+    config = compose([f"{key}={'x' * 300}" for key in ("model.config", "scorer.dino_model", "scorer.clip_pretrained")])
+    with open_dict(config):
+        del config["hydra"]
+    data = first_read(config)
+    assert data["model"]["config"] == data["scorer"]["dino_model"] == data["scorer"]["clip_pretrained"] == "x" * 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import diffusers
@@ -225,8 +226,8 @@ def test_a_pipeline_class_of_ones_own(tiny_folder, tmp_path, monkeypatch):
     assert np.array_equal(made(own), plain(tiny_folder, SUBJECTS) + 0.25)
     layer = own.anatomy.paths[0]
     assert np.array_equal(made(own, zero(layer)), plain(tiny_folder, SUBJECTS, own.anatomy.sites[layer]) + 0.25)
-    for bad in ("NoPipeline", "no.module.Class", "AutoencoderKL", "json.dumps"):
-        with pytest.raises(RequestError, match=rf"model.pipeline: '{bad}' is no pipeline class; allowed"):
+    for bad in ("NoPipeline", "no.module.Class", "AutoencoderKL", "json.dumps", "../x", ".Class", "a..b"):
+        with pytest.raises(RequestError, match=rf"model.pipeline: '{re.escape(bad)}' is no pipeline class; allowed"):
             resolve(tiny_spec(tiny_folder, pipeline=bad))
     folder = shutil.copytree(tiny_folder, tmp_path / "odd")
     index = json.loads((folder / "model_index.json").read_text())

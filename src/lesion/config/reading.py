@@ -168,4 +168,7 @@ def _path(value: str, start: Path, always: bool = False) -> str:
     with suppress(RuntimeError):  # of a user that there is not: the name as it stands
         path = path.expanduser()
     path = start / path
-    return str(path) if always or (value != "embedded" and path.exists()) else value
+    there = False
+    with suppress(OSError):  # a name too long: whoever opens it says so
+        there = value != "embedded" and path.exists()
+    return str(path) if always or there else value

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -325,13 +326,14 @@ def pipeline_class(name: str, key: str = "model.pipeline") -> Any:
     import diffusers
 
     module, _, last = name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module) if module else diffusers, last)
-    except (ImportError, AttributeError):
-        found = None
+    found = None
+    if all(part.isidentifier() for part in name.split(".")):
+        with suppress(ImportError, AttributeError):
+            found = getattr(importlib.import_module(module) if module else diffusers, last)
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
         raise RequestError(
-            key, f"{name!r} is no pipeline class; allowed: one of diffusers, or package.module.Class as model.pipeline"
+            key,
+            f"{name[:80]!r} is no pipeline class; allowed: one of diffusers, or package.module.Class as model.pipeline",
         )
     return found
 
