@@ -210,8 +210,11 @@ def test_figures_have_no_title_unless_asked_and_take_the_users_style(tmp_path):
     assert plain.get_suptitle() == "" and family[0] != "DejaVu Serif"
     titled, family, size = drawn(figures.Look((str(style),), titles=True))
     assert titled.get_suptitle() == "a title" and (family, size) == (["DejaVu Serif"], 9)
-    with pytest.raises(OSError, match="nonesuch"):
-        drawn(figures.Look(("nonesuch",)))
+    style.write_bytes(b"\xff")
+    for odd in ("nonesuch", str(tmp_path), str(style)):
+        figures._over.cache_clear()
+        with pytest.raises(ValueError, match=f"^style '{odd}': "):
+            drawn(figures.Look((odd,)))
     image = plain.axes[0].images[0]
     assert image.norm(0.25) == pytest.approx(0.5)  # the square root of its share
     assert [text.get_text() for text in plain.axes[0].texts] == ["0", "0.25", "1.00"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from lesion.analysis.side_by_side import over_replacements, paired_differences, 
 from lesion.audit import merged
 from lesion.cli.report import report
 from lesion.errors import RequestError
-from lesion.report import beside, crossing, illustrations, tables
+from lesion.report import beside, crossing, curves, illustrations, tables
 from lesion.report.findings import Findings, findings
 from planted import LAYERS, planted
 
@@ -141,11 +142,20 @@ def test_figures_by_layer_by_depth_and_of_many_models():
     lines = {line.get_label(): line for line in build().axes[0].containers}
     assert stem == "side-by-side" and list(lines) == ["tiny", "other"]  # along their depths
     assert lines["other"][0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    (one_figure,) = beside.side_by_side(estimated(two_models()))
+    turned = replace(one_figure, table=one_figure.table.iloc[::-1].reset_index(drop=True))
+    (line, _, _), *_ = curves.side_by_side(turned, "m").axes[0].containers  # from layer to layer in each one's order
+    assert line.get_xdata().tolist() == [0, 0.25, 0.5, 0.75, 1]
     # Settings of one model lie at the same depths, and no point or bar over another on the paper.
     both = pd.concat([two_models(), two_models().assign(replacement="mean")], ignore_index=True)
     ((build, _, _),) = illustrations._besides(estimated(both))
     figure = build()
     figure.draw_without_rendering()
+    axes, (table,) = figure.axes[0], beside.side_by_side(estimated(both))
+    assert all(-0.1 < low < 0 and 1 < high < 1.1 for low, high in [axes.get_xlim()])  # all that is drawn is seen
+    limits = table.table[[f"importance {name} {end}" for name in table.names for end in ("low", "high")]]
+    low, high = axes.get_ylim()
+    assert low < limits.min().min() and limits.max().max() < high
     drawn_lines = [line[0] for line in figure.axes[0].containers]
     held = [line.get_transform().transform(line.get_xydata())[:, 0] for line in drawn_lines]
     places = [place for line in held for place in np.round(line * 72 / figure.dpi, 3)]

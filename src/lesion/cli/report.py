@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _WrongUsage as error:
         return _refuse(error)
     from lesion.report import ranking_lines  # with pandas and matplotlib, which --help does without
+    from lesion.report.figures import Look, looking
     from lesion.report.merging import Refused, certified, run_folders
 
     try:
@@ -99,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Refused(f"--out {out}: is a file, not a folder")
         drawn = {name: getattr(arguments, name) for name in ("all_grids", "clustered", "siunitx", "interval", "titles")}
         drawn["styles"] = arguments.style
+        try:
+            with looking(Look(tuple(arguments.style))):
+                pass
+        except ValueError as error:
+            raise Refused(f"--{error}") from None
         known, written = report(runs, out, arguments.mix, **drawn)
     except (Refused, OSError) as error:
         return _refuse(error)

@@ -198,23 +198,26 @@ def side_by_side(one: Beside, metric: str) -> Figure:
             for number, (name, side) in enumerate(zip(one.names, one.sides, strict=True)):
                 key = f"{measure} {name}"
                 table = pd.DataFrame({"v": rows[key], "v_low": rows[f"{key} low"], "v_high": rows[f"{key} high"]})
-                held = table["v"].notna().to_numpy()
+                held = np.flatnonzero(table["v"].notna())
+                if not across:  # the rows are in the order of the mean depth of all models
+                    held = held[np.argsort(rows[f"depth {side[0]}"].to_numpy(float)[held], kind="stable")]
                 reach, style = limits(table, "v")[:, held], _style_of(number)
                 if across:
                     place = np.arange(len(rows)) + 0.6 * ((number + 0.5) / n_sides - 0.5)
                     style["linestyle"] = "none"
                     axes.errorbar(
-                        table["v"][held], place[held], xerr=reach, **style, label=clean(name, 48), elinewidth=0.8
+                        table["v"].iloc[held], place[held], xerr=reach, **style, label=clean(name, 48), elinewidth=0.8
                     )
                 else:
                     # Depths of several sides are equal, 0 and 1 always: markers stand beside one another on the paper,
                     # or the last would cover the others, while the axis keeps its numbers.
                     points = min(APART, MOST_APART / n_sides) * (number - (n_sides - 1) / 2)
                     moved = axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
-                    depth = rows[f"depth {side[0]}"][held]
+                    depth, middle = rows[f"depth {side[0]}"].iloc[held], table["v"].iloc[held]
+                    for end in (middle - reach[0], middle + reach[1]):  # what is moved does not count for the axes
+                        axes.update_datalim(np.column_stack([depth, end]))
                     axes.errorbar(
-                        depth, table["v"][held], yerr=reach, **style, label=clean(name, 48), elinewidth=0.7,
-                        transform=moved,
+                        depth, middle, yerr=reach, **style, label=clean(name, 48), elinewidth=0.7, transform=moved,
                     )  # fmt: skip
             axes.set(**{"xlabel" if across else "ylabel": labels[measure]})
             axes.grid(axis="both")

@@ -67,9 +67,13 @@ _look: ContextVar[Look] = ContextVar("look", default=Look())  # noqa: B039 - it 
 
 @contextmanager
 def looking(look: Look) -> Iterator[None]:
-    """Figures drawn inside look so. Raises OSError for a style that there is not."""
+    """Figures drawn inside look so. Raises ValueError, which names it, for a style that there is not."""
     for style in look.styles:
-        _over(style)
+        try:
+            _over(style)
+        except (OSError, ValueError) as error:
+            why = f"{error.strerror}; it is no style of matplotlib's either" if isinstance(error, OSError) else error
+            raise ValueError(f"style {style!r}: {why}") from None
     token = _look.set(look)
     try:
         yield
@@ -84,6 +88,8 @@ def _over(style: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library: Any = styles.library
+        if style not in library:
+            Path(style).read_text(encoding="utf-8")  # of another file matplotlib would say so in a line of its own
         read: Any = library[style] if style in library else matplotlib.rc_params_from_file(style, False, False)
         return dict(read)
 
