@@ -272,10 +272,11 @@ def agreement(scores: NDArray[np.float64], real: NDArray[np.float64], most: int)
 
 
 def said(found: NDArray[np.float64], most: int, share: float) -> str:
-    """A cell of the table. found: of `agreement`, or of several. share: of what the complete grid takes."""
+    """A cell of the table. found: of `agreement`, or of several, whose order among those with effect is told where most
+    have one. share: of what the complete grid takes."""
     all_of_them, number, best = (found.reshape(-1, 4)[:, place].mean() for place in (0, 2, 3))
     among = found.reshape(-1, 4)[:, 1]
-    with_effect = f", {among.mean():.2f} ({number:.0f})" if np.isfinite(among).all() else ""
+    with_effect = f", {np.nanmean(among):.2f} ({number:.0f})" if np.isfinite(among).mean() > 0.5 else ""
     return f"{all_of_them:.2f}{with_effect}, {round(best, 1):g}/{most}, {100 * share:.1f} %"
 
 

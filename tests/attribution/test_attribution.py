@@ -29,6 +29,7 @@ from lesion.scoring import Shot, metric_class
 from lesion.scoring._clip import _embedder
 from lesion.scoring._clip_weights import resolve
 from lesion.study.grid import Cell
+from lesion.study.inits import with_inits
 from lesion.study.layers import Layers
 from lesion.study.lesions import Lesion, Replacement
 from lesion.study.prompts import Prompt
@@ -56,9 +57,11 @@ def precise(model, by="attention", kind=None):
     return replace(model, anatomy=examine(model.denoiser, by, kind), identity=replace(model.identity, dtype="float64"))
 
 
-def cells_of(model, lesion=None, **changes):
+def cells_of(model, lesion=None, init=None, **changes):
     asked = settings(**{"steps": 2, **changes})
-    return [Cell(model.identity, Prompt(text), 7, asked, lesion) for text in ("a cat", "two dogs")]
+    prompts = [Prompt(text) for text in ("a cat", "two dogs")]
+    prompts = with_inits(prompts, init, "generation.init") if init else prompts
+    return [Cell(model.identity, prompt, 7, asked, lesion) for prompt in prompts]
 
 
 def view(images, latents):
@@ -148,6 +151,23 @@ def test_heads_of_a_unet_and_the_direction_of_the_mean(tiny_model, wide_open):
     interventions = {replacement_key(lesions[0]): Mean(means)}
     found = estimate(model, lesions, cells_of(model), interventions, view, 4)
     np.testing.assert_allclose(found.effects, by_differences(model, lesions, interventions), rtol=0.02)
+
+
+def test_img2img(tiny_model, wide_open, tmp_path):
+    """From an init image, in the steps that are made of it."""
+    init = tmp_path / "init.png"
+    drawn = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(drawn).save(init)
+    model = precise(tiny_model)
+    lesions = [replace(lesions_of(model)[2], window=half) for half in ((0.0, 0.5), (0.5, 1.0))]
+    interventions = {replacement_key(lesions[0]): Zero()}
+    asked = {"task": "img2img", "steps": 3, "noising": 0.7, "init": str(init)}  # 2 of 3 steps
+    found = estimate(model, lesions, cells_of(model, **asked), interventions, view, 4)
+    expected = by_differences(model, lesions, interventions, **asked)
+    np.testing.assert_allclose(found.effects, expected, rtol=0.02, atol=1e-4 * expected.max())
+    assert (expected > 1e-9).all()
+    plain = generate(model, cells_of(model, **asked), {})
+    assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), plain)
 
 
 @pytest.mark.parametrize(
