@@ -206,7 +206,15 @@ def test_failures_are_in_the_results_and_multiruns_open(cli, keys, monkeypatch):
     lesion.study(**{**keys, "generation": {**keys["generation"], "steps": 2}}).run(folder="other")
     with pytest.raises(lesion.RequestError, match=r"open: these runs cannot be compared: steps"):
         lesion.open("both", "other")
-    assert len(lesion.open("both", "other", mix=True).settings) == 2
+    several = lesion.open("both", "other", mix=True)
+    assert len(several.settings) == 2
+    with pytest.raises(lesion.RequestError, match=r"steps: .* name one of"):
+        several.plot.sheet([0], ["mid_block.attentions.0"], seed=0)
+    shown = several.plot.sheet([0], ["mid_block.attentions.0"], seed=0, steps=2).axes[0].images[0].get_array()
+    frame = pd.read_parquet("other/results.parquet").query("selection == 'none' and seed == 0")
+    assert np.array_equal(
+        shown, Image.open(Path("other") / frame.image.iloc[0]).convert("RGB")
+    )  # the baseline of these
 
 
 @pytest.mark.timeout(300)

@@ -403,9 +403,10 @@ class Plots:
         if columns not in (1, 2):
             raise RequestError("columns", f"got {columns!r}; allowed: 1, 2")
         results = self._results
+        made = {name: value for name, value in where.items() if name in ("model", *GENERATION)}  # also of the baseline
         rows_ = []
         for prompt in prompts:
-            line = [results.image(prompt=prompt, seed=seed)]
+            line = [results.image(prompt=prompt, seed=seed, **made)]
             line += [results.image(layer, selection, prompt=prompt, seed=seed, **where) for layer in layers]
             rows_.append(line)
         texts = [str(results._about(prompt, seed)["prompt"].iloc[0]) for prompt in prompts]
