@@ -550,11 +550,13 @@ def _some_made(study: Study, failures: Mapping[str, str]) -> bool:
 
 
 def _generate(work: Work, missing: int, failures: Mapping[str, str], tracker: Tracker) -> dict[str, str]:
-    """Make what the store lacks, but for earlier failures; when little is left, start the processes that draw.
+    """Make what the store lacks, but for earlier failures; near the end, start the processes that draw.
 
     Returns the reason for each cell that could not be made.
     """
     began, done = time.monotonic(), 0
+    # On a CPU all cores make images and wait for the slowest: what others import meanwhile costs more than it saves.
+    ahead = 0.0 if work.request.device == "cpu" else AHEAD
     with (
         logging_redirect_tqdm(),
         tqdm(total=missing, unit="image", desc=f"{sweep}{work.study.model.name}", smoothing=0.05, leave=False) as bar,
@@ -567,7 +569,7 @@ def _generate(work: Work, missing: int, failures: Mapping[str, str], tracker: Tr
             bar.update(more)
             rate = done / (time.monotonic() - began)
             tracker.progress(done, missing, rate)
-            if missing - done <= rate * AHEAD:
+            if missing - done <= ahead * rate:
                 work.drawers.start()
 
         model = None if len(work.request.devices) > 1 else loaded(work)  # else each worker loads it
