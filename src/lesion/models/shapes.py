@@ -5,13 +5,14 @@ The components are built without weights, which takes torch and the libraries: s
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lesion.errors import RequestError, counted
 from lesion.models import files, loras
@@ -91,15 +92,9 @@ def _check_adapter(path: Path, network: Any, pipeline: str) -> None:
 
 def shapes(path: Path) -> Iterator[tuple[str, Shape]]:
     """Name and shape of each tensor of a safetensors file; none of one that `files.check_safetensors` would refuse."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, files.HEADER_BYTES)))
-    except (OSError, struct.error, ValueError):
-        return
-    for name, of in header.items():
-        if name != "__metadata__":
-            yield name, tuple(of["shape"])
+    with suppress(OSError, SafetensorError), safe_open(str(path), "np") as weights:
+        for name in weights.keys():  # noqa: SIM118 - it is no mapping
+            yield name, tuple(weights.get_slice(name).get_shape())
 
 
 def _shown(shape: Sequence[int]) -> str:

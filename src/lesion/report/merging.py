@@ -14,6 +14,7 @@ import pandas as pd
 
 from lesion.analysis.cells import names_of
 from lesion.analysis.settings import slug
+from lesion.report.attribution import kept_notes
 from lesion.report.data import inside
 from lesion.store import tables
 from lesion.store.files import atomically
@@ -82,12 +83,7 @@ def put_together(
 
 def certified(runs: Sequence[Path]) -> list[str]:
     """What the certificates of attributions among the runs say."""
-    with_one = [run for run in runs if (run / "certificate.json").is_file()]
-    if not with_one:
-        return []
-    from lesion.report.attribution import kept_notes
-
-    return [f"{run.name}: {line}" if len(runs) > 1 else line for run in with_one for line in kept_notes(run)]
+    return [f"{run.name}: {line}" if len(runs) > 1 else line for run in runs for line in kept_notes(run)]
 
 
 def run_folders(folders: Sequence[Path]) -> list[Path]:
