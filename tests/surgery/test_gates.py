@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -13,13 +14,14 @@ import torch
 from torch._dynamo.utils import counters
 
 from conftest import settings, tiny_spec
-from denoisers import apart, inputs, lesion, same, under
+from denoisers import apart, inputs, lesion, same, under, whole
 from denoisers import build as build_denoiser
 from lesion import models
 from lesion.denoising.run import Denoising
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.models import loading
+from lesion.models.source import BLOCKS
 from lesion.replacements import Bench
 from lesion.replacements import _means as means
 from lesion.replacements.zero import Zero
@@ -81,15 +83,33 @@ class Ramp(Intervention):
         return rows[:, :, None, None] if output.dim() == 4 else rows[:, None]
 
 
-@pytest.fixture(scope="module", params=["unet", "flux"])
+OTHERS = ("sd3", "pixart", "sana", "hunyuan", "qwen", "flux2", "zimage")
+
+
+@pytest.fixture(
+    scope="module", params=["unet", "flux", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def traced(request):
     """A denoiser by hooks, and one alike with its blocks traced by dynamo, and its gates."""
     torch.compiler.reset()
     denoisers = build_denoiser(request.param), build_denoiser(request.param)
     gates = Gates(denoisers[1], examine(denoisers[1], kind=kinds_of(denoisers[1])[0]))
-    denoisers[1].compile_repeated_blocks(backend="eager")
+    loading.compile_blocks(denoisers[1], backend="eager")
     yield request.param, *denoisers, gates
     torch.compiler.reset()
+
+
+def through(gates, denoiser, anatomy, lesions, calls, intervention):
+    """The outputs of a denoiser with these lesions on its gates; as `denoisers.under`."""
+    client = gates.lesions(anatomy, lesions, {replacement_key(one): intervention for one in lesions if one})
+    pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(timesteps=range(len(calls))))
+    with Denoising(pipe, denoiser, len(lesions), [client]).running():
+        return calls_of(denoiser, calls)
+
+
+def calls_of(denoiser, calls):
+    with torch.inference_mode():
+        return [whole(denoiser(**call).sample) for call in calls]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("cross_attention", "text_stream")])
@@ -110,15 +130,37 @@ def test_every_kind_of_site_passes_through_gates(traced, kind):
         cases += [([lesion(last, kind=kind, strength=0.5), lesion(*anatomy.paths, kind=kind)], Ramp())]
     for lesions, intervention in cases:
         theirs = under(hooked, anatomy, lesions, calls, intervention)
-        client = gates.lesions(anatomy, lesions, {replacement_key(one): intervention for one in lesions if one})
-        pipe = SimpleNamespace(_num_timesteps=len(calls), scheduler=SimpleNamespace(timesteps=range(len(calls))))
-        with Denoising(pipe, compiled, 2, [client]).running():
-            ours = [compiled(**call).sample for call in calls]
+        ours = through(gates, compiled, anatomy, lesions, calls, intervention)
         assert apart(ours, theirs) < 1e-5
         assert lesions[0] is not None or same(ours, theirs)
         seen.append(graphs())
     assert seen[-1] == seen[2 if kind == "text_to_image" else 0], "compiled anew for a lesion"
     assert not any(float(module.lesion_weight.abs().max()) for module, _ in gates.modules.values())
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", *OTHERS])
+def test_gates_of_every_denoiser_make_what_hooks_make(name):
+    """Not compiled: in a moment."""
+    hooked, gated = build_denoiser(name), build_denoiser(name)
+    gates, calls = Gates(gated, examine(gated, kind=kinds_of(gated)[0])), inputs(name, 4)
+    for kind in (kind for kind in kinds_of(hooked) if kind != "text_stream"):
+        anatomy = examine(hooked, kind=kind)
+        first, last = anatomy.paths[0], anatomy.paths[-1]
+        intervention = Zero() if kind == "text_to_image" else Ramp()
+        lesions = [lesion(first, kind=kind, branch="cond"), lesion(last, kind=kind, strength=0.5)]
+        assert apart(through(gates, gated, anatomy, lesions, calls, intervention), calls_of(gated, calls)) > 1e-3
+        theirs = under(hooked, anatomy, lesions, calls, intervention)
+        assert apart(through(gates, gated, anatomy, lesions, calls, intervention), theirs) < 1e-5, kind
+
+
+@pytest.mark.parametrize(("name", "kind"), [("unet", "cross_attention"), ("flux", "joint_attention"), ("flux", "block")])
+def test_values_on_gates_are_not_rounded_in_half_precision(name, kind):
+    hooked, gated = build_denoiser(name).bfloat16(), build_denoiser(name).bfloat16()
+    anatomy = examine(hooked, kind=kind)
+    calls = [{key: value.bfloat16() for key, value in call.items()} for call in inputs(name, 4)]
+    lesions = [lesion(*anatomy.paths, kind=kind, strength=0.3), lesion(*anatomy.paths, kind=kind)]
+    ours = through(Gates(gated, anatomy), gated, anatomy, lesions, calls, Ramp())
+    assert same(ours, under(hooked, anatomy, lesions, calls, Ramp()))
 
 
 @pytest.mark.slow
@@ -235,10 +277,28 @@ def test_components_beside_a_compiled_denoiser(tiny_folder, compiled):
     assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(images[0], 2))
 
 
-def test_a_denoiser_without_blocks_to_compile_is_refused(cli, tmp_path):
+def test_a_denoiser_without_known_blocks_is_not_compiled(cli, tmp_path, monkeypatch):
     folder = build("pixart_sigma", tmp_path / "pixart")
-    code, _, err = cli("performance.compile=true", f"model.id={folder}", "layers.include=null")
-    assert code == 2 and "performance.compile: diffusers names no blocks of PixArtTransformer2DModel" in err
+    asked = ("performance.compile=true", f"model.id={folder}", "layers.include=null")
+    assert cli(*asked, "dry_run=true")[0] == 0
+    monkeypatch.delitem(BLOCKS, "PixArtTransformer2DModel")
+    code, _, err = cli(*asked)
+    assert code == 2 and err.strip().count("\n") == 0
+    assert "performance.compile: it is not known of which blocks PixArtTransformer2DModel is built" in err
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_blocks_that_diffusers_does_not_name_hold_every_site(name):
+    """Those that it names take the place of this list, should a version of it name them."""
+    (family,) = [family for family in OTHERS if family in name.lower().replace("dit", "")]
+    denoiser, compiled = build_denoiser(family), []
+    assert not getattr(denoiser, "_repeated_blocks", None)
+    with mock.patch.object(torch.nn.Module, "compile", lambda module, backend: compiled.append(module)):
+        loading.compile_blocks(denoiser)
+    inside = {id(part) for block in compiled for part in block.modules()}
+    for kind in kinds_of(denoiser):
+        for path in examine(denoiser, kind=kind).by_path:
+            assert id(denoiser.get_submodule(path)) in inside, path
 
 
 def test_means_pass_through_gates(tiny_model, compiled):

@@ -19,6 +19,7 @@ from lesion import tasks
 from lesion.errors import RequestError
 from lesion.models import hub, loras, memory, schedulers, shapes
 from lesion.models.source import (
+    BLOCKS,
     ModelSpec,
     Source,
     check_offload,
@@ -128,7 +129,7 @@ def _load(source: Source, device: str) -> Model:
         # One code for each width of the blocks, for batches of one size and of any, and for a single row: more than the
         # 8 after which dynamo would go on without compiling.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-        denoiser.compile_repeated_blocks(backend=BACKEND)
+        compile_blocks(denoiser)
     return Model(
         pipe,
         denoiser,
@@ -141,6 +142,14 @@ def _load(source: Source, device: str) -> Model:
         shared_rows=spec.shared_rows,
         settle=settle,
     )
+
+
+def compile_blocks(denoiser: torch.nn.Module, backend: str = "") -> None:
+    """Have each repeated block of a denoiser compiled when it is first called. backend: BACKEND where none is named."""
+    names = getattr(denoiser, "_repeated_blocks", None) or BLOCKS[type(denoiser).__name__]
+    for part in denoiser.modules():
+        if type(part).__name__ in names:
+            part.compile(backend=backend or BACKEND)
 
 
 def _pipeline(source: Source, dtype: torch.dtype) -> Any:

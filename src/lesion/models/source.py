@@ -50,6 +50,13 @@ REFUSED = {
 }
 LIBRARIES = ("diffusers", "transformers")  # that an index may name classes of
 DECODERS = ("float32", "tf32", "bfloat16")
+# Repeated blocks of denoisers for which diffusers names none, read in 0.42's source.
+BLOCKS = {
+    "HunyuanDiT2DModel": ("HunyuanDiTBlock",),
+    "PixArtTransformer2DModel": ("BasicTransformerBlock",),
+    "SanaTransformer2DModel": ("SanaTransformerBlock",),
+    "SD3Transformer2DModel": ("JointTransformerBlock",),
+}
 STOCK = "stock"  # the decoder's float32 as torch multiplies it by itself: TF32 in convolutions, full in matrix products
 UPCASTING = re.compile("XL|Kolors")  # pipelines that decode a float16 autoencoder in float32
 _MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
@@ -226,8 +233,10 @@ class Source:
 
     @property
     def compiles(self) -> bool:
-        """Whether the denoiser's class names its repeated blocks, which `compile_repeated_blocks` goes by."""
+        """Whether the repeated blocks of the denoiser's class are known: diffusers names them, or `BLOCKS`."""
         library, name = self.components[self.denoiser]
+        if library == "diffusers" and name in BLOCKS:
+            return True
         if library == "diffusers" and (known := facts.denoiser(name)):
             return bool(known["repeated_blocks"])
         return bool(getattr(self._class(self.denoiser), "_repeated_blocks", None))

@@ -130,7 +130,7 @@ def _check_switches(source: models.Source) -> None:
     _, name = source.components[source.denoiser]
     if source.spec.compile and not source.compiles:
         raise RequestError(
-            "performance.compile", f"diffusers names no blocks of {name} to compile; allowed here: false"
+            "performance.compile", f"it is not known of which blocks {name} is built; allowed here: false"
         )
     if source.spec.shared_rows and not source.shares_rows:
         why = f"this {name} reads the text elsewhere than in its cross-attention"

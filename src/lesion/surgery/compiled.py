@@ -22,7 +22,8 @@ from lesion.surgery.hook_points import Call, FromText, HookPoint, Share, has_tex
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import Lesions, SiteLesions, replacement_key
 
-_WEIGHT, _VALUE, _TEXT, _ON = "lesion_weight", "lesion_value", "lesion_text", "lesion_on"
+_WEIGHT, _VALUE, _ON = "lesion_weight", "lesion_value", "lesion_on"
+_FIRST, _END = "lesion_first", "lesion_end"  # of the image's tokens, where text and image are in one sequence
 
 
 @cache
@@ -36,7 +37,7 @@ def gate(hook: HookPoint) -> Any:
     def gated(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not getattr(module, _ON):  # a second pass, which is left out where nothing is lesioned
             return output
-        call = Call(module, module.forward, args, kwargs, slice(getattr(module, _TEXT), None))
+        call = Call(module, module.forward, args, kwargs, slice(getattr(module, _FIRST), getattr(module, _END)))
         changes = []
         for part in range(hook.parts(output)):
             stream = hook.like(call, output, part)
@@ -75,7 +76,8 @@ class Gates:
         self._hooks = []
         for path, (module, _) in self.modules.items():
             hook = self.sites[path].hook
-            setattr(module, _TEXT, 0)
+            setattr(module, _FIRST, 0)
+            setattr(module, _END, None)
             setattr(module, _ON, not isinstance(hook, FromText))
             for name in (_WEIGHT, *self._values(path)):
                 self._set(path, name, torch.zeros(1, 1, 1))
@@ -111,23 +113,25 @@ class Gates:
         for module, _ in self.modules.values():
             getattr(module, _WEIGHT).zero_()
 
-    def fill(self, path: str, lesions: SiteLesions | None, rows: int, call: int, text: int) -> None:
+    def fill(self, path: str, lesions: SiteLesions | None, rows: int, call: int, image: slice) -> None:
         """Set one gate for the present denoiser call: shapes are the same whatever the lesion.
 
-        text: tokens of the text, for modules that see them in front of the image's.
+        image: where its tokens are, for modules that see them and the text's in one sequence.
         """
         module, channels = self.modules[path]
         hook, values = self.sites[path].hook, self._values(path)
         like = next(module.parameters(), next(self.denoiser.parameters())).new_zeros(rows, 1, channels)
-        weight, filled = like[..., :1].to(wide(like)), dict.fromkeys(values, like)
+        precise = like.to(wide(like))  # a mean is no number of half precision
+        weight, filled = precise[..., :1], dict.fromkeys(values, precise)
         now = None if lesions is None else lesions.rows(like)
         if lesions is not None and now is not None and now.acts:
             for key, share in now.shares.items():
                 weight = weight + share.column
                 for buffer, name in values.items():
-                    value = lesions.interventions[key].fill(name, call, now.branches, like).to(like.dtype)
+                    value = lesions.interventions[key].fill(name, call, now.branches, like).to(precise.dtype)
                     filled[buffer] = torch.where(share.column > 0, value.expand_as(like), filled[buffer])
-        setattr(module, _TEXT, text if hook.block else 0)
+        setattr(module, _FIRST, image.start if hook.block else 0)
+        setattr(module, _END, image.stop if hook.block else None)
         if isinstance(hook, FromText):
             setattr(module, _ON, now is not None and now.acts)
         for name, tensor in {_WEIGHT: weight, **filled}.items():
@@ -169,7 +173,20 @@ class _OnGates(Lesions):
 
     def before_call(self, run: Denoising, call: DenoiserCall) -> None:
         super().before_call(run, call)
-        text = call.kwargs.get("encoder_hidden_states")
-        tokens = text.shape[1] if isinstance(text, Tensor) else 0
+        image = _image(run.denoiser, call)
         for path in self.gates.modules:
-            self.gates.fill(path, self.sites.get(path), len(call.sample), run.call, tokens)
+            self.gates.fill(path, self.sites.get(path), len(call.sample), run.call, image)
+
+
+def _image(denoiser: nn.Module, call: DenoiserCall) -> slice:
+    """Where the image's tokens are in a sequence with the text's: behind them, of Z-Image in front, padded."""
+    text = call.kwargs.get("encoder_hidden_states")
+    if not isinstance(call.sample, list):
+        return slice(text.shape[1] if isinstance(text, Tensor) else 0, None)
+    from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+
+    config: Any = denoiser.config
+    frames, height, width = call.sample[0].shape[-3:]
+    patch = config.all_patch_size[0]
+    tokens = frames // config.all_f_patch_size[0] * (height // patch) * (width // patch)
+    return slice(None, -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF)
