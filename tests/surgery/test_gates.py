@@ -153,7 +153,9 @@ def test_gates_of_every_denoiser_make_what_hooks_make(name):
         assert apart(through(gates, gated, anatomy, lesions, calls, intervention), theirs) < 1e-5, kind
 
 
-@pytest.mark.parametrize(("name", "kind"), [("unet", "cross_attention"), ("flux", "joint_attention"), ("flux", "block")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("unet", "cross_attention"), ("flux", "joint_attention"), ("flux", "block")]
+)
 def test_values_on_gates_are_not_rounded_in_half_precision(name, kind):
     hooked, gated = build_denoiser(name).bfloat16(), build_denoiser(name).bfloat16()
     anatomy = examine(hooked, kind=kind)

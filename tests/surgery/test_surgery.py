@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from types import SimpleNamespace
@@ -12,12 +13,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from conftest import settings, small_pipeline, small_unet, tiny_spec
+from conftest import settings, small_pipeline, tiny_spec
+from denoisers import TEXT, inputs
+from denoisers import build as build_denoiser
 from lesion import models, replacements
 from lesion.denoising.run import Denoising, branches_of
 from lesion.generation.generate import call, generate, generators, to_pixels
 from lesion.models import loading
+from lesion.replacements.donor_prompt import DonorPrompt
+from lesion.replacements.double import Double
+from lesion.replacements.identity import Identity
+from lesion.replacements.mask import Mask
+from lesion.replacements.null_prompt import NullPrompt
+from lesion.replacements.resample import Resample
 from lesion.replacements.zero import Zero
 from lesion.study.grid import Cell
 from lesion.study.layers import KINDS
@@ -26,8 +36,9 @@ from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
 from lesion.surgery.hook_points import Call, Share, Update, blend
 from lesion.surgery.operation import Lesions, replacement_key
+from lesion.surgery.tokens import Places, with_tokens
 
-ZERO = Replacement("zero")
+ZERO, CROSS = Replacement("zero"), "cross_attention"
 SUBJECTS = [("a red circle", 0), ("a blue square", 1), ("two stars", 7)]
 
 
@@ -186,26 +197,33 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, out = str(function), function(*args, **(kwargs or {}))
         self.operators += 1
-        devices = {value.device.type for value in (*args[:1], out) if isinstance(value, torch.Tensor)}
+        tensors = [one for one in tree_leaves((args, kwargs, out)) if isinstance(one, torch.Tensor)]
+        devices = {one.device.type for one in tensors if one.dim()}  # numbers are handed over with the operator
         self.copies += len(devices) > 1
-        self.waits += any(one in name for one in ("_local_scalar", "nonzero", "equal.default"))
+        waiting = any(one in name for one in ("_local_scalar", "nonzero", "equal.default"))
+        self.waits += waiting and any(one.device.type == "meta" for one in tensors)
         return out
 
 
-def counted(by, lesions, calls):
-    """Of each of some denoiser calls of 2 images of a small UNet, on a device that computes nothing."""
+def counted(by, lesions, calls, intervention=None, family="unet", kind=CROSS, tokens=None, images=2):
+    """Of each of some denoiser calls of a small denoiser, on a device that computes nothing.
+
+    tokens: places of the one set of them. images: in the batch, all of them.
+    """
     with torch.device("meta"):
-        unet = small_unet()
-    found, anatomy = [], examine(unet, by)
-    client = Lesions(anatomy, lesions(anatomy), {"zero:[]": Zero()})
+        denoiser = build_denoiser(family)
+    found, anatomy = [], examine(denoiser, by, kind)
+    if tokens:
+        anatomy = with_tokens(anatomy, ["padding"])
+    places = Places([{(branch, "padding"): tokens for branch in (0, 1)}] * images, TEXTS[family]) if tokens else None
+    client = Lesions(anatomy, lesions(anatomy), {"zero:[]": intervention or Zero()}, places)
     pipe = SimpleNamespace(_num_timesteps=calls)
-    run = Denoising(pipe, unet, 2, [client])
-    arguments = [torch.empty(4, 4, 8, 8, device="meta"), torch.empty(4, device="meta")]
-    text = torch.empty(4, 7, 16, device="meta")
+    run = Denoising(pipe, denoiser, images, [client])
+    given = tree_map_only(torch.Tensor, lambda one: one.to("meta"), inputs(family, 2 * images)[0])
     with run.running():
         for _ in range(calls):
             with Counted() as now:
-                unet(*arguments, encoder_hidden_states=text)
+                denoiser(**given)
             found.append(now)
     return found
 
@@ -227,6 +245,42 @@ def test_a_late_window_is_one_table_a_batch_and_heads_are_one_mask():
     layers = counted("attention", only_one, 2)[-1]
     assert (bare.copies, heads.copies) == (0, 0)
     assert heads.operators - layers.operators < 40 * 6  # of six layers; head by head it was 15 a head and more
+
+
+def all_layers(**changes):
+    """Of two images, with a source prompt's image beside each."""
+    return lambda anatomy: [zero(*anatomy.paths, **changes), zero(anatomy.paths[0], **changes), None, None]
+
+
+TEXTS = {"unet": 7, "flux": TEXT, "sd3": TEXT}  # tokens of a text
+READ = collections.defaultdict(lambda: (torch.empty(1, 7, 16, device="meta"), None))
+
+
+@pytest.mark.parametrize(
+    ("intervention", "more"),
+    [
+        (Double(), {}),
+        (NullPrompt(), {}),
+        (DonorPrompt(READ), {}),
+        (Resample("a donor", True), {}),
+        (Identity(), {"kind": "self_attention"}),
+        (Zero(), {"kind": "block"}),
+        (Zero(), {"tokens": (1, 2)}),
+        (Mask(), {"tokens": (1, 2)}),
+        (NullPrompt(), {"tokens": (1, 2)}),
+        (Resample("a donor", True), {"tokens": (1, 2)}),
+        (Zero(), {"kind": "text_to_image", "family": "flux"}),
+        (Zero(), {"kind": "joint_attention", "family": "flux"}),
+        (Mask(), {"kind": "text_to_image", "family": "flux", "tokens": (1, 2)}),
+        (Zero(), {"kind": "text_to_image", "family": "sd3", "tokens": (1, 2)}),
+        (Zero(), {"kind": "text_stream", "family": "sd3"}),
+    ],
+)
+def test_nothing_is_copied_and_nothing_waited_for_once_lesions_are_where_the_rows_are(intervention, more):
+    lesions = all_layers(branch="cond" if "family" not in more else "both")
+    found = counted("attention", lesions, 3, intervention, images=4, **more)
+    assert [(now.copies, now.waits) for now in found[1:]] == [(0, 0)] * 2
+    assert found[0].waits == 0
 
 
 def test_branches_of_rows():

@@ -55,6 +55,7 @@ class Strengths(Client):
         self.latents: Tensor | None = None
         self._whole = not bool(strengths.detach().any())  # nothing is lesioned yet: outputs keep their every bit
         self._masks: dict[tuple[Any, ...], Tensor] = {}  # of sets of tokens
+        self._of_rows: dict[tuple[int, int | None], Tensor] = {}  # the branches of so many
         self._of_site: dict[str, list[tuple[int, Lesion, Intervention]]] = {}
         for number, lesion in enumerate(lesions):
             intervention = interventions[replacement_key(lesion)]
@@ -172,7 +173,7 @@ class Strengths(Client):
         if key not in self._masks:
             of, images = self.places.of, self.run.samples
             columns = [of[row % images].get((branch, name), ()) for row, branch in enumerate(branches.tolist())]
-            self._masks[key] = token_mask(columns, length, projected.device)
+            self._masks[key] = token_mask(columns, length).to(projected.device)
         return self._masks[key]
 
     def _inside(self, site: Site) -> list[tuple[int, Lesion, Intervention]]:
@@ -201,11 +202,14 @@ class Strengths(Client):
             yield part, value.to(quantity.dtype), _everywhere(value)
 
     def _branches(self, rows: int) -> Tensor:
-        before, self.run.half = self.run.half, self._at[2]
-        try:
-            return self.run.branches(rows).to(self.strengths.device)
-        finally:
-            self.run.half = before
+        key = rows, self._at[2]
+        if key not in self._of_rows:
+            before, self.run.half = self.run.half, self._at[2]
+            try:
+                self._of_rows[key] = self.run.branches(rows).to(self.strengths.device)
+            finally:
+                self.run.half = before
+        return self._of_rows[key]
 
 
 def _everywhere(like: Tensor) -> Share:

@@ -189,22 +189,23 @@ class Capturing(Client):
 
     def _alive(self, branch: str, site: str, heads: int, device: torch.device) -> tuple[Tensor, bool]:
         """Which heads of each image are used in the present call, (images, heads) of 0 and 1; whether all are."""
-        acting = tuple(self._acts(image, branch, site) for image in range(len(self.cells)))
-        key = (acting, site, heads, device)
+        dead = tuple(self._dead_now(image, branch, site, heads) for image in range(len(self.cells)))
+        key = (dead, heads, device)  # of many sites the same, so that it is copied once for all of them
         if key not in self._living:
             alive = torch.ones(len(self.cells), heads)
-            for image in (image for image, acts in enumerate(acting) if acts):
-                which = self.dead[image][site]
-                alive[image, slice(None) if which is None else sorted(which)] = 0
+            for image, which in enumerate(dead):
+                alive[image, list(which)] = 0
             self._living[key] = alive.to(device)
-        return self._living[key], not any(acting)
+        return self._living[key], not any(dead)
 
-    def _acts(self, image: int, branch: str, site: str) -> bool:
-        """Whether an image's lesion takes anything of a site away in the present call."""
+    def _dead_now(self, image: int, branch: str, site: str, heads: int) -> tuple[int, ...]:
+        """The heads of a site of which an image's lesion leaves nothing in the present call."""
         lesion = self.cells[image].lesion
-        if lesion is None or site not in self.dead[image]:
-            return False
-        return lesion.branch in ("both", branch) and covers(lesion.window, self._run.call, self._run.calls)
+        if lesion is None or site not in self.dead[image] or lesion.branch not in ("both", branch):
+            return ()
+        which = self.dead[image][site]
+        inside = covers(lesion.window, self._run.call, self._run.calls)
+        return tuple(range(heads) if which is None else sorted(which)) if inside else ()
 
     @property
     def maps(self) -> list[ImageMaps]:

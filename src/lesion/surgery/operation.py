@@ -8,7 +8,7 @@ stays bit for bit identical. A module that is replaced in every row of the batch
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,7 @@ class Lesions(Client):
         self.places = places
         self.lesions = [lesion if lesion and lesion.strength else None for lesion in lesions]
         self._tables: dict[tuple[Any, ...], _Table] = {}
+        self._placed: dict[tuple[Hashable, torch.device], Tensor] = {}
         self.inside: tuple[bool, ...] = (False,) * len(lesions)  # whose window contains the current call
         of_site: dict[str, list[Lesion | None]] = {}
         for index, lesion in enumerate(self.lesions):
@@ -103,6 +104,15 @@ class Lesions(Client):
             rows = branches.to(like.device, non_blocking=True)
             self._tables[key] = _Table(rows, columns, flat, places)
         return self._tables[key]
+
+    def placed(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """Return on a device what `make` makes in main memory, copied once a run for all sites and calls.
+
+        key: by which it is told from others.
+        """
+        if (key, device) not in self._placed:
+            self._placed[key, device] = make().to(device, non_blocking=True)
+        return self._placed[key, device]
 
 
 @dataclass(frozen=True)

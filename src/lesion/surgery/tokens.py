@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lesion.denoising.wrapping import forward_replaced
 from lesion.study.tokens import EACH, EVERYWHERE, expanded, layer_and_set
 from lesion.surgery.anatomy import Anatomy, AnatomyError, Layer, Site
-from lesion.surgery.hook_points import Call, FromText, HookPoint, ImageStream, ImageTokens, Share, TextLength
+from lesion.surgery.hook_points import Call, FromText, HookPoint, ImageStream, ImageTokens, Share, TextLength, wide
 from lesion.surgery.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -80,17 +80,13 @@ class _Chosen:
     share: Share
     columns: tuple[tuple[int, ...], ...]
 
-    def mask(self, length: int, device: torch.device) -> Tensor:
-        """Which tokens are chosen, (rows, length, 1)."""
-        return token_mask(self.columns, length, device)
 
-
-def token_mask(columns: Sequence[Sequence[int]], length: int, device: torch.device) -> Tensor:
+def token_mask(columns: Sequence[Sequence[int]], length: int) -> Tensor:
     """Which tokens of each row are among its columns, (rows, length, 1)."""
     mask = torch.zeros(len(columns), length, 1, dtype=torch.bool)
     for row, of_row in enumerate(columns):
         mask[row, list(of_row)] = True
-    return mask.to(device)
+    return mask
 
 
 class OfTokens:
@@ -176,7 +172,9 @@ class TokenLesions(OfTokens):
         found = []
         for key, line in weights.items():
             if any(line):
-                column = torch.tensor(line, dtype=torch.promote_types(like.dtype, torch.float32)).to(like.device)
+                kind = wide(like)
+                make = functools.partial(torch.tensor, line, dtype=kind)
+                column = self.client.placed(("weights", tuple(line), kind), make, like.device)
                 chosen = tuple(tuple(sorted(one)) for one in columns[key])
                 found.append(_Chosen(key, Share.of(column, line, like.dim()), chosen))
         return found
@@ -208,9 +206,9 @@ class TokenLesions(OfTokens):
         text, mask = self.text(call), call.kwargs.get("attention_mask")
         if "encoder_hidden_states" not in call.kwargs:
             raise RuntimeError(f"{self.path} is given no text by name, so it cannot be given another")
-        branches = self.client.run.branches(len(text)).to(text.device)
+        branches = self._branches(text)
         other, other_mask = intervention.text(self.path, branches, text, mask)
-        here = chosen.mask(text.shape[1], text.device)
+        here = self._mask(chosen, text)
         new = {"encoder_hidden_states": torch.where(here, other.to(text.dtype), text)}
         if mask is not None and other_mask is not None:
             new["attention_mask"] = torch.where(here.reshape(len(text), *[1] * (mask.dim() - 2), -1), other_mask, mask)
@@ -219,11 +217,11 @@ class TokenLesions(OfTokens):
     def _filled(self, call: Call, chosen: _Chosen, intervention: Intervention) -> Tensor:
         """What the image gets with other values, or keys and values, of these tokens."""
         text = self.text(call)
-        branches = self.client.run.branches(len(text)).to(text.device)
+        branches = self._branches(text)
 
         def changed(projected: Tensor) -> Tensor:
             """projected: of the text, or of text and image in one sequence."""
-            here = chosen.mask(projected.shape[1], projected.device)
+            here = self._mask(chosen, projected)
             values = intervention.fill(self.path, self.client.run.call, branches, projected)
             return torch.where(here, values.to(projected.dtype), projected)
 
@@ -237,10 +235,11 @@ class TokenLesions(OfTokens):
                 groups.setdefault(columns, []).append(row)
         image: Tensor | None = None
         for columns, rows in groups.items():
-            part = self._without(call, columns, torch.tensor(rows, device=call.hidden.device))
+            index = self._index(rows, call.hidden.device)
+            part = self._without(call, columns, index)
             if image is None:
                 image = part.new_zeros(len(call.hidden), *part.shape[1:])
-            image[rows] = part
+            image.index_copy_(0, index, part)
         assert image is not None
         return image
 
@@ -248,7 +247,7 @@ class TokenLesions(OfTokens):
         """Of these rows alone, with these tokens cut out of the text."""
         text, hidden = self.text(call), call.hidden
         kept = sorted(set(range(text.shape[1])) - set(columns))
-        index = torch.tensor(kept, dtype=torch.long, device=text.device)
+        index = self._index(kept, text.device)
         mask, rotary = call.kwargs.get("attention_mask"), call.kwargs.get("image_rotary_emb")
         joint, single = isinstance(self.hook, ImageStream), isinstance(self.hook, ImageTokens)
         if len(call.args) > 1 or ((joint or single) and mask is not None):
@@ -275,6 +274,20 @@ class TokenLesions(OfTokens):
         if mask is not None:
             kwargs["attention_mask"] = mask[rows][..., index]
         return self.image(call, call.forward(image, **kwargs))
+
+    def _mask(self, chosen: _Chosen, like: Tensor) -> Tensor:
+        """Which tokens are chosen, (rows, tokens, 1), where this is: (rows, tokens, channels)."""
+        columns, length = chosen.columns, like.shape[1]
+        return self.client.placed(("mask", columns, length), lambda: token_mask(columns, length), like.device)
+
+    def _index(self, places: Sequence[int], device: torch.device) -> Tensor:
+        make = functools.partial(torch.tensor, places, dtype=torch.long)
+        return self.client.placed(("index", tuple(places)), make, device)
+
+    def _branches(self, like: Tensor) -> Tensor:
+        """The guidance branch of each row, (rows,), where the rows are."""
+        branches = self.client.run.branches(len(like))
+        return self.client.placed(("branches", tuple(branches.tolist())), lambda: branches, like.device)
 
     def _none(self, call: Call, text: Tensor) -> Tensor | None:
         """A text of no tokens: `Attention`'s processors leave out one that is None, `FluxAttention`'s want it empty."""
