@@ -161,6 +161,27 @@ def test_one_that_still_prepares_ends_with_this_process_too():
     wait(lambda: b"lesion.processes" not in command_of(pid))
 
 
+_classes: list[int] = []
+
+
+def note_class() -> None:
+    _classes.append(os.sched_getscheduler(0))
+
+
+def classes() -> tuple[list[int], set[int]]:
+    """How what comes first was scheduled, and how the threads of this process are."""
+    return _classes, {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux has this class")
+def test_what_comes_first_gets_the_time_that_others_leave_and_calls_get_their_share():
+    with Processes(1, [f"{__name__}:note_class"]) as one:
+        one.start()
+        call = one.call(classes)
+        wait(lambda: call._ended)
+        assert call.result() == ([os.SCHED_IDLE], {os.SCHED_OTHER})
+
+
 def in_a_daemon() -> None:
     with Processes(1) as one:
         one.start()

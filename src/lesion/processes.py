@@ -23,10 +23,10 @@ from typing import IO, Any, Generic, NoReturn, TypeVar
 MANY = 100  # images of a study whose report is worth further processes
 MOST = 8  # processes, this one among them: each takes some 200 MB
 PATIENCE = 120.0  # seconds for one call, after which it is made here
-NICE = 5  # of a process while it imports: what runs meanwhile goes first
+NICE = 5  # of a process while it imports, where the system has no class for what can wait: all else goes first
 _START = (
-    "import pickle, sys; sys.path[:], prepare = pickle.load(sys.stdin.buffer); "
-    "from lesion.processes import _serve; _serve(prepare)"
+    "import pickle, sys; sys.path[:], *how = pickle.load(sys.stdin.buffer); "
+    "from lesion.processes import _serve; _serve(*how)"
 )
 T = TypeVar("T")
 
@@ -65,8 +65,8 @@ class Call(Generic[T]):
 class Processes:
     """Other processes that make calls, from `start` to `close`; before, without and after them calls are made here.
 
-    count: how many; None: one a core but this one. prepare: functions, as "module:name", that each runs first, at low
-    priority, such as imports that take long.
+    count: how many; None: one a core but this one. prepare: functions, as "module:name", that each runs first, such as
+    imports that take long, in what time all other work leaves (on Linux; elsewhere at a low priority).
     """
 
     def __init__(self, count: int | None = None, prepare: Sequence[str] = ()):
@@ -163,7 +163,7 @@ class Processes:
         assert process.stdout
         call: Call[Any] | None = None
         try:
-            _send(process.stdin, (sys.path, self._prepare))
+            _send(process.stdin, (sys.path, self._prepare, os.getpid()))
             pickle.load(process.stdout)
             while (call := self._next()) is not None:
                 _send(process.stdin, (os.getcwd(), call._work))
@@ -197,13 +197,15 @@ def _send(pipe: IO[bytes], what: object) -> None:
     pipe.flush()
 
 
-def _serve(prepare: Sequence[str]) -> None:
-    """What such a process does, until its input ends."""
+def _serve(prepare: Sequence[str], parent: int) -> None:
+    """What such a process does, until its input ends or its parent does."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     back = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed must not come between
-    thread, parent = threading.Thread(target=_prepare, args=(prepare,), daemon=True), os.getppid()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("numpy")  # it starts threads, which would wait for all else for good if imported below
+    thread = threading.Thread(target=_prepare, args=(prepare,), daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.5)
@@ -227,7 +229,10 @@ def _serve(prepare: Sequence[str]) -> None:
 
 def _prepare(functions: Sequence[str]) -> None:
     with contextlib.suppress(OSError):
-        os.nice(NICE)  # on Linux of this thread alone
+        if hasattr(os, "SCHED_IDLE"):  # on Linux, and of this thread alone: it gets what all others leave
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        else:
+            os.nice(NICE)
     for one in functions:
         module, _, name = one.partition(":")
         getattr(importlib.import_module(module), name)()

@@ -13,6 +13,8 @@ E_i with independent standard exponentials E_i exceeds 0, a quadratic form in no
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -49,9 +51,15 @@ def limits(values: ArrayLike, bounds: tuple[float, float], confidence: float = 0
     Values beyond a bound count as the bound. ValueError without any value.
     """
     least, most = bounds
-    x, tail = np.sort(np.clip(np.asarray(values, dtype=np.float64), least, most)), (1 - confidence) / 2
+    x = np.sort(np.clip(np.asarray(values, dtype=np.float64), least, most))
     if not x.size:
         raise ValueError("limits need at least one value")
+    return _limits(tuple(x.tolist()), least, most, confidence)
+
+
+@lru_cache(maxsize=1024)  # of many layers the same few images are right or wrong
+def _limits(ordered: tuple[float, ...], least: float, most: float, confidence: float) -> tuple[float, float]:
+    x, tail = np.array(ordered), (1 - confidence) / 2
     low, high = least, most
     if x[-1] > least:
         low = _crossing(lambda c: float(chance_above(c - np.append(x, least))) - tail, least, float(x.mean()))

@@ -209,14 +209,14 @@ def normalised_importance(
     records = []
     for setting, whole in groups(part, keys):
         of = of_setting(pairs, setting)
-        floors = _floors(of)
+        floors = [(one, one.beside(whole)) for one in _floors(of)]
         for layer in layers_in_order(whole):
             group = whole[whole["layer"] == layer]
             raw = over_prompts(group, **options)
             record = {**setting, "layer": layer, "importance": raw.mean}
             record |= {"low": raw.low, "high": raw.high, "method": raw.method}
-            for one in floors:
-                record |= _normalised(group, one, **options)
+            for one, beside in floors:
+                record |= _normalised(beside[beside["layer"] == layer], one, **options)
             records.append({**record, "n_prompts": raw.n_prompts, "n_images": raw.n_images, **counts(group)})
     ratios = [f"{prefix}{name}{suffix}" for name in FLOORS for prefix, suffix in _RATIO]
     names = ["layer", "importance", "low", "high", "method", *ratios, "n_prompts", "n_images"]
@@ -236,7 +236,7 @@ class _Floor:
     gone: Gone | None = None
 
     def beside(self, group: pd.DataFrame) -> pd.DataFrame:
-        """Images with an effect and a floor: headroom = 1 - floor of the prompt, own = the same of prompt and seed."""
+        """The images with an effect and a floor: headroom = 1 - floor of the prompt, own = the same of prompt and seed."""
         group = group.assign(headroom=1.0 - group["prompt_id"].map(self.by_prompt).astype("float64"))
         group = group.dropna(subset=["effect", "headroom"])
         if not len(group):
@@ -269,7 +269,7 @@ def _floors(pairs: pd.DataFrame) -> tuple[_Floor, _Floor]:
 
 
 def _normalised(group: pd.DataFrame, floor: _Floor, **options: Any) -> dict[str, Any]:
-    group = floor.beside(group)
+    """group: the images of one layer, of `beside`."""
     means = group.groupby("prompt_id")[["effect", "headroom"]].mean()
     effect, headroom = (float(means[column].mean()) for column in ("effect", "headroom"))
     ratio = effect / headroom if headroom > 1e-9 else np.nan

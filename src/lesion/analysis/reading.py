@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import Floats, Interval, effective_number, interval
-from lesion.analysis.cells import nested, over_prompts, shared_noise, without_limits
+from lesion.analysis.cells import nested, shared_noise, without_limits
 from lesion.analysis.estimates import FIGURES
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
 from lesion.analysis.paired import p_against_zero
@@ -45,8 +45,9 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
     """
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection):
-        one = _interval(group, **options)
-        p = float("nan") if one.reason else p_against_zero(nested(group, "_drop"), shared_noise(group), one.n_effective)
+        cells, shared = nested(group, "_drop"), shared_noise(group)
+        one = _interval(group, cells, shared, **options)
+        p = float("nan") if one.reason else p_against_zero(cells, shared, one.n_effective)
         found = {**_accuracies(group), **one.columns("drop"), "p": p}
         records.append({**named, **found, **left_out(group, "_drop")})
     figures = ["baseline", "lesioned", "drop", *FIGURES[1:], "p", "n_invalid", "n_failed", "n_unscored"]
@@ -86,11 +87,11 @@ def adherence_lost(
     records: list[dict[str, Any]] = []
     for named, group in _asked(frame, selection, prompt_columns(frame) if metrics is None else metrics):
         name = named.pop("aspect")
-        bounds = differences(name)
-        found = over_prompts(group, "_drop", bounds=bounds, **options)
+        bounds, cells, shared = differences(name), nested(group, "_drop"), shared_noise(group)
+        found = interval(cells, shared=shared, bounds=bounds, **options)
         verdict = "loses" if found.low > 0 else "gains" if found.high < 0 else "not settled"
         verdict = verdict if found.low == found.low else "no interval"
-        p = p_against_zero(nested(group, "_drop"), shared_noise(group), found.n_effective, bounds)
+        p = p_against_zero(cells, shared, found.n_effective, bounds)
         record = {**named, "metric": name, **_accuracies(group), **found.columns("lost"), "p": p, "verdict": verdict}
         records.append({**record, **left_out(group, "_drop")})
     figures = ["baseline", "lesioned", "lost", *FIGURES[1:], "p", "verdict", "n_invalid", "n_failed", "n_unscored"]
@@ -190,8 +191,8 @@ def _accuracies(group: pd.DataFrame) -> dict[str, float]:
     return {"baseline": _mean(both, "_before"), "lesioned": _mean(both, "_after")}
 
 
-def _interval(group: pd.DataFrame, **options: Any) -> Interval:
-    found = over_prompts(group, "_drop", **options)
+def _interval(group: pd.DataFrame, cells: Floats, shared: bool, **options: Any) -> Interval:
+    found = interval(cells, shared=shared, bounds=(-1.0, 1.0), **options)
     if found.n_images and not group.loc[group["_drop"].notna(), "_before"].any():
         return replace(without_limits(found, "baseline is never right"), mean=float("nan"))
     return found

@@ -213,12 +213,13 @@ def findings(
     def begin(name: str, what: Callable[..., pd.DataFrame], *arguments: Any, **options: Any) -> None:
         calls[name] = several.call(partial(_tried, what, arguments, options))
 
-    if reading_columns(frame):
-        begin("reading", reading_drops, frame, **how)
-        begin("alone", reading_shares, frame, **how)
-    if fits := adherence_columns(frame):
-        begin("adherence", adherence_lost, with_right(frame), metrics=fits, **how)
-    frame = slim(frame, metric)
+    whole, frame = frame, slim(frame, metric)
+    if read := reading_columns(whole):
+        shown = frame.assign(**whole[read])
+        begin("reading", reading_drops, shown, **how)
+        begin("alone", reading_shares, shown, **how)
+    if fits := adherence_columns(whole):
+        begin("adherence", adherence_lost, frame.assign(**with_right(whole)[fits]), metrics=fits, **how)
     pairs = _plain_texts(found.pairs)
     has = frame["selection"].value_counts()
     work = partial(begin, metric=metric)
