@@ -236,7 +236,7 @@ class _Floor:
     gone: Gone | None = None
 
     def beside(self, group: pd.DataFrame) -> pd.DataFrame:
-        """The images with an effect and a floor: headroom = 1 - floor of the prompt, own = the same of prompt and seed."""
+        """Images with an effect and a floor: headroom = 1 - floor of the prompt, own = the same of prompt and seed."""
         group = group.assign(headroom=1.0 - group["prompt_id"].map(self.by_prompt).astype("float64"))
         group = group.dropna(subset=["effect", "headroom"])
         if not len(group):
