@@ -84,13 +84,15 @@ def nested(part: pd.DataFrame, column: str = "effect") -> Floats:
     Prompts without one are left out. Rows without `seed` are one seed after the other of their prompt. Rows with
     `cluster` have these in the place of prompts: means over the paraphrases of one seed.
     """
-    values = part[column].to_numpy(dtype=np.float64, na_value=np.nan)
+    return spread(part, part[column].to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def spread(part: pd.DataFrame, values: Floats) -> Floats:
+    """`nested` of values beside the rows of `part`."""
     held = ~np.isnan(values)
-    prompt, ids = pd.factorize(
-        part["cluster" if "cluster" in part else "prompt_id"].to_numpy(dtype=object)[held], sort=True
-    )
+    prompt, ids = pd.factorize(part["cluster" if "cluster" in part else "prompt_id"].to_numpy()[held], sort=True)
     if "seed" in part:
-        place, seeds = pd.factorize(part["seed"].to_numpy(dtype=object)[held], sort=True)
+        place, seeds = pd.factorize(part["seed"].to_numpy()[held], sort=True)
         width = len(seeds)
     else:
         place = _nth(prompt)

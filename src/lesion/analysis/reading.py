@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lesion.analysis.bootstrap import Floats, Interval, effective_number, interval
-from lesion.analysis.cells import nested, shared_noise, without_limits
+from lesion.analysis.cells import nested, shared_noise, spread, without_limits
 from lesion.analysis.estimates import FIGURES
 from lesion.analysis.importance import LEAVE_ONE_OUT, ONLY_ONE, left_out
 from lesion.analysis.paired import p_against_zero
@@ -56,7 +56,8 @@ def reading_drops(frame: pd.DataFrame, selection: str = LEAVE_ONE_OUT, **options
 
 def prompt_columns(frame: pd.DataFrame) -> list[str]:
     """The columns of metrics that say how far an image shows what its prompt asks for; those read by rule too."""
-    names = [str(name) for name in frame.columns if str(name) in known_metrics()]
+    known = known_metrics()
+    names = [str(name) for name in frame.columns if str(name) in known]
     return [name for name in names if metric_class(name).direction == "prompt"]
 
 
@@ -113,7 +114,7 @@ def reading_shares(frame: pd.DataFrame, selection: str = ONLY_ONE, **options: An
     against control, paired: `paired.p_against_zero`); n_invalid, n_failed, n_unscored.
     """
     blind = {  # by setting, aspect and no layer: what is shown, by image
-        (*named.values(),): (_mean(group, "_after"), group.drop_duplicates(IMAGE).set_index(IMAGE)["_after"])
+        (*named.values(),): (_mean(nested(group, "_after")), group.drop_duplicates(IMAGE).set_index(IMAGE)["_after"])
         for named, group in _asked(frame, "all")
     }
     records: list[dict[str, Any]] = []
@@ -147,6 +148,8 @@ def _asked(
     read_from: columns of metrics in the place of the aspects', under their own names.
     """
     aspects = reading_columns(frame) if read_from is None else list(read_from)
+    numbered = [name for name in (*IMAGE, "cluster") if name in frame]  # numbers are told apart faster than texts
+    frame = frame.assign(**{name: pd.factorize(frame[name], sort=True)[0] for name in numbered})
     for setting in settings(frame):
         part, columns = rows(frame, setting), setting.columns()
         lesioned = part[part["selection"] == selection]
@@ -180,15 +183,17 @@ def _filled(cells: Floats) -> list[Floats]:
     return [means, 1.0 - means]
 
 
-def _mean(group: pd.DataFrame, column: str) -> float:
+def _mean(cells: Floats) -> float:
     """Over seeds, then prompts."""
-    cells = nested(group, column)
     return float(np.nanmean(cells, axis=1).mean()) if cells.size else float("nan")
 
 
 def _accuracies(group: pd.DataFrame) -> dict[str, float]:
-    both = group[group["_drop"].notna()]
-    return {"baseline": _mean(both, "_before"), "lesioned": _mean(both, "_after")}
+    both = group["_drop"].notna().to_numpy()
+    found = {}
+    for side, column in (("baseline", "_before"), ("lesioned", "_after")):
+        found[side] = _mean(spread(group, np.where(both, group[column].to_numpy(), np.nan)))
+    return found
 
 
 def _interval(group: pd.DataFrame, cells: Floats, shared: bool, **options: Any) -> Interval:

@@ -142,9 +142,9 @@ def _write(
     for number, setting in enumerate(chosen):  # first what other processes may take over
         part = rows(frame, setting)
         short = number >= illustrations.SETTINGS and not all_grids
+        layer_grids = pictures.layer_grids(run_dir, part, setting, known.metric, sheets, processes)  # at once there
         drawn = illustrations.of_setting(run_dir / "figures", known, setting, processes, clustered, short)
-        comparisons = pictures.comparisons(run_dir, part, setting, known.metric, most, processes)
-        layer_grids = pictures.layer_grids(run_dir, part, setting, known.metric, sheets, processes)
+        comparisons = pictures.comparisons(run_dir, part, setting, known.metric, most, processes)  # small, so the last
         begun.append((setting, drawn, comparisons, layer_grids, short))
     drawn_over = illustrations.over_settings(run_dir / "figures", known, processes)
     tabled = []

@@ -82,6 +82,7 @@ def scatter(
 def _numbered(figure: Figure, axes: Axes, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> None:
     """Write each point's number, from 1, as near to it as no other number or marker is; far ones get a line to it."""
     figure.draw_without_rendering()  # lays the figure out, which says where points lie on paper
+    figure.set_layout_engine("none")  # and there they stay: numbers take no room of their own
     points = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
     frame = np.asarray(axes.bbox.extents) * 72 / figure.dpi
     known = np.flatnonzero(np.isfinite(points).all(axis=1))

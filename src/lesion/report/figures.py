@@ -234,11 +234,10 @@ def heat_map(table: pd.DataFrame, meaning: str, title: str, from_zero: bool = Tr
         entitle(figure, title)
         figure.colorbar(image, ax=axes, label=meaning, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
         if written:
+            light = np.ma.filled(scale(np.ma.masked_invalid(values)), 1.0) > 0.5
             for (row, column), value in np.ndenumerate(values):
-                shade = 1.0 if not np.isfinite(value) else float(scale(value))
-                text = brief(float(value))
-                colour = "black" if shade > 0.5 else "white"
-                cell = axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
+                colour = "black" if light[row, column] else "white"
+                cell = axes.text(column, row, brief(float(value)), ha="center", va="center", fontsize=5.5, color=colour)
                 cell.set_in_layout(False)  # it lies inside the map, whose place does not depend on it
     return figure
 
