@@ -257,7 +257,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(cli, monkeypatch):
     assert cli("seeds=[0,1]")[0] == 0
 
 
-def test_invalid_images_are_marked_and_left_out(cli, drawn, monkeypatch):
+def test_invalid_images_are_marked_and_left_out(cli, drawn, no_figures, monkeypatch):
     def poisoned(model, cells, *rest):
         images = generate(model, cells, *rest[:-1])  # not as bytes, which cannot hold a NaN
         for image, cell in zip(images, cells):
@@ -396,7 +396,7 @@ def test_other_layers_kinds_and_selections_from_command_to_table(cli):
     assert lesioned[lesioned.selection != "none"].clip_similarity.notna().all()
 
 
-def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli, drawn):
+def test_several_windows_in_one_job_keep_their_own_rows_and_files(cli, drawn, no_pictures):
     assert (
         cli("window=[[0,0.4],[0.4,1]]", "selection=leave_one_out", "layers.include=[up_blocks.1.attentions.1]")[0] == 0
     )

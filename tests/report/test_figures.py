@@ -254,7 +254,7 @@ def test_a_report_made_by_two_processes_has_the_same_files(tmp_path, monkeypatch
     frame, floor = planted(prompts=2, seeds=1)
     frame = frame[frame["replacement"] != "mean"]
     monkeypatch.setitem(matplotlib.rcParams, "axes.titlesize", 4.0)
-    (tmp_path / "own.mplstyle").write_text("axes.facecolor: eeeeee\n", encoding="utf-8")
+    (tmp_path / "own.mplstyle").write_text("axes.facecolor: eeeeee\nsavefig.dpi: 60\n", encoding="utf-8")
     known = findings(frame, floor)
     monkeypatch.chdir(tmp_path)  # paths may be relative
     listed = {}

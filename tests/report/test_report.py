@@ -293,7 +293,7 @@ def test_page_escapes_prompts_and_links_to_files_that_exist(tmp_path):
     assert "mid_block.attentions.0 has no measurable effect" in text
 
 
-def test_report_of_several_settings_has_files_of_its_own_for_each(tmp_path):
+def test_report_of_several_settings_has_files_of_its_own_for_each(tmp_path, empty_figures):
     zero, mean = study(tmp_path, ("p",), (0,)), study(tmp_path, ("p",), (0,), replacement="mean")
     both = pd.concat([zero, mean[mean["selection"] != "none"]])
     both = pd.concat([both, zero.assign(model="Embedded"), mean[mean["selection"] == "all"].assign(window_end=0.5)])
@@ -351,7 +351,7 @@ def test_without_leave_one_out_the_most_sufficient_layer_comes_first(tmp_path):
     assert "[0.8" in lines[2]
 
 
-def test_lesion_report_merges_without_double_counting(tmp_path, monkeypatch, capsys):
+def test_lesion_report_merges_without_double_counting(tmp_path, no_figures, monkeypatch, capsys):
     first, second = study(tmp_path / "runs" / "0"), study(tmp_path / "runs" / "1", ("q", "r"))
     spoil(first, 0, "failed", "why").to_parquet(tmp_path / "runs" / "0" / "results.parquet")
     again = first[first["prompt_id"] == "p"]  # made again, this time well

@@ -265,7 +265,7 @@ def test_only_large_images_get_thumbnails_and_only_once(tmp_path):
     assert report._thumbnails(tmp_path, frame.assign(height=64, width=64)) == {}
 
 
-def test_a_large_study_gets_its_first_pictures_and_says_so(tmp_path, monkeypatch, capsys):
+def test_a_large_study_gets_its_first_pictures_and_says_so(tmp_path, no_figures, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "COMPARISONS", 2)
     monkeypatch.setattr(pictures, "SHEETS", 1)
     study(tmp_path, ("p", "q"), (0, 1))

@@ -26,8 +26,20 @@ def full():
     return frame, findings(frame, floor)
 
 
+@pytest.fixture(scope="module")
+def usual():
+    frame, floor = planted()
+    return frame, floor, findings(frame, floor)
+
+
 def first(frame):
     return settings(frame)[0]
+
+
+def of_zero(frame, *layers):
+    """Its rows by zero, of some layers where they are named: each layer and replacement has tests of its own to pay."""
+    kept = frame["replacement"] != "mean"
+    return frame[kept & frame["layer"].isin(["", *layers])] if layers else frame[kept]
 
 
 def cell(table: Table, layer: str, head: str):
@@ -141,9 +153,10 @@ def test_an_aspect_that_has_a_layer_of_its_own_is_said():
     assert "Layers matter differently for different aspects." in said
 
 
-def test_ranks_and_the_first_place_rest_on_the_images_that_every_layer_has():
+def test_ranks_and_the_first_place_rest_on_the_images_that_every_layer_has(usual):
     """The mid block is best where all have images; the last layer seems so by the prompts that only it has."""
     frame, floor = planted(prompts=16, noise="own")
+    frame = of_zero(frame)
     late = frame["prompt_id"].isin(("p12", "p13", "p14", "p15"))
     frame = frame[~(late & (frame["selection"] == "leave_one_out") & (frame["layer"] != LAYERS[4]))]
     frame.loc[late & (frame["layer"] == LAYERS[4]), "clip_similarity"] = 0.0
@@ -156,13 +169,13 @@ def test_ranks_and_the_first_place_rest_on_the_images_that_every_layer_has():
     assert f"{LAYERS[2]} is first also by its rank interval (1 to 1)." in said and "not settled" not in said
     where = "anks rest on the 12 prompts (8 images left out) that every layer has."
     assert where in said and where in contents.layers(found, first(frame)).note
-    whole = findings(*planted())
+    whole = usual[-1]
     assert where[:10] not in " ".join(summary(whole, first(whole.frame)))
     assert where[:10] not in contents.layers(whole, first(whole.frame)).note
 
 
 def test_without_an_image_that_every_layer_has_there_is_no_rank():
-    frame, _ = planted()
+    frame = of_zero(planted()[0])
     gone = frame["selection"].eq("leave_one_out") & (frame["layer"].eq(LAYERS[0]) == frame["prompt_id"].eq("p0"))
     found = findings(frame[~gone])
     assert found.summary(first(frame))["rank"].isna().all()
@@ -171,8 +184,8 @@ def test_without_an_image_that_every_layer_has_there_is_no_rank():
     assert "not settled" not in said and "is first also" not in said
 
 
-def test_the_floor_is_that_of_the_metric_that_importance_is_computed_from():
-    frame, floor = planted()
+def test_the_floor_is_that_of_the_metric_that_importance_is_computed_from(usual):
+    frame, floor = of_zero(usual[0], *LAYERS[2:4]), usual[1]
     others = floor.assign(similarity=0.1, metric="ssim")
     found = findings(frame, pd.concat([others, floor.assign(metric="clip_similarity")]))
     expected = findings(frame, floor)
@@ -183,18 +196,19 @@ def test_the_floor_is_that_of_the_metric_that_importance_is_computed_from():
     pd.testing.assert_frame_equal(findings(frame, floor.assign(metric=None)).normalised, expected.normalised)
 
 
-def test_notes_name_the_intervals_there_are():
-    frame, floor = planted()
+def test_notes_name_the_intervals_there_are(usual):
+    whole, floor, of_all = usual
+    frame = of_zero(whole, *LAYERS[2:4])  # the second has no effect
     words = {method: contents.layers(findings(frame, floor, method), first(frame)) for method in ("t", "bca")}
     assert "Intervals: Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in words["t"].note
     assert "Intervals: BCa bootstrap over prompts, " in words["bca"].note
-    usual = contents.layers(findings(frame, floor), first(frame)).note
+    note = contents.layers(of_all, first(whole)).note
     assert (
-        "Intervals: bootstrap-t over prompts, Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in usual
+        "Intervals: bootstrap-t over prompts, Student's t over prompts, delete-one-prompt jackknife, Gaffke's" in note
     )
-    assert usual.endswith("widened for seeds that all prompts share.")
+    assert note.endswith("widened for seeds that all prompts share.")
     two_only = "What another seed changes, which only three seeds tell of others, is that of these two seeds."
-    assert any(two_only in text for text in summary(findings(frame, floor), first(frame)))
+    assert any(two_only in text for text in summary(of_all, first(whole)))
     assert not any(two_only in text for text in summary(findings(frame), first(frame)))
     assert "widened" not in contents.layers(findings(frame.assign(noise="own"), floor), first(frame)).note
     lone, _ = planted(prompts=1)
@@ -216,8 +230,9 @@ def test_every_interval_of_means_is_of_the_kind_that_is_asked_for():
     assert set(found.normalised["normalised_other_seeds_method"]) == {"t", "bounded"}
 
 
-def test_sets_of_layers_of_ones_own_have_a_table():
+def test_sets_of_layers_of_ones_own_have_a_table(usual):
     frame, floor = planted(12, noise="own")
+    frame = of_zero(frame, *LAYERS[1:3])
     alone = frame[(frame["selection"] == "leave_one_out") & (frame["layer"] == LAYERS[2])]
     both = alone.assign(selection="custom", layer="", layer_index=-1, lesioned="+".join(LAYERS[1:3]))
     found = findings(pd.concat([frame, both], ignore_index=True), floor)
@@ -226,11 +241,12 @@ def test_sets_of_layers_of_ones_own_have_a_table():
     (only,) = table.cells
     assert only[0].text == "+".join(LAYERS[1:3]) and [one.text for one in only[1:3]] == ["2", "custom"]
     assert only[3].text == cell(contents.layers(found, first(frame)), LAYERS[2], "importance").text
-    assert contents.groups(findings(frame, floor), first(frame)) is None
+    assert contents.groups(usual[-1], first(usual[0])) is None
 
 
 def test_the_layer_table_says_what_a_budget_gave_each_layer():
     frame, floor = planted()
+    frame = of_zero(frame, *LAYERS[2:4])
     lesioned, late = frame["selection"] != "none", ~frame["prompt_id"].isin(("p0", "p1"))
     frame["stopped"] = np.where(lesioned, "grid exhausted", "")
     early = (frame["layer"] == LAYERS[2]) & (frame["selection"] == "only_one")
@@ -250,6 +266,7 @@ def test_the_layer_table_says_what_a_budget_gave_each_layer():
 
 def test_a_tie_for_the_first_place_is_not_hidden():
     frame, floor = planted()
+    frame = of_zero(frame)
     same = frame["layer"].isin([LAYERS[2], LAYERS[4]])
     frame.loc[same, "clip_similarity"] = 0.7 + 0.05 * np.random.default_rng(1).normal(size=int(same.sum()))
     said = " ".join(summary(findings(frame, floor), first(frame)))
@@ -259,6 +276,7 @@ def test_a_tie_for_the_first_place_is_not_hidden():
 def test_the_first_sentence_says_whether_the_mean_or_most_prompts_settle_the_first_place():
     """Means of a few prompts settle nothing; that a layer changes nearly every prompt more does, and is said."""
     frame, floor = planted(prompts=30)
+    frame = of_zero(frame)
     layer, prompt = frame["layer"], frame["prompt_id"].str[1:].astype(int)
     effect = layer.map({LAYERS[0]: 0.001, LAYERS[1]: 0.002, LAYERS[2]: 0.01}).fillna(0.0)
     often = effect.where(frame["selection"] == "leave_one_out", 0.5)
@@ -280,7 +298,7 @@ def test_the_first_sentence_says_whether_the_mean_or_most_prompts_settle_the_fir
 
 
 def test_what_the_analysis_refuses_is_named_and_costs_nothing_else():
-    frame, floor = planted(everything=True)
+    frame, floor = planted(2, everything=True)
     broken = frame[~((frame["selection"] == "coalitions") & (frame["lesioned"] == LAYERS[0]))]
     found = findings(broken, floor)
     assert len(found.troubles) == 1 and "is not a chain" in found.troubles[0]
@@ -289,6 +307,7 @@ def test_what_the_analysis_refuses_is_named_and_costs_nothing_else():
 
 def test_another_metric_is_read_and_named():
     frame, floor = planted()
+    frame = of_zero(frame).copy()
     frame["ssim"], frame["importance_metric"] = 1 - (1 - frame["clip_similarity"]) / 2, "ssim"
     table = contents.layers(findings(frame, floor), first(frame))
     assert "metric ssim" in table.caption

@@ -64,7 +64,7 @@ def test_an_existing_folder_is_never_written_over(cli):
     assert {path: path.stat().st_mtime_ns for path in (cli.folder / "mine").rglob("*")} == before
 
 
-def test_the_same_request_goes_on_in_its_folder_and_leaves_no_old_picture(cli, drawn):
+def test_the_same_request_goes_on_in_its_folder_and_leaves_no_old_picture(cli, drawn, empty_figures):
     named = [*ONE, "hydra.run.dir=mine"]
     assert cli(*named)[0] == 0
     files = {path for path in (cli.folder / "mine").rglob("*") if path.is_file()}

@@ -80,11 +80,11 @@ def workers() -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow  # a Ray of its own; that a job's error is its task's is tested below
 def test_a_job_that_fails_is_told_with_its_reason(lesion):
-    """Nothing is made, so that this is cheap enough for every day."""
     local = "hydra.launcher.ray.init.address=local"
     run = lesion("-m", "dry_run=true", "device=cpu,cuda:99", "hydra/launcher=ray", local)
-    assert run.wait(120) == 2, lesion.said
+    assert run.wait(300) == 2, lesion.said
     assert "to make: " in lesion.said
     assert "\nlesion: device: 'cuda:99' is not here" in lesion.said
     assert "Traceback" not in lesion.said

@@ -173,11 +173,7 @@ def test_an_offline_run_holds_everything(
     assert ended.exit_code == 0
 
 
-def test_a_steered_study_with_maps_is_logged_with_heat_maps_boxes_and_measures(cli, drawn, monkeypatch) -> None:
-    from lesion.report.pictures import Drawn  # not above: processes that import this file must not load matplotlib
-
-    for name in ("of_setting", "over_settings"):  # figures take most of the time
-        monkeypatch.setattr(f"lesion.report.illustrations.{name}", lambda *args: Drawn([], 0))
+def test_a_steered_study_with_maps_is_logged_with_heat_maps_boxes_and_measures(cli, drawn, no_figures) -> None:
     code, _, err = cli(
         "prompts.items=[{text:'a red circle',boxes:[{words:'red circle',box:[0,0,0.5,0.5]}]}]",
         *("steering=layout", "steering.step_size=noise_share", "steering.steps=1", "steering.iterations=1"),

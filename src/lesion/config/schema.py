@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lesion import replacements
 from lesion.study.components import DENOISER
@@ -214,7 +214,9 @@ def conf_dir() -> Path:
 def register(conf: Path) -> None:
     """Make the schema known to Hydra, and selections and replacements that need no file of options of their own."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=LesionConf)
+    known = store.repo.get("schema.yaml")  # of another application too
+    if known is None or OmegaConf.get_type(known.node) is not LesionConf:
+        store.store(name="schema", node=LesionConf)
     for group, names in {"selection": SELECTIONS, "replacement": replacements.known()}.items():
         for name in names:
             if not (conf / group / f"{name}.yaml").exists():
