@@ -24,7 +24,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from bench import attribution, batching, engine, profile, scale, speed, start, steering, switches
+from bench import attribution, batching, engine, peak, profile, scale, speed, start, steering, switches
 from bench.report import Row, aimed, machine, merge, section
 from bench.setup import MODELS, Options, Setup, setup
 
@@ -104,6 +104,11 @@ PARTS: dict[str, tuple[str, str, Part]] = {
     "start": ("Starts", "processes that make no image, against importing torch and diffusers", start.start),
     "memory": ("Memory of small and large studies", "a job, and one four times as large", scale.memory),
     "share": ("Share of the matrix peak", "operations a second over those of bf16 matrix products", engine.share),
+    "peak": (
+        "Share of the machine's own peak",
+        "operations a second of the denoiser over the machine's, and what could raise them",
+        peak.peak,
+    ),
     "switches": (
         "The switches of `performance`",
         "speed and scores under each switch against float32 without any",

@@ -26,7 +26,7 @@ TOP = 6  # operators that are named
 def profile(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """Shares of a whole job's time by stage; then the operators that take most of a batch, by precision."""
     dtypes = [this.dtype]
-    if this.device == "cpu" and this.dtype == "float32":
+    if this.device == "cpu" and not options.dtype and this.dtype == "float32":
         dtypes.append("bfloat16")
     rows, images = [], 0
     for dtype in dtypes:

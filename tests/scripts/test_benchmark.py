@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import benchmark
-from bench import architectures, engine, kept, report, scale, setup, speed
+from bench import architectures, engine, kept, peak, report, scale, setup, speed
 from bench.report import NOT_MEASURED, Row
 
 # Parameters of the published weights.
@@ -120,6 +121,44 @@ def test_what_gradients_keep_is_counted_without_computing_it():
     assert kept.counted(kept.Size("sd15", 128, small=True))[0] > kept.counted(kept.Size("sd15", 64, small=True))[0] > 0
 
 
+def test_operations_are_counted_as_by_hand_and_each_is_run_alone():
+    """Two operations a multiplication; of attention both products, which torch's counter leaves out on a CPU."""
+    rows, tokens, width = 3, 5, 8
+    linear, conv = torch.nn.Linear(width, 2 * width), torch.nn.Conv2d(2, 4, 3, padding=1)
+
+    def call(x, image):
+        y = linear(x).chunk(2, dim=-1)[0].unsqueeze(1)
+        return torch.nn.functional.scaled_dot_product_attention(y, y, y), conv(image), conv(image)
+
+    products = 2 * rows * tokens * width * 2 * width
+    attention = 2 * 2 * rows * tokens * tokens * width
+    convolutions = 2 * (2 * rows * 4 * 6 * 6 * 2 * 9)
+    given = torch.randn(rows, tokens, width), torch.randn(rows, 2, 6, 6)
+    assert peak.operations(lambda: call(*given)) == products + attention + convolutions
+    found = peak.alone(peak.Call(call, given, {}), least=0.0)
+    assert {kind: one.operations for kind, one in found.items()} == {
+        "products": products,
+        "attention": attention,
+        "convolutions": convolutions,
+    }
+    assert all(one.seconds > 0 for one in found.values())
+
+
+@pytest.mark.slow
+def test_the_share_of_the_peak_and_what_could_raise_it(tmp_path):
+    given = replace(options(tmp_path), dtype="float32")
+    _, rows = peak.peak(setup.setup("embedded", given), given)
+    found = {row.name: row for row in rows}
+    assert all(row.values and min(row.values) > 0 for row in rows)
+    assert {"share, float32", "batches of 2, float32", "channels_last, float32"} <= found.keys()
+    (call,), (share,) = found["call, float32"].values, found["share, float32"].values
+    peaks = [row.values[0] for row in rows if row.what == "peak"]
+    operations = float(found["call, float32"].what.split(" GFLOP")[0])
+    assert share == pytest.approx(100 * operations / call / max(peaks), rel=1e-3)
+    parts = [float(row.what.split("%")[0].split()[-1]) for row in rows if row.what.startswith("alone")]
+    assert len(parts) == 3 and sum(parts) == pytest.approx(100, abs=0.1)
+
+
 @pytest.mark.parametrize("side", [64, 72, 1024])
 def test_large_images_are_not_read_by_the_toy_worlds_reader(side):
     """It takes minutes for one of 1024 px."""
@@ -140,7 +179,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, capfd, no_report):
         assert NOT_MEASURED not in text
     lacking = {section.split("\n")[0] for section in sections if NOT_MEASURED in section}
     on_gpu = {case.title for case in benchmark.cases(benchmark.usual_parts("cuda"), "cuda", [])}
-    assert lacking == on_gpu | {benchmark.PROVED, benchmark.EMBEDDED, benchmark.FLUX}
+    assert lacking == on_gpu | {benchmark.PROVED, benchmark.EMBEDDED, benchmark.FLUX, benchmark.DECODERS}
 
 
 def options(folder: Path) -> setup.Options:
