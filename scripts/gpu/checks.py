@@ -15,7 +15,7 @@ from scipy import stats
 
 import lesion.report as lesion_report
 from bench import setup as benches
-from gpu.common import JOINT, NEWER, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
+from gpu.common import JOINT, ONE_SEQUENCE, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.models import loading, memory, precision
@@ -65,22 +65,41 @@ def _unchanged(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     return (hidden,) if isinstance(output, tuple) else hidden
 
 
+class _InOneSequence:
+    """Zeros in the place of the image's tokens, which come first; a block that sees these alone tells how many."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def note(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.number = output.shape[1]
+
+    def zeros(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        changed = output.clone()
+        changed[:, : self.number] = 0
+        return changed
+
+
 def lesions(context: Context) -> list[Check]:
     """Each kind of lesion by its own hook."""
     found = []
-    for name in (name for name in context.classes if name not in NEWER):
-        kinds: dict[str, Callable[..., Any]]
+    for name in context.classes:
+        kinds: dict[str, Callable[..., Any]] = {"cross_attention": _zeros, "self_attention": _zeros}
+        first: list[Hook] = []
         if name in JOINT:
-            kinds = {"joint_attention": _image_zeros, "feed_forward": _zeros, "block": _unchanged}
-        else:
-            kinds = {"cross_attention": _zeros, "self_attention": _zeros}
-        if name == "sd":
-            kinds["block"] = _unchanged
+            kinds = {"joint_attention": _image_zeros, "feed_forward": _zeros}
+        elif name in ONE_SEQUENCE:
+            places = _InOneSequence()
+            first, kinds = (
+                [("noise_refiner.0", places.note)],
+                dict.fromkeys(("joint_attention", "feed_forward"), places.zeros),
+            )
+        kinds["block"] = _unchanged
         untouched = context.plain(context.pipe(name), name)
         for kind, hook in kinds.items():
             model = context.model(name, kind=kind)
-            layer = model.anatomy.paths[0 if name in JOINT else 1]
-            hooks = [(site, hook) for site in model.anatomy.sites[layer]]
+            layer = model.anatomy.paths[0 if name in (*JOINT, *ONE_SEQUENCE) else 1]
+            hooks = first + [(site, hook) for site in model.anatomy.sites[layer]]
             ours = context.ours(model, context.cells(model, lesion(layer, kind=kind)))
             fine, said = same(ours, context.plain(context.pipe(name), name, hooks))
             changes = not np.array_equal(ours, untouched)

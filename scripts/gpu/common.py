@@ -26,9 +26,9 @@ from lesion.surgery.operation import replacement_key
 
 TEXTS, SEEDS = ("a red circle", "two stars"), (0, 7)
 PLAINLY = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
-JOINT = ("sd3", "sd35", "flux", "flux_schnell")
+JOINT = ("sd3", "sd35", "flux", "flux_schnell", "qwen_image", "flux2", "flux2_klein")
+ONE_SEQUENCE = ("z_image",)  # of image and text, in every block
 EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm", "flux2")
-NEWER = ("qwen_image", "flux2", "flux2_klein", "z_image")  # their lesions have no plain hooks here yet
 Hook = tuple[str, Callable[..., Any]]  # path of a module, forward hook with kwargs
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
@@ -57,9 +58,31 @@ def embedded(context: Context) -> Section:
             text=f"{change.mean():.1e}, {change.max():.1e}; {order:.3f}",
         )
     )
+    rows += _noise(context, this, mine)
     rows.append(Row("stock flags", "pixels that torch's own flags change to more than 1/255", text=_stock(this)))
-    note = f"A whole job of {len(mine)} images on each device. {this.said().replace(this.dtype, 'float32')}."
+    note = (
+        f"A whole job of {len(mine)} images on each device, then in other precisions and batches on the GPU. "
+        f"{this.said().replace(this.dtype, 'float32')}."
+    )
     return Section(benchmark.EMBEDDED, note, rows)
+
+
+def _noise(context: Context, this: benches.Setup, base: pd.DataFrame) -> list[Row]:
+    """What half precision and batches of another size do to scores and importances on the device."""
+    variants = {dtype: (dtype, "") for dtype in (("float16", "bfloat16") if context.on_gpu else ("bfloat16",))}
+    batch = 1 if context.tiny else 4
+    variants[f"batches of {batch}"] = ("float32", f"generation.batch_size={batch}")
+    rows = []
+    for name, (dtype, more) in variants.items():
+        folder, subjects = context.fresh("noise"), 2 if context.tiny else 4
+        asked = [*this.overrides(subjects, dtype), f"device={context.device}", *filter(None, [more])]
+        _, frame = benches.job(folder / "store", folder / "run", asked, report=False)
+        change = (frame["clip_similarity"] - base["clip_similarity"]).abs()
+        layers = [1 - one[one["layer"] != ""].groupby("layer")["clip_similarity"].mean() for one in (frame, base)]
+        what = "change of an image's `clip_similarity` against these: mean, largest; of a layer's importance: largest"
+        text = f"{change.mean():.1e}, {change.max():.1e}; {(layers[0] - layers[1]).abs().max():.1e}"
+        rows.append(Row(f"{name}, scores", what, text=text))
+    return rows
 
 
 def _stock(this: benches.Setup) -> str:

@@ -78,7 +78,7 @@ def _parts() -> dict[str, Part]:
     parts = {
         "plain": Part("un-ablated images against plain diffusers, three precisions", checks.plain_images, 25, 150),
         "upcast": Part("a float16 autoencoder decoded in float32, against plain diffusers", checks.upcast, 5),
-        "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 25, 150),
+        "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 35, 150),
         "window": Part("a late window against the same from noise", checks.late_window, 5),
         "batch": Part("images of a batch against single ones", checks.batch_and_single, 5),
         "memory": Part("out of memory: halving under a cap, decoding in slices", checks.out_of_memory, 15),
@@ -100,7 +100,7 @@ def _parts() -> dict[str, Part]:
                 parts[f"{model}-{name}"] = Part(what, _measured(name, model), slower * seconds, slower * most)
 
     measured(("sd15", "sdxl"), timed[:2])
-    parts["embedded"] = Part("the embedded study end to end, scores against the CPU's", figures.embedded, 40, 120)
+    parts["embedded"] = Part("the embedded study end to end, scores against the CPU's", figures.embedded, 60, 150)
     measured(("sdxl", "sd15"), timed[2:])
     measured(("sd15", "sdxl"), [("profile", 40, 120)])
     measured(("sd15",), [("capture", 10, 120), ("steering", 60, 120)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import weakref
 from threading import Thread
@@ -347,6 +349,26 @@ def test_tf32_is_set_by_the_one_way_that_torch_has(new, monkeypatch):
         assert seen == [] and now() == [{name: off}, {name: on}]
     other.join()
     assert seen == [[{name: off}, {name: off}]] and now() == [{name: on}, {name: on}]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_tf32_under_the_torch_that_is_here(before):
+    """Whatever a script has set by the old flags before."""
+    code = f"""
+import torch
+from lesion.models import precision
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = {before}
+for chosen in (precision.full_float32, precision.tf32, precision.stock):
+    with chosen():
+        print([getattr(one, name) == tf32 for one, name, tf32, full in precision._knobs()])
+precision.set_tf32(True)
+with precision.full_float32():
+    pass
+print([getattr(one, name) == tf32 for one, name, tf32, full in precision._knobs()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = [[False, False], [True, True], [False, True], [True, True]]
+    assert done.stdout.splitlines() == list(map(str, found)), done.stderr
 
 
 def test_calibration_halves_the_batch_and_images_go_on_with_it(maker, monkeypatch):

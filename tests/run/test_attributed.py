@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import html
 import json
+import weakref
 
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
+from lesion.attribution import estimate as estimating
 from lesion.cli import report
 from lesion.config.schema import AttributionConf
 from lesion.errors import RequestError
+from lesion.models import memory
 from lesion.report.attribution import certificate_lines
 from lesion.study.attribution import Attribution
 from lesion.study.lesions import Lesion, Replacement
@@ -112,6 +116,28 @@ def test_sets_of_tokens_are_estimated_and_certified(cli):
     assert table["layer"].tolist() == [f"denoiser.tokens.{name}" for name in names]
     assert (table["estimate"] > 0).all() and table["lesioned"].sum() == 4 and told["identical_at_zero"] is True
     assert "attribution of 5 lesions by gradients, certified by 4 that were made" in out
+
+
+def test_gradients_that_do_not_fit_are_taken_of_fewer_images(cli, monkeypatch):
+    asked = ["attribution=gradients", *ASKED[1:4], "generation.steps=2"]
+    code, _, err = cli(*asked)
+    assert code == 0, err
+    whole = pd.read_parquet(cli.newest() / "attribution.parquet")["estimate"]
+    estimate, release, held, seen = estimating.estimate, memory.release, [], []
+
+    def crowded(model, lesions, batch, *rest):
+        if len(batch) > 1:
+            kept = torch.zeros(3)
+            held.append(weakref.ref(kept))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return estimate(model, lesions, batch, *rest)
+
+    monkeypatch.setattr(estimating, "estimate", crowded)
+    monkeypatch.setattr(memory, "release", lambda device: seen.append(held[-1]()) or release(device))
+    assert cli(*asked, "store.dir=another")[0] == 0
+    assert seen == [None]  # what the failed call took is let go of before memory is given back
+    halves = pd.read_parquet(cli.newest() / "attribution.parquet")["estimate"]
+    assert halves.to_numpy() == pytest.approx(whole.to_numpy(), rel=1e-3)
 
 
 def test_the_page_of_an_attribution_says_what_it_is(cli, drawn):

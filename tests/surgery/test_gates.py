@@ -138,6 +138,24 @@ def test_every_kind_of_site_passes_through_gates(traced, kind):
     assert not any(float(module.lesion_weight.abs().max()) for module, _ in gates.modules.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet", "flux"])
+def test_a_denoiser_compiled_as_a_whole_is_one_graph_whatever_the_lesions(name):
+    """What docs/performance.md says of it: it is no switch of `performance`."""
+    torch.compiler.reset()
+    counters.clear()
+    hooked, whole_one = build_denoiser(name), build_denoiser(name)
+    anatomy, calls = examine(hooked, kind=kinds_of(hooked)[0]), inputs(name, 4)
+    gates = Gates(whole_one, anatomy)
+    whole_one.forward = torch.compile(whole_one.forward, backend="eager")
+    first, last = (lesion(anatomy.paths[end], kind=anatomy.kind, window=(0.5, 1.0)) for end in (0, -1))
+    for lesions in ([None, None], [first, None], [lesion(*anatomy.paths, kind=anatomy.kind, branch="cond"), last]):
+        ours = through(gates, whole_one, anatomy, lesions, calls, Ramp())
+        assert apart(ours, under(hooked, anatomy, lesions, calls, Ramp())) < 1e-5
+    assert graphs() == 1 and not counters["graph_break"]
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", ["unet", "flux", *OTHERS])
 def test_gates_of_every_denoiser_make_what_hooks_make(name):
     """Not compiled: in a moment."""

@@ -255,7 +255,7 @@ def _estimate(
     with tqdm(total=len(cells), desc="attribution", unit="image", disable=None) as bar:
         done = 0
         while done < len(cells):
-            batch = cells[done : done + size]
+            batch, crowded = cells[done : done + size], False
             try:
                 measured = {name: _on_tensors(metrics[name], batch, study.prompts, model) for name in signed}
                 found = estimate(
@@ -269,6 +269,8 @@ def _estimate(
             except Exception as error:
                 if not memory.ran_out(error) or size == 1:
                     raise
+                crowded = True
+            if crowded:  # after the `except`: its error holds what the failed call took
                 size //= 2
                 log.warning("out of memory with the gradients of %d images; continuing with %d", 2 * size, size)
                 memory.release(request.device)
