@@ -228,10 +228,10 @@ def _serve(prepare: Sequence[str], parent: int) -> None:
 
 
 def _prepare(functions: Sequence[str]) -> None:
-    with contextlib.suppress(OSError):
-        if hasattr(os, "SCHED_IDLE"):  # on Linux, and of this thread alone: it gets what all others leave
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone: it gets what all others leave
+    except (AttributeError, OSError):  # not Linux, or a sandbox
+        with contextlib.suppress(OSError):
             os.nice(NICE)
     for one in functions:
         module, _, name = one.partition(":")
