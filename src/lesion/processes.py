@@ -229,7 +229,7 @@ def _serve(prepare: Sequence[str], parent: int) -> None:
 
 def _prepare(functions: Sequence[str]) -> None:
     try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone: it gets what all others leave
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # this thread alone: it gets what others leave
     except (AttributeError, OSError):  # not Linux, or a sandbox
         with contextlib.suppress(OSError):
             os.nice(NICE)
