@@ -59,7 +59,7 @@ BLOCKS = {
 }
 STOCK = "stock"  # the decoder's float32 as torch multiplies it by itself: TF32 in convolutions, full in matrix products
 UPCASTING = re.compile("XL|Kolors")  # pipelines that decode a float16 autoencoder in float32
-_MENDED = {"compile": "compile 2"}  # switch -> its name in keys since its last mend
+_MENDED = {"compile": "compile 3"}  # switch -> its name in keys since its last mend
 _CONFIGS = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
 
 
