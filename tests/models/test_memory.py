@@ -131,6 +131,11 @@ def test_a_lost_card_stops_the_job_at_once(maker, monkeypatch):
         maker._prepare()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         Scorer([type("Lost", (), {"name": "a", "identical": None, "__call__": lost})()]).score([1, 2])
+    for said in ("device-side assert triggered", "uncorrectable NVLink error detected during the execution",
+                 "operation not supported on global/shared address space", "the launch timed out and was terminated",
+                 "CUDA-capable device(s) is/are busy or unavailable", "unknown error"):  # fmt: skip
+        assert memory.lost(RuntimeError(f"CUDA error: {said}"))
+    assert not memory.lost(RuntimeError("CUDA error: invalid configuration argument"))  # of a batch too large
     memory.raise_if_lost(RuntimeError("CUDA out of memory"))
     memory.raise_if_lost(ValueError("illegal memory access"))
 

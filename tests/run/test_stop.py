@@ -70,6 +70,31 @@ def test_a_fault_of_cells_costs_only_these(broken, why, failed):
     assert sum(size == 1 for size in batches) >= failed  # each of these was tried by itself
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["an illegal memory access was encountered", pytest.param("unknown error", marks=pytest.mark.slow)],
+)
+def test_a_lost_card_stops_the_job_and_what_is_finished_stays(cli, monkeypatch, said):
+    """After it every further call of this process would fail: nothing is tried once more, cell by cell."""
+    batches = []
+
+    def losing(model, cells, *rest):
+        batches.append(len(cells))
+        if len(batches) > 2:
+            raise RuntimeError(f"CUDA error: {said}")
+        return generate(model, cells, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lesion.run.maker.generate", losing)
+        code, _, err = cli(PROMPTS, "generation.batch_size=4")
+    assert code == 1 and said in err and "Traceback" not in err
+    assert batches == [3, 4, 4]
+    (frame,) = cli.frames()
+    assert (frame.status == "ok").sum() == 7 and frame.clip_similarity.notna().sum() == 7
+    assert cli(PROMPTS, "generation.batch_size=4")[0] == 0
+    assert len(list((cli.folder / "store" / "cells").rglob("*.png"))) == 3 + 18
+
+
 def test_an_image_of_another_size_fails(tmp_path):
     """FLUX packs 2 x 2 latents into a token: of another size it makes the next smaller one."""
     model = models.load(resolve(tiny_spec(build("flux", tmp_path / "flux"))), "cpu")

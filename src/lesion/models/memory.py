@@ -28,8 +28,9 @@ _SIGNS = (
 )
 # After these the context of the card is lost: every further call of this process fails with the same error.
 _LOST = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address",
-         "illegal instruction", "hardware stack error", "uncorrectable ecc", "invalid program counter",
-         "invalid address space", "launch timed out")  # fmt: skip
+         "illegal instruction", "hardware stack error", "uncorrectable ecc", "uncorrectable nvlink",
+         "invalid program counter", "global/shared address space", "launch timed out", "peer gpu memory",
+         "busy or unavailable", "no cuda-capable device", "cuda error: unknown error")  # fmt: skip
 
 
 def ran_out(error: BaseException) -> bool:
