@@ -85,7 +85,6 @@ def _parts() -> dict[str, Part]:
         "auto": Part("generation.batch_size=auto", checks.auto, 10),
         "offload": Part("model.offload against none", checks.offload, 10),
         "store": Part("the store of a CPU, used on this device", checks.store, 15),
-        "studies": Part("other lesions, maps, layout, attribution: as on a CPU", checks.studies, 60, 180),
         "compile": Part("performance.compile against eager", checks.compiled, 30, 90),
     }
     # Whole jobs draw a report, which takes some six seconds however fast the card is.
@@ -101,6 +100,7 @@ def _parts() -> dict[str, Part]:
 
     measured(("sd15", "sdxl"), timed[:2])
     parts["embedded"] = Part("the embedded study end to end, scores against the CPU's", figures.embedded, 60, 150)
+    parts["studies"] = Part("other lesions, maps, layout, attribution: as on a CPU", checks.studies, 60, 180)
     measured(("sdxl", "sd15"), timed[2:])
     measured(("sd15", "sdxl"), [("profile", 40, 120)])
     measured(("sd15",), [("capture", 10, 120), ("steering", 60, 120)])

@@ -176,6 +176,18 @@ def test_a_decoder_that_runs_out_of_memory_keeps_its_precision(tiny_sdxl_folder,
     loading.forget()
 
 
+def test_a_call_that_fails_leaves_no_offloaded_part_on_the_device(tiny_model, monkeypatch):
+    """The pipeline itself sends them back only where it succeeds; the next call would find less memory."""
+    cell, freed = Cell(tiny_model.identity, Prompt("a"), 0, settings(steps=1), None), []
+    monkeypatch.setattr(tiny_model.pipe, "maybe_free_model_hooks", lambda: freed.append(1))
+    generate(tiny_model, [cell], {})
+    assert freed == [1]
+    monkeypatch.setattr(tiny_model.denoiser, "forward", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(tiny_model, [cell], {})
+    assert freed == [1, 1]
+
+
 def test_a_batch_that_cannot_be_decoded_at_once_is_decoded_in_slices(tiny_model, monkeypatch):
     """What the denoising led to is kept: only the decode is done again, in halves, and what fitted is remembered."""
     cells = [Cell(tiny_model.identity, Prompt("a"), seed, settings(steps=2), None) for seed in range(5)]

@@ -214,7 +214,11 @@ def call(
         decoding(getattr(pipe, "vae", None), model.decodable, model.decoder),
         decoding_apart(getattr(pipe, "vae", None), once),
     ):
-        images = run.pipeline(**asked).images
+        try:
+            images = run.pipeline(**asked).images
+        except BaseException:  # what is offloaded goes back to main memory, as at the end of a call that succeeds
+            pipe.maybe_free_model_hooks()
+            raise
     if not isinstance(images, Tensor):  # of a pipeline that makes arrays, whatever it is asked for
         images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
     if images.shape[2:] != (settings.height, settings.width):
