@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,17 +59,16 @@ def peak(this: Setup, options: Options) -> tuple[str, list[Row]]:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the denoiser. operations: that it takes. freezing: of its weights, where it is compiled."""
+    """A call of the denoiser. operations: that it takes."""
 
     module: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operations: int = 0
-    freezing: bool = False
 
     def seconds(self) -> float:
         began = time.perf_counter()
-        with torch.no_grad(), torch._inductor.config.patch(freezing=self.freezing):
+        with torch.no_grad():
             self.module(*self.args, **self.kwargs)
         return time.perf_counter() - began
 
@@ -230,11 +229,12 @@ def _candidates(this: Setup, options: Options, dtype: str) -> list[Row]:
         sides[f"1 of {threads} threads"] = lambda: _on_threads(call, 1) / this.batch
     changes: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {"channels_last": _channels_last}
     if shutil.which("g++") and not options.quick:
-        changes |= {"compiled blocks": _compiled_blocks, WHOLE: torch.compile, FREEZING: torch.compile}
+        frozen = partial(torch.compile, options={"freezing": True})
+        changes |= {"compiled blocks": _compiled_blocks, WHOLE: torch.compile, FREEZING: frozen}
     failed: dict[str, str] = {}
     for name, change in changes.items():
-        # Dynamo and the memory format change a module for good. Freezing is of modules without gradients alone.
-        one = replace(call, module=change(copy.deepcopy(call.module)), freezing=name == FREEZING)
+        # Dynamo and the memory format change a module for good.
+        one = replace(call, module=change(copy.deepcopy(call.module)))
         try:
             for _ in range(2):
                 one.seconds()
