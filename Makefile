@@ -20,10 +20,10 @@ setup: .venv/ready ## make .venv with pinned versions of everything
 demo: .venv/ready ## run the demonstration study on the model that ships with the project
 	$(BIN)/lesion experiment=demo
 
-# One process a core, one thread each: more threads would wait for each other.
+# One process a core, one thread each: more threads would wait for each other. Who is done takes tests from the others.
 test: .venv/ready ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-all: .venv/ready ## the test suite with the slow tests
 	$(BIN)/python -m pytest -m ''

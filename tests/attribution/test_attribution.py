@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import pipelines
 from conftest import settings, tiny_spec
 from denoisers import TEXT, apart, build, hooked, inputs, under
 from denoisers import lesion as lesion_of
@@ -213,8 +212,8 @@ def by_token(folder, kind, by, names):
 
 @pytest.mark.parametrize("by", ["token", "attention_token"])
 @pytest.mark.parametrize("replacement", ["zero", "double"])
-def test_values_of_text_tokens(by, replacement, sd_folder, wide_open):
-    model = by_token(sd_folder, "cross_attention", by, ["re:^(cat|dogs)$", "padding"])
+def test_values_of_text_tokens(by, replacement, tiny_folder, wide_open):
+    model = by_token(tiny_folder, "cross_attention", by, ["re:^(cat|dogs)$", "padding"])
     one = replacements.describe(replacement, {})
     lesions = lesions_of(model, replacement=one)[:4]
     lesions += [replace(lesions[0], window=(0.5, 1.0)), replace(lesions[1], branch="uncond")]
@@ -229,9 +228,9 @@ def test_values_of_text_tokens(by, replacement, sd_folder, wide_open):
     assert np.array_equal(found.images.permute(0, 2, 3, 1).float().numpy(), generate(model, cells, {}))
 
 
-def test_values_of_text_tokens_at_strengths_beyond_0(sd_folder, wide_open):
+def test_values_of_text_tokens_at_strengths_beyond_0(tiny_folder, wide_open):
     """Two sets at one site and strength are what both do together; the slope there is that of a study's lesions."""
-    model = by_token(sd_folder, "cross_attention", "token", ["words", "padding"])
+    model = by_token(tiny_folder, "cross_attention", "token", ["words", "padding"])
     lesions = lesions_of(model)
     interventions = {replacement_key(lesions[0]): Zero()}
     both = Lesion("custom", "", model.anatomy.paths, ZERO, kind=model.anatomy.kind)
@@ -242,8 +241,8 @@ def test_values_of_text_tokens_at_strengths_beyond_0(sd_folder, wide_open):
     np.testing.assert_allclose(found.images.permute(0, 2, 3, 1).float().numpy(), made, atol=1e-5)
 
 
-def test_values_of_text_tokens_for_the_image_of_a_joint_transformer(joint_folder, wide_open):
-    model = by_token(joint_folder, "text_to_image", "attention_token", ["words", "end"])
+def test_values_of_text_tokens_for_the_image_of_a_joint_transformer(folder_of, wide_open):
+    model = by_token(folder_of("sd3"), "text_to_image", "attention_token", ["words", "end"])
     for name, module in model.denoiser.named_modules():
         if name.endswith("add_v_proj"):  # text that says enough for differences of float32 images
             module.weight.data *= 30
@@ -276,16 +275,6 @@ def test_strengths_of_text_tokens_are_those_of_lesions_in_every_joint_attention(
     plain = hooked(denoiser, {}, calls)
     assert apart([one[:1] for one in ours], [one[:1] for one in plain]) > 1e-4
     assert apart([one[1:2] for one in ours], [one[1:2] for one in plain]) > 1e-4
-
-
-@pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory):
-    return pipelines.build("sd", tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="module")
-def joint_folder(tmp_path_factory):
-    return pipelines.build("sd3", tmp_path_factory.mktemp("joint"))
 
 
 class Sum(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -145,17 +146,15 @@ def test_the_demo_is_as_large_as_it_says():
     }  # fmt: skip
 
 
-def stand_in(model: str, folder: Path) -> Path:
-    """Writes a tiny model of the same class, and of the same layers where it is a UNet."""
+def stand_in(model: str, folder: Path, folder_of: Callable[[str], Path]) -> Path:
+    """A tiny model of the same class, and of the same layers where it is a UNet."""
     import layouts
 
     if model == "sd15":
         return layouts.sd15_layout(folder)
     if model == "sdxl":
         return layouts.sdxl_layout(folder)
-    import pipelines
-
-    return pipelines.build({"flux_dev": "flux", "sd3_medium": "sd3", "sd35_large": "sd3"}[model], folder)
+    return folder_of({"embedded": "sd", "flux_dev": "flux", "sd3_medium": "sd3", "sd35_large": "sd3"}[model])
 
 
 def small(pipeline_folder: Path, clip: Path, dino: Path, steps: int = 2) -> list[str]:
@@ -211,7 +210,7 @@ LONG = ("prompt_swap_windows", "sd15_layout", "sdxl_style_layout", "sd15_per_lay
         if group == "experiment" and name not in ("lora", "shards")
     ],
 )
-def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
+def test_every_experiment_runs(cli, name, folder_of, tiny_clip, tmp_path):
     """On a tiny model of the same class: few steps, one prompt, one seed.
 
     `lora` needs a LoRA: see test_lora_off.py. `shards` is a multirun: see test_sharded.py.
@@ -221,7 +220,7 @@ def test_every_experiment_runs(cli, name, tiny_folder, tiny_clip, tmp_path):
     cli.defaults = []
     request = parse(composed(f"experiment={name}"))
     model = request.model.name
-    folder = tiny_folder if model == "embedded" else stand_in(model, tmp_path / "stand_in")
+    folder = stand_in(model, tmp_path / "stand_in", folder_of)
     dino = write_dino(tmp_path / "dino")
     steps = 10 if len(request.axes.windows) > 1 else 2
     code, _, err = cli(f"experiment={name}", *small(folder, tiny_clip, dino, steps), *BESIDE.get(name, ()))

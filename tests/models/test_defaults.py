@@ -14,7 +14,6 @@ from conftest import tiny_spec
 from lesion.errors import RequestError
 from lesion.models import ModelSpec, resolve
 from lesion.models.defaults import check_size, default_of_call, filled, own_size, side_factor
-from pipelines import build
 
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [1, 1, 1, 1], "latent_channels": 4}
 WIDE = {**VAE, "latent_channels": 16}
@@ -91,8 +90,8 @@ class Seen(Exception):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "flux", "sd3", "hunyuan_dit", "pixart_sigma", "lcm"])
-def test_diffusers_would_make_the_same(name, tiny_folder, tiny_sdxl_folder, tmp_path, monkeypatch):
-    folder = {"sd": tiny_folder, "sdxl": tiny_sdxl_folder}.get(name) or build(name, tmp_path / name)
+def test_diffusers_would_make_the_same(name, folder_of, monkeypatch):
+    folder = folder_of(name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     cls = type(pipe)
 

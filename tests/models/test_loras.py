@@ -20,7 +20,6 @@ from lesion.models.loras import Lora, parse
 from lesion.replacements import Bench, build
 from lesion.surgery.anatomy import examine
 from lesion.surgery.operation import replacement_key
-from pipelines import build as build_pipeline
 from single_file import write_single_file
 from test_surgery import SUBJECTS, cell
 from test_surgery import zero as zeroed
@@ -131,8 +130,8 @@ def test_an_adapter_on_a_single_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart_alpha"])
-def test_adapters_on_transformers(name, tmp_path):
-    folder = build_pipeline(name, tmp_path / name)
+def test_adapters_on_transformers(name, folder_of, tmp_path):
+    folder = folder_of(name)
     if name == "pixart_alpha":  # diffusers has no loader for it
         lora = tmp_path / "any.safetensors"
         lora.write_bytes(b"")

@@ -21,7 +21,7 @@ from lesion.models.calling import AS_ASKED, arguments
 from lesion.models.source import TEMPLATED
 from lesion.study.grid import Cell
 from lesion.study.prompts import Prompt
-from pipelines import BUILDERS, build, side
+from pipelines import BUILDERS, side
 from test_loras import made
 from test_surgery import SUBJECTS, plain, zero
 
@@ -158,9 +158,9 @@ def test_in_half_precision_the_autoencoder_of_sdxl_decodes_in_single(tiny_sdxl_f
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name not in ("flux2", "flux2_klein", "z_image")])
-def test_settings_mean_what_they_say(name, tmp_path):
+def test_settings_mean_what_they_say(name, folder_of):
     """What the encoders are handed is the prompt as it stands, and the denoiser's latents have the size asked for."""
-    model = loaded(build(name, tmp_path / name))
+    model = loaded(folder_of(name))
     tall = side(name) * 2
     seen = []
     tokenizers = [part for key, part in model.pipe.components.items() if key.startswith("tokenizer") and part]
@@ -325,11 +325,11 @@ def test_few_steps_without_guidance(tiny_sdxl_folder):
         ),
     ],
 )
-def test_what_a_class_cannot_do_is_refused_before_it_loads(name, given, words, cli, tmp_path, monkeypatch):
+def test_what_a_class_cannot_do_is_refused_before_it_loads(name, given, words, cli, folder_of, tmp_path, monkeypatch):
     from PIL import Image
 
     Image.new("RGB", (16, 16)).save(tmp_path / "i.png")
-    folder = build(name, tmp_path / name)
+    folder = folder_of(name)
     monkeypatch.setattr("lesion.models.load", lambda *args: pytest.fail("loaded"))
     init = [f"generation.init={tmp_path / 'i.png'}"] if "img2img" in given[0] else []
     code, _, err = cli(f"model.id={folder}", "generation.guidance=3.5", "layers.include=null", *given, *init)
@@ -337,8 +337,8 @@ def test_what_a_class_cannot_do_is_refused_before_it_loads(name, given, words, c
 
 
 @pytest.mark.parametrize("name", ["pixart_sigma", "sana", "hunyuan_dit", "lcm", "sd2"])
-def test_from_command_to_table(name, cli, tmp_path):
-    folder = build(name, tmp_path / name)
+def test_from_command_to_table(name, cli, folder_of):
+    folder = folder_of(name)
     size = [f"generation.{which}={side(name)}" for which in ("height", "width")]
     code, _, err = cli(
         f"model.id={folder}", "layers.include=null", "selection=leave_one_out", "prompts.items=[a red circle]", *size

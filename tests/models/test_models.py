@@ -24,7 +24,6 @@ from lesion.models.source import resolve_dtype
 from lesion.study.grid import Cell
 from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import examine
-from pipelines import build as build_pipeline
 from single_file import write_single_file
 
 
@@ -125,18 +124,18 @@ def test_fingerprints_stay_what_they_were(tmp_path):
     assert embedded == ["DDIMScheduler", "DDIMScheduler", "PNDMScheduler"]
 
 
-def test_a_scheduler_of_another_kind_of_model_is_refused(tiny_folder, tmp_path):
+def test_a_scheduler_of_another_kind_of_model_is_refused(tiny_folder, folder_of):
     for name in FLOW:
         with pytest.raises(RequestError, match=rf"model.scheduler: {name} does not fit .*; allowed: pndm"):
             resolve(tiny_spec(tiny_folder, scheduler=name))
     for kind in ("sd3", "flux"):
-        folder = build_pipeline(kind, tmp_path / kind)
+        folder = folder_of(kind)
         with pytest.raises(RequestError, match=r"model.scheduler: ddim does not fit .* a flow; allowed: flow_euler"):
             resolve(tiny_spec(folder, scheduler="ddim"))
     with pytest.raises(RequestError, match="flow_heun does not fit FluxPipeline"):
         resolve(tiny_spec(folder, scheduler="flow_heun"))
     for name in FLOW:
-        model = models.load(resolve(tiny_spec(tmp_path / "sd3", scheduler=name)), "cpu")
+        model = models.load(resolve(tiny_spec(folder_of("sd3"), scheduler=name)), "cpu")
         assert type(model.pipe.scheduler).__name__ == SCHEDULERS[name]
         assert model.pipe.scheduler.config.shift == 3.0
         assert np.isfinite(one_image(model, height=16, width=16, scheduler=SCHEDULERS[name])).all()

@@ -4,6 +4,8 @@ settings mean what they say, lesions are plain hooks, and what a class cannot do
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -25,7 +27,6 @@ from lesion.study.prompts import Prompt
 from lesion.surgery.anatomy import AnatomyError, examine
 from lesion.surgery.operation import replacement_key
 from pipelines import BUILDERS, side
-from pipelines import build as build_pipeline
 
 TEXTS, SEEDS = ("a red circle", "Two STARS <b>"), (0, 7)
 CROSS = ("pixart_alpha", "pixart_sigma", "sana", "hunyuan_dit")  # transformers with cross-attention
@@ -36,20 +37,6 @@ OWN = ("sd", "sdxl")  # have tests of their own
 EACH = [KLEIN if name == "flux2_klein" else name for name in BUILDERS if name not in OWN]
 EMBEDDED_GUIDANCE = ("flux", "flux_schnell", "lcm", "flux2")
 PLAINLY = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
-_folders: dict[str, Path] = {}
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory):
-    """Builds a pipeline at its first use."""
-    root = tmp_path_factory.mktemp("pipelines")
-
-    def folder(name: str) -> Path:
-        if name not in _folders or not _folders[name].exists():
-            _folders[name] = build_pipeline(name, root / name)
-        return _folders[name]
-
-    return folder
 
 
 def loaded(folder: Path, **changes):
@@ -69,23 +56,31 @@ def cells(name, model, lesion=None, texts=TEXTS, seeds=SEEDS, inits=None, **chan
     return [Cell(model.identity, prompt, seed, given, lesion) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def plain(name, folder, zeroed=(), cls=None, seeds=SEEDS, texts=TEXTS, pipe=None, **changes):
-    """The images of plain diffusers, the given modules' outputs set to zero by a hook."""
-    if pipe is None:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    if cls:
-        pipe = cls(**pipe.components)
+@cache
+def plain_pipeline(folder: Path):
+    return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def silent(module, args, kwargs, output):
+    return torch.zeros_like(output)
+
+
+def plain(name, folder, hooks=(), seeds=SEEDS, texts=TEXTS, pipe=None, **changes):
+    """The images of plain diffusers. hooks: of modules of the denoiser by their paths."""
+    pipe = pipe or plain_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(type(pipe).__call__).parameters
     given = {"height": side(name), "width": side(name), "num_inference_steps": 3, "guidance_scale": 3.0, **changes}
     given = {key: value for key, value in {**PLAINLY, **given}.items() if key in known}
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    for path in zeroed:
-        denoiser.get_submodule(path).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if type(pipe).__name__.startswith("QwenImage"):  # as its model card calls it
         given |= {"true_cfg_scale": given.pop("guidance_scale"), "negative_prompt": [" "] * len(texts)}
-    return pipe(prompt=list(texts), generator=noise, output_type="np", **given).images
+    with ExitStack() as hooked:
+        for path, hook in dict(hooks).items():
+            module = denoiser.get_submodule(path)
+            hooked.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        return pipe(prompt=list(texts), generator=noise, output_type="np", **given).images
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -166,7 +161,7 @@ def test_img2img_baseline_is_plain_diffusers_to_the_bit(name, folder_of, tmp_pat
         "z_image": diffusers.ZImageImg2ImgPipeline,
     }[name]
     pictures = [Image.open(path).convert("RGB") for path in inits]
-    base = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    base = plain_pipeline(folder)
     parts = {**base.components, **({"requires_safety_checker": False} if name in ("sd2", "lcm") else {})}
     theirs = plain(name, folder, pipe=cls(**parts), image=pictures, strength=0.7, num_inference_steps=4)
     assert np.array_equal(ours, theirs)
@@ -192,7 +187,7 @@ def test_zero_is_a_plain_hook_to_the_bit(name, folder_of):
         layer = anatomy.paths[1]
         there = loading.Model(**{**vars(model), "anatomy": anatomy})
         ours = lesioned(there, cells(name, there, lesion_of(layer, kind=kind)))
-        assert np.array_equal(ours, plain(name, folder, zeroed=anatomy.sites[layer]))
+        assert np.array_equal(ours, plain(name, folder, dict.fromkeys(anatomy.sites[layer], silent)))
         assert not np.array_equal(ours, plain(name, folder))
 
 
@@ -272,7 +267,7 @@ def test_branches_of_pipelines_that_call_for_each_or_put_the_conditional_first(n
     found = {}
     for branch in ("cond", "uncond"):
         found[branch] = lesioned(there, cells(name, there, lesion_of(layer, kind="block", branch=branch)))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        calls.clear()
 
         def hook(module, args, kwargs, output, branch=branch):
             if name == "z_image":
@@ -283,8 +278,7 @@ def test_branches_of_pipelines_that_call_for_each_or_put_the_conditional_first(n
             now = "cond" if len(calls) % 2 else "uncond"
             return (kwargs["encoder_hidden_states"], kwargs["hidden_states"]) if branch == now else output
 
-        pipe.transformer.get_submodule(layer).register_forward_hook(hook, with_kwargs=True)
-        assert np.array_equal(found[branch], plain(name, folder, pipe=pipe)), branch
+        assert np.array_equal(found[branch], plain(name, folder, {layer: hook})), branch
         assert not np.array_equal(found[branch], untouched)
     assert not np.array_equal(found["cond"], found["uncond"])
 
@@ -297,7 +291,7 @@ def bypassed(module, args, kwargs, output):
 JOINT_HOOKS = {
     "block": ("", bypassed),
     "joint_attention": (".attn", lambda module, args, kwargs, output: (torch.zeros_like(output[0]), *output[1:])),
-    "feed_forward": (".ff", lambda module, args, kwargs, output: torch.zeros_like(output)),
+    "feed_forward": (".ff", silent),
 }
 
 
@@ -308,9 +302,7 @@ def test_joint_lesions_are_plain_hooks_to_the_bit(name, folder_of):
     for kind, (leaf, hook) in JOINT_HOOKS.items():
         there = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind=kind)})
         ours = lesioned(there, cells(name, there, lesion_of(layer, kind=kind)))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        pipe.transformer.get_submodule(layer + leaf).register_forward_hook(hook, with_kwargs=True)
-        assert np.array_equal(ours, plain(name, folder, pipe=pipe)), kind
+        assert np.array_equal(ours, plain(name, folder, {layer + leaf: hook})), kind
         assert not np.array_equal(ours, untouched), kind
     there = loading.Model(**{**vars(model), "anatomy": examine(model.denoiser, kind="text_to_image")})
     deaf = lesioned(there, cells(name, there, lesion_of(*there.anatomy.paths, kind="text_to_image")))

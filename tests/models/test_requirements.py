@@ -15,7 +15,7 @@ from conftest import settings, tiny_spec
 from lesion.errors import RequestError
 from lesion.models import ModelSpec, calling, requirements, resolve
 from lesion.run.job import _check_switches
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS
 from test_defaults import UNET, VAE, written
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
@@ -85,7 +85,7 @@ def test_what_a_model_needs_is_told_from_its_configs(parts, asked, words, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_what_works_is_not_refused(tmp_path, tiny_folder, tiny_sdxl_folder):
+def test_what_works_is_not_refused(tmp_path, folder_of):
     checked(sd(tmp_path / "sd"), {"steps": 1000}, arguments=(("clip_skip", "12"),))
     checked(sdxl(tmp_path / "sdxl"))
     checked(sd(tmp_path / "control", "StableDiffusionControlNetPipeline"), pipeline="StableDiffusionPipeline")
@@ -94,12 +94,12 @@ def test_what_works_is_not_refused(tmp_path, tiny_folder, tiny_sdxl_folder):
     checked(sd(tmp_path / "xl", "StableDiffusionXLImg2ImgPipeline"), {"task": "img2img", "noising": 0.5})
     own = "test_model_knobs.OwnPipeline"
     checked(sd(tmp_path / "own", unet={"in_channels": 9}), pipeline=own)
-    for folder in (tiny_folder, tiny_sdxl_folder):
-        checked(folder)
+    for name in ("sd", "sdxl"):
+        checked(folder_of(name))
     source = resolve(ModelSpec("embedded", "embedded"))
     requirements.check(source, settings())
     for name in BUILDERS:
-        checked(build(name, tmp_path / name), {"height": 32, "width": 32})
+        checked(folder_of(name), {"height": 32, "width": 32})
 
 
 def test_a_unet_of_another_model_is_none_of_sdxl(tmp_path):

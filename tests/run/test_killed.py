@@ -20,7 +20,7 @@ from lesion.store.images import Store, digest_of
 # One process imports everything and forks one child a run, so that a run costs little more than its work. It starts no
 # thread and computes nothing itself: neither outlives a fork.
 DRIVER = """
-import json, os, signal, sys, time
+import itertools, json, os, signal, sys, time
 import diffusers, lesion.analysis.importance, lesion.analysis.settings, lesion.report, pandas, pyarrow.parquet
 import torchmetrics.image, open_clip
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -44,12 +44,12 @@ PLACES = {
 
 def deadly(place, number, late):
     owner, name = PLACES[place]
-    method, calls = getattr(owner, name), []
+    method, calls = getattr(owner, name), itertools.count(1)
 
     def call(*args, **kwargs):
-        calls.append(name)
-        found = method(*args, **kwargs) if late or len(calls) < number else None
-        if len(calls) == number:
+        mine = next(calls)  # several threads store a batch's images
+        found = method(*args, **kwargs) if late or mine < number else None
+        if mine == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 

@@ -10,7 +10,6 @@ from lesion.generation.generate import generate
 from lesion.models import resolve
 from lesion.study.grid import Cell
 from lesion.study.prompts import Prompt
-from pipelines import build
 
 PROMPTS = "prompts.items=[a red circle, two stars, a cat]"
 
@@ -95,9 +94,9 @@ def test_a_lost_card_stops_the_job_and_what_is_finished_stays(cli, monkeypatch, 
     assert len(list((cli.folder / "store" / "cells").rglob("*.png"))) == 3 + 18
 
 
-def test_an_image_of_another_size_fails(tmp_path):
+def test_an_image_of_another_size_fails(folder_of):
     """FLUX packs 2 x 2 latents into a token: of another size it makes the next smaller one."""
-    model = models.load(resolve(tiny_spec(build("flux", tmp_path / "flux"))), "cpu")
+    model = models.load(resolve(tiny_spec(folder_of("flux"))), "cpu")
     cell = Cell(model.identity, Prompt("a"), 0, settings(height=22, width=16, steps=1), None)
     with pytest.raises(ValueError, match="FluxPipeline made 20 x 16 pixels instead of 22 x 16"):
         generate(model, [cell], {})

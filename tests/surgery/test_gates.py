@@ -33,7 +33,6 @@ from lesion.surgery.anatomy import examine, kinds_of
 from lesion.surgery.compiled import Gates
 from lesion.surgery.intervention import Intervention
 from lesion.surgery.operation import replacement_key
-from pipelines import build
 from test_surgery import SUBJECTS, cell, fillers, plain, run, zero
 
 
@@ -297,8 +296,8 @@ def test_components_beside_a_compiled_denoiser(tiny_folder, compiled):
     assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(images[0], 2))
 
 
-def test_a_denoiser_without_known_blocks_is_not_compiled(cli, tmp_path, monkeypatch):
-    folder = build("pixart_sigma", tmp_path / "pixart")
+def test_a_denoiser_without_known_blocks_is_not_compiled(cli, folder_of, monkeypatch):
+    folder = folder_of("pixart_sigma")
     asked = ("performance.compile=true", f"model.id={folder}", "layers.include=null")
     assert cli(*asked, "dry_run=true")[0] == 0
     monkeypatch.delitem(BLOCKS, "PixArtTransformer2DModel")
