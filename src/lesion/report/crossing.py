@@ -200,7 +200,7 @@ def windows(found: Findings) -> list[Table]:
 def window_maps(found: Findings) -> list[tuple[str, list[tuple[dict[str, Any], pd.DataFrame]]]]:
     """By measure: settings apart from their window, and layers x windows with the setting's columns."""
     out = []
-    if found.layers.empty:
+    if found.layers.empty or len(found.layers[["window_start", "window_end"]].drop_duplicates()) < 2:
         return []
     for measure in ("importance", "sufficiency"):
         table = by_window(found.layers, measure)
