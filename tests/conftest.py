@@ -120,11 +120,13 @@ def no_batch_size_learnt() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_model(tiny_folder: Path) -> models.Model:
-    """A fresh load of the tiny folder."""
+    """A load of the tiny folder that no other test gets, whatever becomes of it."""
     from lesion.models import loading
 
     loading.forget()
-    return models.load(models.resolve(tiny_spec(tiny_folder)), "cpu")
+    model = models.load(models.resolve(tiny_spec(tiny_folder)), "cpu")
+    loading.forget()
+    return model
 
 
 def tiny_spec(folder: Path, **changes: object) -> ModelSpec:

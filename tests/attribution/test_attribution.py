@@ -50,7 +50,8 @@ def lesions_of(model, kind="cross_attention", by="attention", **more):
 
 
 def precise(model, by="attention", kind=None):
-    """In float64, where differences of strength 0.01 are exact to seven digits."""
+    """In float64, where differences of strength 0.01 are exact to seven digits. No other test gets it."""
+    loading.forget()
     model.pipe.to(torch.float64)
     kind = kind or model.anatomy.kind
     return replace(model, anatomy=examine(model.denoiser, by, kind), identity=replace(model.identity, dtype="float64"))
@@ -206,6 +207,7 @@ def by_token(folder, kind, by, names):
     layers = Layers.of({"by": by, "tokens": names, "kind": kind, "include": None, "exclude": None,
                         "component": "denoiser"})  # fmt: skip
     model = examined(models.load(source, "cpu"), source, layers)
+    loading.forget()
     model.pipe.to(torch.float64)
     return replace(model, identity=replace(model.identity, dtype="float64"))
 
