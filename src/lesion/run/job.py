@@ -555,6 +555,8 @@ def _generate(work: Work, missing: int, failures: Mapping[str, str], tracker: Tr
     Returns the reason for each cell that could not be made.
     """
     began, done = time.monotonic(), 0
+    # On a CPU all cores make images: whatever runs beside that, however little, holds up each operation.
+    ahead = 0.0 if work.request.device == "cpu" else AHEAD
     with (
         logging_redirect_tqdm(),
         tqdm(total=missing, unit="image", desc=f"{sweep}{work.study.model.name}", smoothing=0.05, leave=False) as bar,
@@ -567,7 +569,7 @@ def _generate(work: Work, missing: int, failures: Mapping[str, str], tracker: Tr
             bar.update(more)
             rate = done / (time.monotonic() - began)
             tracker.progress(done, missing, rate)
-            if missing - done <= AHEAD * rate:
+            if missing - done <= ahead * rate:
                 work.drawers.start()
 
         model = None if len(work.request.devices) > 1 else loaded(work)  # else each worker loads it
