@@ -90,10 +90,8 @@ def lesions(context: Context) -> list[Check]:
             kinds = {"joint_attention": _image_zeros, "feed_forward": _zeros}
         elif name in ONE_SEQUENCE:
             places = _InOneSequence()
-            first, kinds = (
-                [("noise_refiner.0", places.note)],
-                dict.fromkeys(("joint_attention", "feed_forward"), places.zeros),
-            )
+            first = [("noise_refiner.0", places.note)]
+            kinds = dict.fromkeys(("joint_attention", "feed_forward"), places.zeros)
         kinds["block"] = _unchanged
         untouched = context.plain(context.pipe(name), name)
         for kind, hook in kinds.items():

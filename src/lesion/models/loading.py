@@ -144,12 +144,11 @@ def _load(source: Source, device: str) -> Model:
     )
 
 
-def compile_blocks(denoiser: torch.nn.Module, backend: str = "") -> None:
+def compile_blocks(denoiser: Any, backend: str = "") -> None:
     """Have each repeated block of a denoiser compiled when it is first called. backend: BACKEND where none is named."""
-    names = getattr(denoiser, "_repeated_blocks", None) or BLOCKS[type(denoiser).__name__]
-    for part in denoiser.modules():
-        if type(part).__name__ in names:
-            part.compile(backend=backend or BACKEND)
+    if not getattr(denoiser, "_repeated_blocks", None):
+        denoiser._repeated_blocks = list(BLOCKS[type(denoiser).__name__])
+    denoiser.compile_repeated_blocks(backend=backend or BACKEND)
 
 
 def _pipeline(source: Source, dtype: torch.dtype) -> Any:
