@@ -307,6 +307,20 @@ def test_ssim_by_formula() -> None:
     assert found.min() < 0.5 < found.max()
 
 
+def test_ssim_is_one_value_on_every_device() -> None:
+    """By scipy on a CPU, by torchmetrics on CUDA: both on the same pixels here."""
+    import torch
+
+    from lesion.scoring import ssim
+
+    flat = torch.full((1, 3, 24, 32), 250 / 255, dtype=torch.float64)
+    noise = torch.rand(4, 3, 24, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, y = torch.cat([noise, flat, flat]), torch.cat([noise.flip(0), flat, flat * 0.99])
+    found, reference = ssim._by_scipy(x, y), ssim._by_torchmetrics(x, y)
+    assert abs(found - reference).max() < 1e-11
+    assert found[4] == 1 and found.min() < 0.5
+
+
 def test_ssim_and_psnr_equal_scikit_image() -> None:
     metrics = pytest.importorskip("skimage.metrics")
     given = []
