@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,15 +29,12 @@ TIMED = 4  # steps at which seconds are compared; memory allows them where it al
 
 def most_memory(device: str, work: Callable[[], object]) -> float | None:
     """MiB that work takes at its peak beyond what is there before it; None where there is not enough."""
-    gc.collect()
+    memory.release(device)
     cuda = device.startswith("cuda")
     if cuda:
-        memory.release(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         before = _status("VmRSS")
     try:

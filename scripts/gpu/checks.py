@@ -1,9 +1,8 @@
-"""What must be right on a GPU: against plain diffusers, plain hooks and the same done in another way."""
+"""What must be right on a GPU: against plain diffusers and the same done in another way. Lesions are in `lesions`."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -15,15 +14,11 @@ from scipy import stats
 
 import lesion.report as lesion_report
 from bench import setup as benches
-from gpu.common import JOINT, ONE_SEQUENCE, TEXTS, Check, Context, Hook, denoiser, lesion, near, same
+from gpu.common import JOINT, TEXTS, Check, Context, lesion, near, same
 from lesion.generation.generate import generate
 from lesion.generation.snapshots import States
 from lesion.models import loading, memory, precision
-from lesion.replacements import Bench, _means
-from lesion.replacements.mean import Mean
 from lesion.run import maker
-from lesion.study.prompts import Prompt
-from lesion.surgery.operation import replacement_key
 
 
 def plain_images(context: Context) -> list[Check]:
@@ -47,147 +42,6 @@ def upcast(context: Context) -> list[Check]:
     apart = np.abs(context.ours(full, context.cells(full)) - ours).max()
     fine, said = same(ours, theirs)
     return [Check.of(f"sdxl {dtype}", fine, f"{said}; full float32 differs by at most {apart:.1e}")]
-
-
-def _zeros(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    return torch.zeros_like(output)
-
-
-def _image_zeros(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    return (torch.zeros_like(output[0]), *output[1:])
-
-
-def _unchanged(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    """A block that hands on what it was given."""
-    if "encoder_hidden_states" in kwargs and isinstance(output, tuple) and len(output) == 2:  # text, image
-        return None if output[0] is None else kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden,) if isinstance(output, tuple) else hidden
-
-
-class _InOneSequence:
-    """Zeros in the place of the image's tokens, which come first; a block that sees these alone tells how many."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def note(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        self.number = output.shape[1]
-
-    def zeros(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        changed = output.clone()
-        changed[:, : self.number] = 0
-        return changed
-
-
-def lesions(context: Context) -> list[Check]:
-    """Each kind of lesion by its own hook."""
-    found = []
-    for name in context.classes:
-        kinds: dict[str, Callable[..., Any]] = {"cross_attention": _zeros, "self_attention": _zeros}
-        first: list[Hook] = []
-        if name in JOINT:
-            kinds = {"joint_attention": _image_zeros, "feed_forward": _zeros}
-        elif name in ONE_SEQUENCE:
-            places = _InOneSequence()
-            first = [("noise_refiner.0", places.note)]
-            kinds = dict.fromkeys(("joint_attention", "feed_forward"), places.zeros)
-        kinds["block"] = _unchanged
-        untouched = context.plain(context.pipe(name), name)
-        for kind, hook in kinds.items():
-            model = context.model(name, kind=kind)
-            layer = model.anatomy.paths[0 if name in (*JOINT, *ONE_SEQUENCE) else 1]
-            hooks = first + [(site, hook) for site in model.anatomy.sites[layer]]
-            ours = context.ours(model, context.cells(model, lesion(layer, kind=kind)))
-            fine, said = same(ours, context.plain(context.pipe(name), name, hooks))
-            changes = not np.array_equal(ours, untouched)
-            said = said if changes else "the lesion changes nothing"
-            found.append(Check.of(f"zero, {kind}, {name}", fine and changes, said))
-    return [*found, _every_layer(context), *_mean(context), _donor(context), _head(context)]
-
-
-def _every_layer(context: Context) -> Check:
-    """All layers by zero: both branches of guidance share their rows, so half of them are computed."""
-    model = context.model("sd", kind="cross_attention", shared_rows=True)
-    sites = [(site, _zeros) for layer in model.anatomy.paths for site in model.anatomy.sites[layer]]
-    ours = context.ours(model, context.cells(model, lesion(*model.anatomy.paths)))
-    return Check.of("zero, every layer, sd", *near(ours, context.plain(context.pipe("sd"), "sd", sites)))
-
-
-def _by_call(change: Callable[[int, Any], Any]) -> Callable[..., Any]:
-    """A hook that is told the number of the denoiser call."""
-    calls = iter(range(10_000))
-    return lambda module, args, kwargs, output: change(next(calls), output)
-
-
-def _mean(context: Context) -> list[Check]:
-    """Means against sums of plain hooks in float64; images against those means put in by a plain hook."""
-    model = context.model("sd", kind="cross_attention")
-    layer = model.anatomy.paths[1]
-    (site,) = model.anatomy.sites[layer]
-    cells = context.cells(model, lesion(layer, replacement="mean"))
-    bench = Bench(model, cells[0].settings, context.scratch / "means", len(TEXTS))
-    means = _means.measure(bench, [(Prompt(text), seed) for text, seed in zip(TEXTS, (0, 7), strict=True)])
-    ours = generate(model, cells, {replacement_key(cells[0].lesion): Mean(means)})  # type: ignore[arg-type]
-    pipe, seen = context.pipe("sd"), []
-
-    def summed(call: int, output: Any) -> None:
-        halves = output.double().mean(dim=1).unflatten(0, (2, -1)).mean(dim=1)
-        seen.append(halves.cpu())
-
-    context.plain(pipe, "sd", [(site, _by_call(summed))])
-    reference = torch.stack(seen)
-    apart = float((means[site].double() - reference).abs().max() / reference.abs().max())
-
-    def put(call: int, output: Any) -> Any:
-        rows = means[site][call].to(output.device).repeat_interleave(len(output) // 2, dim=0)
-        return rows[:, None, :].expand_as(output)
-
-    theirs = context.plain(pipe, "sd", [(site, _by_call(put))])
-    return [
-        Check.of("mean, its values", apart < 1e-6, f"largest difference {apart:.1e} of the largest mean"),
-        Check.of("mean, images", *same(ours, theirs)),
-    ]
-
-
-def _donor(context: Context) -> Check:
-    """One layer reads another prompt, in the conditional rows."""
-    model = context.model("sd", kind="cross_attention")
-    layer, options = model.anatomy.paths[1], {"prompt": "a donor"}
-    (site,) = model.anatomy.sites[layer]
-    change = lesion(layer, replacement="donor_prompt", options=options, branch="cond")
-    ours = context.ours(model, context.cells(model, change), options)
-    pipe, text = context.pipe("sd"), []
-    hook: Hook = (site, lambda module, args, kwargs, output: text.append(kwargs["encoder_hidden_states"][-1:].clone()))
-    context.plain(pipe, "sd", [hook], texts=("a donor",))
-
-    def read(module: Any, args: Any, kwargs: Any) -> Any:
-        own = kwargs["encoder_hidden_states"]
-        other = torch.cat([own[: len(own) // 2], text[0].expand(len(own) // 2, -1, -1)])
-        return args, {**kwargs, "encoder_hidden_states": other}
-
-    handle = denoiser(pipe).get_submodule(site).register_forward_pre_hook(read, with_kwargs=True)
-    theirs = context.plain(pipe, "sd")
-    handle.remove()
-    return Check.of("donor_prompt", *same(ours, theirs))
-
-
-def _head(context: Context) -> Check:
-    """One head against its slice of the projection taken away; sums in another order."""
-    model = context.model("sd", kind="cross_attention", by="head")
-    layer = model.anatomy.paths[1]
-    (one,) = (model.anatomy.by_path[path] for path in model.anatomy.sites[layer])
-    module = model.denoiser.get_submodule(one.hook.module)
-    heads = one.hook.heads  # type: ignore[attr-defined]
-    width = module.in_features // heads
-    mine = slice(one.head * width, (one.head + 1) * width)
-
-    def without(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        return output - args[0][..., mine] @ module.weight[:, mine].T - module.bias / heads
-
-    ours = context.ours(model, context.cells(model, lesion(layer)))
-    theirs = context.plain(context.pipe("sd"), "sd", [(one.hook.module, without)])
-    return Check.of("head", *near(ours, theirs))
 
 
 def late_window(context: Context) -> list[Check]:

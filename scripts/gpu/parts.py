@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import benchmark
 from bench.report import Row, machine, section
 from bench.setup import Options, setup
-from gpu import checks, figures
+from gpu import checks, figures, lesions
 from gpu.common import Check, Context
 from lesion.generation.generate import make_deterministic
 from lesion.models import loading, memory
@@ -78,7 +78,7 @@ def _parts() -> dict[str, Part]:
     parts = {
         "plain": Part("un-ablated images against plain diffusers, three precisions", checks.plain_images, 25, 150),
         "upcast": Part("a float16 autoencoder decoded in float32, against plain diffusers", checks.upcast, 5),
-        "lesions": Part("lesions of every kind against plain hooks", checks.lesions, 35, 150),
+        "lesions": Part("lesions of every kind against plain hooks", lesions.lesions, 35, 150),
         "window": Part("a late window against the same from noise", checks.late_window, 5),
         "batch": Part("images of a batch against single ones", checks.batch_and_single, 5),
         "memory": Part("out of memory: halving under a cap, decoding in slices", checks.out_of_memory, 15),

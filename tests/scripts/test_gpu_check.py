@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import benchmark
 import gpu_check
 from bench.report import Row
-from gpu import parts
+from gpu import lesions, parts
 from gpu.common import Check
 
 PROOFS = ("plain", "upcast", "lesions", "window", "batch", "memory", "auto", "offload", "store", "studies", "compile")
@@ -45,17 +45,22 @@ def test_lesions_and_late_windows_are_checked_against_plain_hooks(check, monkeyp
     code, record, out = check("--only", "window", "offload")
     assert (code, statuses(record)) == (0, {"window": "passed", "offload": "skipped"})
     assert record["versions"]["torch"] and record["machine"] and record["tiny"]
-    monkeypatch.setattr(parts.checks, "_zeros", lambda module, args, kwargs, output: output * 0.5)
+
+    def halved(self, module, args, kwargs, output):
+        return self.with_image(output, self.image(output) * 0.5)
+
+    monkeypatch.setattr(lesions._Class, "zeros", halved)
     code, record, out = check("--only", "lesions")
     assert (code, statuses(record)) == (1, {"lesions": "failed"})
     failed = [one["name"] for one in record["parts"][0]["checks"] if one["status"] == "failed"]
     assert failed == [
         "zero, cross_attention, sd",
         "zero, self_attention, sd",
-        "zero, feed_forward, flux",
         "zero, every layer, sd",
+        "zero, joint_attention, flux",
+        "zero, feed_forward, flux",
     ]
-    assert "| lesions: donor_prompt | exactly equal |  | passed |  |" in out.read_text()
+    assert "| lesions: donor_prompt, sd | exactly equal |  | passed |  |" in out.read_text()
     assert "| window: sd float32 | exactly equal" in out.read_text()  # of the run before
 
 

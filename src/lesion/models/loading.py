@@ -17,7 +17,7 @@ import transformers
 
 from lesion import tasks
 from lesion.errors import RequestError
-from lesion.models import hub, loras, memory, schedulers, shapes
+from lesion.models import allocator, hub, loras, memory, schedulers, shapes
 from lesion.models.source import (
     BLOCKS,
     ModelSpec,
@@ -89,6 +89,8 @@ def load(source: Source, device: str) -> Model:
     if wanted not in _kept:
         shapes.check(source)
         forget()
+        if device == "cpu":
+            allocator.keep_freed()
         _kept[wanted] = _load(source, device)
     return _kept[wanted]
 

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from lesion.models import allocator
+
 log = logging.getLogger(__name__)
 SHARE = 0.85  # of the memory that is free; the rest is left to fragmentation and to the scorer
 MOST = {"cpu": 32, "cuda": 64}  # larger batches no longer pay
@@ -114,6 +116,8 @@ def release(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+    else:
+        allocator.give_back()
 
 
 def _peak(work: Callable[[], object], device: str) -> int | None:
@@ -124,6 +128,7 @@ def _peak(work: Callable[[], object], device: str) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return int(torch.cuda.max_memory_allocated(device) - before)
+    allocator.give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak back to what is resident now
         before = _resident("VmRSS")
@@ -142,6 +147,7 @@ def _free(device: str) -> int | None:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
+    allocator.give_back()
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lesion import models, processes, scoring, tasks
 from lesion.config.parsing import Request
 from lesion.errors import RequestError, StudyFailed, counted, place_of, visible
-from lesion.models import components, layers, requirements, shapes
+from lesion.models import allocator, components, layers, requirements, shapes
 from lesion.models.calling import call_arguments, can
 from lesion.models.defaults import check_size
 from lesion.processes import Processes
@@ -371,6 +371,8 @@ def complete(
         log.info("confirmatory study: confirmation.json, plan %s", request.confirm.sha256)
     log.info("study of %s: %d images, %d of them to make", work.study.model.name, counts.unique, counts.missing)
     if counts.missing:
+        if request.device == "cpu":
+            allocator.keep_freed()  # before torch is imported, which asks once for the pages that it is to use
         log.info("loading: the scorer %s", request.scorer.name)
         _ = work.scores.scorer  # a scorer that cannot be loaded is refused before anything is made
     room = reserved(context.folder, counts.rows)
