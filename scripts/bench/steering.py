@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,8 @@ def _loss(maps: Sequence[Any], boxes: Sequence[Boxed], form: str) -> torch.Tenso
 
 def steering(this: Setup, options: Options) -> tuple[str, list[Row]]:
     """A batch of steered images against the same unsteered, and against the same one at a time in the plain loop."""
+    if options.quick and this.model != "embedded":
+        this = replace(this, side=128)  # at 64 the smallest feature map is one value, which cannot be normalised
     scenes = min(this.batch, this.loop, 72)
     own = [word for word in this.overrides(scenes) if not word.startswith(("prompts", "seeds"))]
     own += ["prompts=boxes", f"prompts.sample={scenes}", "seeds=[0]", "selection=none"]

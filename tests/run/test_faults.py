@@ -77,7 +77,7 @@ def test_what_only_saves_work_may_fail(cli, monkeypatch):
     assert code == 2 and err.count("\n") == 1 and "store.dir" in err and "write" in err
 
 
-@pytest.mark.parametrize("options", ["size=28k", pytest.param("nr_inodes=16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", ["size=28k", pytest.param("nr_inodes=24", marks=pytest.mark.slow)])
 def test_a_store_that_runs_full_costs_the_images_that_do_not_fit(cli, disk, options):
     store = disk(options)
     code, out, err = cli("selection=only_one", f"store.dir={store}", "hydra.run.dir=run")

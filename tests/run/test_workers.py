@@ -98,14 +98,14 @@ def test_a_model_that_no_worker_can_load_is_refused_as_in_one_process(cli, tiny_
         return tracker(*arguments)
 
     monkeypatch.setattr(job, "make_tracker", late)
-    refused = f"lesion: model.id: '{tiny_folder}' cannot be loaded: "
-    for workers in (1, 2):
+    loader, headers = f"'{tiny_folder}' cannot be loaded: ", f"'{tiny_folder / 'unet'}' has no weights: "
+    for workers, refused in ((1, loader), (2, headers)):  # each worker reads the weights' headers first
         loading.forget()
         try:
             code, out, err = cli("device=cpu", f"workers={workers}", "selection=none")
         finally:
             aside.rename(weights)
-        assert code == 2 and err.splitlines()[-1].lstrip().startswith(refused), out + err
+        assert code == 2 and err.splitlines()[-1].lstrip().startswith(f"lesion: model.id: {refused}"), out + err
         assert "An error occurred while trying to fetch" not in out + err  # a library's, of each process
         assert out.count(" stopped: ") == (workers if workers > 1 else 0)
         assert not cli.frames()
