@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -30,26 +28,13 @@ TIMED = 4  # steps at which seconds are compared; memory allows them where it al
 def most_memory(device: str, work: Callable[[], object]) -> float | None:
     """MiB that work takes at its peak beyond what is there before it; None where there is not enough."""
     memory.release(device)
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-        before = _status("VmRSS")
     try:
-        work()
+        taken = memory._peak(work, device)
     except Exception as error:
         if not memory.ran_out(error):
             raise
         return None
-    return ((torch.cuda.max_memory_allocated() if cuda else _status("VmHWM")) - before) / 2**20
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
-    assert found
-    return int(found[1]) * 1024
+    return None if taken is None else taken / 2**20
 
 
 @dataclass(frozen=True)

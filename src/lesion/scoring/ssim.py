@@ -40,11 +40,13 @@ class Ssim(Metric):
     def __call__(self, shots: Sequence[Shot]) -> NDArray[np.float64]:
         from lesion.scoring._pixels import batches
 
-        on_cuda = self.device.startswith("cuda")  # not all other devices have float64
+        device, similarity = "cpu", _by_scipy  # not all devices have float64
+        if self.device.startswith("cuda"):
+            device, similarity = self.device, _by_torchmetrics
         values = np.empty(len(shots))
         for rows, images, baselines in batches(shots, self.batch_size):
-            x, y = (pixels.to(self.device if on_cuda else "cpu").double() / 255 for pixels in (images, baselines))
-            values[rows] = (_by_torchmetrics if on_cuda else _by_scipy)(x, y)
+            x, y = (pixels.to(device).double() / 255 for pixels in (images, baselines))
+            values[rows] = similarity(x, y)
         return values
 
 
